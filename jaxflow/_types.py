@@ -1,0 +1,23 @@
+"""Shape letters, fixed once.
+
+    n  tokens (particles) of a measure       m  query points
+    d  dimension of a token                  p  dimension of a query or key
+    r  dimension of a value                  t  saved times
+
+Leading axes written `*batch` are batch axes.
+"""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+Points = Float[Array, "*batch n d"]
+LogWeights = Float[Array, "*batch n"]
+Queries = Float[Array, "m p"]
+Keys = Float[Array, "n p"]
+Values = Float[Array, "n r"]
+Scalar = Float[Array, ""]
+
+# What a caller may pass where an array or a number is meant.
+ArrayLike = jax.Array | np.ndarray | list | tuple
+ScalarLike = float | int | jax.Array | np.ndarray | np.number

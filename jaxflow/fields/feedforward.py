@@ -1,0 +1,89 @@
+"""Fields that move each token on its own.
+
+    FeedForward   X(x) = P_x ( W2 sigma(W1 x + b1) + b2 )
+    LinearDrift   X(x) = P_x ( A x )
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._types import ArrayLike, ScalarLike
+from ..geometry import AbstractGeometry, Euclidean
+from .base import AbstractField
+
+
+class FeedForward(AbstractField):
+    """The two-layer perceptron of a residual network or neural ODE (E 2017; Chen et al. 2018).
+
+        X(x) = P_x ( W2 sigma(W1 x + b1) + b2 )
+
+    **Arguments:** `dim` d; `width` of the hidden layer; `activation`, sigma, a function of arrays;
+    `geometry`; `key`, PRNG key of W1 ~ N(0, 1/d) and W2 ~ N(0, 1/width) (the biases start at 0).
+    """
+
+    weight_in: Float[Array, "width d"]
+    bias_in: Float[Array, " width"]
+    weight_out: Float[Array, "d width"]
+    bias_out: Float[Array, " d"]
+    activation: Callable = eqx.field(static=True)
+    geometry: AbstractGeometry
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        activation: Callable = jax.nn.relu,
+        *,
+        geometry: AbstractGeometry = Euclidean(),
+        key: PRNGKeyArray,
+    ):
+        if dim < 1 or width < 1:
+            raise ValueError(f"dim and width must be at least 1, got {dim} and {width}.")
+        key_in, key_out = jax.random.split(key)
+        self.weight_in = jax.random.normal(key_in, (width, dim)) / np.sqrt(dim)
+        self.bias_in = jnp.zeros(width)
+        self.weight_out = jax.random.normal(key_out, (dim, width)) / np.sqrt(width)
+        self.bias_out = jnp.zeros(dim)
+        self.activation = activation
+        self.geometry = geometry
+
+    def __call__(self, t, x, mu):
+        w1, b1, w2, b2 = (
+            a.astype(x.dtype)
+            for a in (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+        )
+        hidden = self.activation(jnp.matmul(x, w1.T, precision="highest") + b1)
+        return self.geometry.project(x, jnp.matmul(hidden, w2.T, precision="highest") + b2)
+
+
+class LinearDrift(AbstractField):
+    """X(x) = P_x ( A x ).
+
+    With A = -V, attention plus drift is the dynamics in the rescaled variable z = e^{-tV} x of
+    arXiv 2305.05465; with A = -I and [`jaxflow.Hardmax`][] the leader dynamics of arXiv 2407.01602.
+
+    **Arguments:** `matrix`, A: a number a (for a I) or shape `(d, d)`; `geometry`.
+    """
+
+    matrix: Float[Array, ""] | Float[Array, "d d"]
+    geometry: AbstractGeometry
+
+    def __init__(
+        self, matrix: ArrayLike | ScalarLike, *, geometry: AbstractGeometry = Euclidean()
+    ):
+        matrix = jnp.asarray(matrix, float)
+        if matrix.ndim not in (0, 2) or len(set(matrix.shape)) > 1:
+            raise ValueError(f"matrix must be a number or (d, d), got shape {matrix.shape}.")
+        self.matrix = matrix
+        self.geometry = geometry
+
+    def __call__(self, t, x, mu):
+        matrix = self.matrix.astype(x.dtype)
+        if matrix.ndim == 0:
+            return self.geometry.project(x, matrix * x)
+        return self.geometry.project(x, jnp.matmul(x, matrix.T, precision="highest"))

@@ -1,0 +1,282 @@
+"""How a query weighs the tokens: the law mu_x under which attention takes the mean of the values.
+
+    Softmax        mu_x(dy) = exp(s(x, y)) mu(dy) / Z_x              s(x, y) = beta <Q x, K y>
+    Unnormalised   mu_x(dy) = exp(s(x, y)) mu(dy)                    (USA in arXiv 2312.10794)
+    Linear         mu_x(dy) = s(x, y) mu(dy)                         (arXiv 2501.18322)
+    Hardmax        mu_x     = mu restricted to the maximisers of s   (arXiv 2407.01602)
+    Sinkhorn       mu_x(dy) = exp(s(x, y) + f(x) + g(y)) mu(dy)      doubly stochastic (Sinkformers,
+                                                                     arXiv 2110.11773)
+
+Each interaction gives `expectation`, E_{mu_x}[v], and `trace`, the trace of the derivative of
+E_{mu_x}[v] in x at fixed mu, given the derivative k'(y) = beta Q^T K y of s(x, y) in x.
+"""
+
+import abc
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._types import Keys, LogWeights, Queries, Scalar, Values
+from ..kernels import softmax_expectation
+from ..kernels.expectation import Window, band as _band
+from ..kernels.reference import visible
+
+
+class Tokens(NamedTuple):
+    """What an interaction needs of the measure: queries Q y, keys K y, log-weights, and the mask."""
+
+    queries: Queries
+    keys: Keys
+    log_weights: LogWeights | None
+    causal: bool = False
+    window: Window = None
+    backend: str | None = None
+
+    def attend(self, q: Queries, values: Values, scale: Scalar, potential=None):
+        """(mean, log_partition) of the values at the queries, with a potential on the keys."""
+        log_weights = self.log_weights if potential is None else self.log_probabilities + potential
+        return softmax_expectation(
+            q,
+            self.keys,
+            values,
+            log_weights,
+            scale=scale,
+            causal=self.causal,
+            window=self.window,
+            backend=self.backend,
+        )
+
+    @property
+    def log_probabilities(self) -> LogWeights:
+        n = self.keys.shape[0]
+        dtype = jnp.promote_types(self.keys.dtype, jnp.float32)
+        if self.log_weights is None:
+            return jnp.full(n, -np.log(n), dtype)
+        return jax.nn.log_softmax(self.log_weights.astype(dtype))
+
+
+class AbstractInteraction(eqx.Module):
+    """The law mu_x of attention."""
+
+    @abc.abstractmethod
+    def expectation(
+        self, q: Queries, tokens: Tokens, values: Values, scale: Scalar
+    ) -> Float[Array, "m r"]:
+        """E_{mu_x}[v] for each query."""
+
+    @abc.abstractmethod
+    def trace(
+        self,
+        q: Queries,
+        tokens: Tokens,
+        values: Float[Array, "n d"],
+        slopes: Float[Array, "n d"],
+        scale: Scalar,
+    ) -> Float[Array, " m"]:
+        """tr D_x E_{mu_x}[v] at fixed mu; `slopes` are k'(y_j), the derivatives of s(x, y_j) in x."""
+
+
+def _moment_channels(values, slopes):
+    """The channels (v, k', <k', v>): one call gives both factors and the product."""
+    return jnp.concatenate([values, slopes, (values * slopes).sum(axis=1, keepdims=True)], axis=1)
+
+
+def _covariance_trace(channels):
+    """E[<k', v>] - <E[k'], E[v]>."""
+    d = channels.shape[1] // 2
+    return channels[:, -1] - (channels[:, :d] * channels[:, d:-1]).sum(axis=1)
+
+
+class Softmax(AbstractInteraction):
+    """Softmax self-attention (SA): mu_x(dy) proportional to exp(s(x, y)) mu(dy)."""
+
+    def expectation(self, q, tokens, values, scale):
+        return tokens.attend(q, values, scale)[0]
+
+    def trace(self, q, tokens, values, slopes, scale):
+        channels, _ = tokens.attend(q, _moment_channels(values, slopes), scale)
+        return _covariance_trace(channels)
+
+
+class Unnormalised(AbstractInteraction):
+    """Unnormalised self-attention (USA): mu_x(dy) = exp(s(x, y)) mu(dy), mu of mass 1."""
+
+    def expectation(self, q, tokens, values, scale):
+        mean, log_partition = tokens.attend(q, values, scale, potential=0.0)
+        return jnp.exp(log_partition).astype(mean.dtype)[:, None] * mean
+
+    def trace(self, q, tokens, values, slopes, scale):
+        product = (values * slopes).sum(axis=1, keepdims=True)
+        return self.expectation(q, tokens, product, scale)[:, 0]
+
+
+class Linear(AbstractInteraction):
+    """Linear attention: E[v] = int s(x, y) v(y) mu(dy), in O(n) by the moment E_mu[k v^T].
+
+    With a causal mask or a window the moment becomes a difference of running sums, which hold
+    n p r numbers.
+    """
+
+    def expectation(self, q, tokens, values, scale):
+        weights = jnp.exp(tokens.log_probabilities).astype(values.dtype)
+        keys = weights[:, None] * tokens.keys
+        if not tokens.causal and tokens.window is None:
+            return scale.astype(q.dtype) * (q @ (keys.T @ values))
+        moments = keys[:, :, None] * values[:, None, :]
+        return scale.astype(q.dtype) * jnp.einsum("mp,mpr->mr", q, _visible_sums(moments, q, tokens))
+
+    def trace(self, q, tokens, values, slopes, scale):
+        weights = jnp.exp(tokens.log_probabilities).astype(values.dtype)
+        products = weights * (values * slopes).sum(axis=1)
+        return _visible_sums(products, q, tokens)
+
+
+def _visible_sums(a, q, tokens: Tokens):
+    """sum of a_j over the keys j that query i sees, by differences of running sums."""
+    n, rows = a.shape[0], jnp.arange(q.shape[0])
+    sums = jnp.concatenate([jnp.zeros_like(a[:1]), jnp.cumsum(a, axis=0)])
+    left, right = _band(tokens.causal, tokens.window)
+    last = jnp.full_like(rows, n) if right is None else jnp.minimum(rows + right + 1, n)
+    first = jnp.zeros_like(rows) if left is None else jnp.clip(rows - left, 0, n)
+    return sums[jnp.maximum(last, first)] - sums[first]
+
+
+class Hardmax(AbstractInteraction):
+    """Hardmax attention, the limit beta -> infinity: the mean over C(x) = argmax_j <Q x, K y_j>.
+
+    Ties are averaged, with the weights of mu: scores within `tolerance` times the largest
+    |score| of the query's maximum tie (default 32 machine epsilons). It is piecewise constant in
+    x, so its divergence at fixed mu is 0.
+    """
+
+    tolerance: float | None = None
+
+    def expectation(self, q, tokens, values, scale):
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        keys, values32 = tokens.keys.astype(dtype), values.astype(dtype)
+        tolerance = 32 * jnp.finfo(dtype).eps if self.tolerance is None else self.tolerance
+        band = _band(tokens.causal, tokens.window)
+        columns = jnp.arange(keys.shape[0])
+
+        def one(args):
+            i, q = args
+            s = scale.astype(dtype) * jnp.matmul(keys, q.astype(dtype), precision="highest")
+            seen = ~jnp.isneginf(tokens.log_probabilities)
+            mask = visible(i[None], columns, band)
+            if mask is not None:
+                seen = seen & mask[0]
+            top = jnp.max(s, where=seen, initial=-jnp.inf)
+            slack = tolerance * jnp.max(jnp.abs(s), where=seen, initial=0.0)
+            w = jnp.where(seen & (s >= top - slack), jnp.exp(tokens.log_probabilities), 0)
+            total = w.sum()
+            return jnp.matmul(w, values32, precision="highest") / jnp.where(total > 0, total, 1)
+
+        rows = jnp.arange(q.shape[0]), jax.lax.stop_gradient(q)
+        size = max(1, 2**20 // keys.shape[0])
+        return jax.lax.map(one, rows, batch_size=size).astype(values.dtype)
+
+    def trace(self, q, tokens, values, slopes, scale):
+        return jnp.zeros(q.shape[0], values.dtype)
+
+
+class Sinkhorn(AbstractInteraction):
+    """Sinkhorn attention: the law with density exp(s(x, y) + f(x) + g(y)), rows and columns of mass 1.
+
+        f_i = -log sum_j w_j e^{s_ij + g_j},    g_j = -log sum_i w_i e^{s_ij + f_i}
+
+    The potentials are those of the self-coupling of mu; at a point outside mu only g enters.
+    Rows sum to 1 exactly, columns up to `column_defect`.
+
+    **Arguments:**
+
+    - `iterations`: the number of (f, g) updates, from g = 0 (0 gives softmax). `None` iterates to
+      convergence and differentiates implicitly, in O(n) memory.
+    - `tolerance`: largest change of g at convergence; default 64 machine epsilons, relative.
+    - `max_iterations`: where an iteration to convergence stops at the latest.
+    """
+
+    iterations: int | None = eqx.field(static=True, default=None)
+    tolerance: float | None = eqx.field(static=True, default=None)
+    max_iterations: int = eqx.field(static=True, default=10_000)
+
+    def __check_init__(self):
+        if self.iterations is not None and self.iterations < 0:
+            raise ValueError(f"iterations must be None or at least 0, got {self.iterations}.")
+
+    def expectation(self, q, tokens, values, scale):
+        return tokens.attend(q, values, scale, self.potential(tokens, scale))[0]
+
+    def trace(self, q, tokens, values, slopes, scale):
+        potential = self.potential(tokens, scale)
+        channels, _ = tokens.attend(q, _moment_channels(values, slopes), scale, potential)
+        return _covariance_trace(channels)
+
+    def potential(self, tokens: Tokens, scale: Scalar) -> Float[Array, " n"]:
+        """The column potential g, with mean 0 under mu."""
+        if tokens.causal or tokens.window is not None:
+            raise ValueError(
+                "Sinkhorn attention has no causal or windowed form: a triangular matrix with unit "
+                "row and column sums is the identity. Use Softmax() with masks."
+            )
+        weights = jnp.exp(tokens.log_probabilities)
+
+        def update(g):
+            g = _sinkhorn_columns(tokens, scale, g)
+            return g - (weights * g).sum()  # f and g are unique up to a constant
+
+        start = jnp.zeros_like(weights)
+        if self.iterations is not None:
+            return jax.lax.fori_loop(0, self.iterations, lambda _, g: update(g), start)
+        return self._fixed_point(update, start)
+
+    def column_defect(self, tokens: Tokens, scale: Scalar) -> Scalar:
+        """max_j |sum_i w_i p_ij / w_j - 1|: how far the columns are from mass 1."""
+        g = self.potential(tokens, scale)
+        return jnp.abs(jnp.expm1(g - _sinkhorn_columns(tokens, scale, g))).max()
+
+    def _fixed_point(self, update, start):
+        """g = update(g), with implicit derivatives.
+
+        With J the derivative of the update, a contraction, (J - I) x = y is solved by
+        x <- J x - y, and its transpose likewise.
+        """
+        tolerance = self.tolerance
+        if tolerance is None:
+            tolerance = 64 * float(jnp.finfo(start.dtype).eps)
+
+        def iterate(step, x):
+            def unfinished(carry):
+                x, change, count = carry
+                limit = tolerance * jnp.maximum(1, jnp.abs(x).max())
+                return (change > limit) & (count < self.max_iterations)
+
+            def advance(carry):
+                x, _, count = carry
+                new = step(x)
+                return new, jnp.abs(new - x).max(), count + 1
+
+            init = x, jnp.asarray(jnp.inf, x.dtype), 0
+            return jax.lax.while_loop(unfinished, advance, init)[0]
+
+        def neumann(matvec, y):
+            return iterate(lambda x: matvec(x) + x - y, -y)
+
+        return jax.lax.custom_root(
+            lambda g: update(g) - g,
+            start,
+            lambda _, g: iterate(update, g),
+            lambda matvec, y: jax.lax.custom_linear_solve(matvec, y, neumann, neumann),
+        )
+
+
+def _sinkhorn_columns(tokens: Tokens, scale: Scalar, g):
+    """The column potential that follows from g: a row update, then a column update."""
+    logs = tokens.log_probabilities
+    ones = jnp.ones((g.shape[0], 1), tokens.keys.dtype)
+    options = {"scale": scale, "backend": tokens.backend}
+    f = -softmax_expectation(tokens.queries, tokens.keys, ones, logs + g, **options)[1]
+    return -softmax_expectation(tokens.keys, tokens.queries, ones, logs + f, **options)[1]

@@ -1,0 +1,461 @@
+"""The flow map mu(0) -> mu(T): the only file that calls diffrax's solver.
+
+    dx_i/dt = X_t[mu_t](x_i),    mu_t = sum_j w_j delta_{x_j(t)}
+
+The state is the array of points. On a submanifold the field is evaluated at the retracted point
+and each step is retracted, so repulsive fields keep the space to rounding as attractive ones do.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+
+from ._types import LogWeights, Points, ScalarLike
+from .fields import AbstractField
+from .geometry import AbstractGeometry, Euclidean
+from .measure import Measure
+from .solvers import Retracted, evaluations_per_step
+
+Observables = Mapping[str, Callable[[ScalarLike, Measure], Any]]
+
+_save_points = diffrax.SubSaveAt(t1=True).fn  # diffrax's default: save the state
+
+
+class FlowError(RuntimeError):
+    """A solve that failed; the message says how far it came and what to change."""
+
+
+class FlowArgs(NamedTuple):
+    """What a user's own `SaveAt(fn=...)` or event receives as `args`."""
+
+    field: AbstractField
+    log_weights: LogWeights | None
+    observe: dict[str, Callable]
+
+
+class FlowSolution(eqx.Module):
+    """What a flow returns.
+
+    - `ts`: the saved times, shape `(times,)`; padded with inf where nothing was saved (after an
+      event, or past the last step of `SaveAt(steps=True)`), as diffrax does.
+    - `measures`: the measures at those times, points `(times, *batch, n, d)`; `measures[-1]` is
+      the last one. `None` if `SaveAt(fn=...)` saved something else.
+    - `observed`: `{name: values}` of `observe`, one entry a saved time.
+    - `ys`: what a `SaveAt(fn=...)` of the user's own saved, else `None`.
+    - `stats`: `num_steps`, `num_accepted_steps`, `num_rejected_steps`, `max_steps`, and
+      `num_evaluations` of the field (`None` for implicit solvers, where it is not known).
+    - `result`: a `diffrax.RESULTS`; `event_mask`: which event stopped the flow.
+
+    With `SaveAt(subs=...)` these hold trees like `subs`.
+    """
+
+    ts: Any
+    measures: Any
+    observed: Any
+    ys: Any
+    stats: dict[str, Any]
+    result: diffrax.RESULTS
+    event_mask: Any
+    interpolation: diffrax.DenseInterpolation | None
+    geometry: AbstractGeometry
+    log_weights: LogWeights | None
+
+    def evaluate(self, t: ScalarLike) -> Measure:
+        """The measure at any time, for a flow with `SaveAt(dense=True)`."""
+        if self.interpolation is None:
+            raise ValueError("evaluate needs a dense solution: pass saveat=SaveAt(dense=True).")
+        return Measure(self.geometry.retract(self.interpolation.evaluate(t)), self.log_weights)
+
+
+def flow(
+    field: AbstractField,
+    mu0: Measure,
+    *,
+    t0: ScalarLike = 0.0,
+    t1: ScalarLike,
+    dt0: ScalarLike | None = None,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),
+    event: diffrax.Event | None = None,
+    max_steps: int | None = 4096,
+    throw: bool = True,
+    progress_meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter(),
+    observe: Observables | None = None,
+) -> FlowSolution:
+    """Moves a measure along a field from time t0 to t1.
+
+        dx_i/dt = X_t[mu_t](x_i),    mu_t = sum_j w_j delta_{x_j(t)}
+
+    Compiled once per shape: times, tolerances, the points and every array of the field (beta, Q,
+    K, V) may change without a new compilation.
+
+    **Arguments:**
+
+    - `field`: X, a [`jaxflow.fields.AbstractField`][].
+    - `mu0`: the initial measure. Points with leading axes `(*batch, n, d)` are separate systems
+      that share one step size; `jax.vmap` of `flow` gives each its own.
+    - `t0`, `t1`: the interval, t0 <= t1. To go back in time, flow along `-field`.
+    - `dt0`: the step of a fixed-step solve, or the first step of an adaptive one (`None` chooses).
+    - `solver`: any diffrax solver.
+    - `stepsize_controller`: `None` is adaptive where the solver estimates its error, with
+      rtol = atol = 1e-5 in float32 and 1e-8 in float64, and fixed steps `dt0` otherwise.
+    - `saveat`, `event`, `max_steps`, `progress_meter`: as in `diffrax.diffeqsolve`. The state that
+      a `SaveAt(fn=...)` or an event receives is the array of points `(*batch, n, d)`.
+    - `adjoint`: as in diffrax. The default gives reverse mode; forward mode (`jax.jvp`,
+      `jax.jacfwd`) needs `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()`. With
+      `BacksolveAdjoint` and `ImplicitAdjoint`, diffrax saves the state alone: points are then
+      retracted, and observables evaluated, after the solve.
+    - `throw`: raise if the solve fails; otherwise look at `result`.
+    - `observe`: `{name: fn}` with fn(t, mu), evaluated inside the solve at each saved time.
+
+    **Returns:** a [`jaxflow.flow.FlowSolution`][].
+
+    **Raises:** `ValueError` or `TypeError` for bad input, `MemoryError` where what is saved would
+    not fit, `FlowError` where the solve fails or is not finite (under `jit`, the run-time error of
+    `equinox.error_if`).
+    """
+    _check_input(field, mu0, t0, t1)
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1 or None, got {max_steps}.")
+    dtype = jnp.promote_types(mu0.points.dtype, jnp.float32)
+    if stepsize_controller is None:
+        stepsize_controller = _default_controller(solver, dt0, dtype)
+    _check_memory(memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps))
+    timelike = lambda t: None if t is None else jnp.asarray(t, dtype)
+    saveat = jtu.tree_map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, saveat)
+    sol, last = _solve(
+        field,
+        mu0,
+        (timelike(t0), timelike(t1), timelike(dt0)),
+        solver,
+        _traced_tolerances(stepsize_controller),
+        saveat,
+        adjoint,
+        event,
+        max_steps,
+        progress_meter,
+        dict(observe or {}),
+    )
+    return _check_solution(sol, last, field, t1, max_steps) if throw else sol
+
+
+@eqx.filter_jit
+def _solve(
+    field, mu0, times, solver, controller, saveat, adjoint, event, max_steps, progress_meter, observe
+):
+    geometry, log_weights = field.geometry, mu0.log_weights
+    t0, t1, dt0 = times
+    t1 = eqx.error_if(t1, ~(t0 <= t1), "t1 must not be less than t0: flow along -field instead.")
+    y0 = eqx.error_if(
+        mu0.points,
+        ~geometry.contains(mu0.points).all(),
+        f"the points must lie on {geometry}: retract them first.",
+    )
+    # These two run the same solver on an augmented state, or save nothing but the state.
+    plain = isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint)
+    if not isinstance(geometry, Euclidean):
+        y0 = geometry.retract(y0)
+        solver = solver if plain else Retracted(solver, geometry)
+    inner = saveat if plain else _saving(saveat, geometry)
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(_velocity),
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        FlowArgs(field, log_weights, observe),
+        saveat=inner,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        event=event,
+        max_steps=max_steps,
+        throw=False,
+        progress_meter=progress_meter,
+    )
+    if plain:
+        saved, last, ts = _observe_saved(sol, geometry, log_weights, observe), None, sol.ts
+    else:
+        (saved, last), (ts, last_t) = sol.ys, sol.ts
+        last = last_t[-1], last[-1]
+    is_saved = lambda x: isinstance(x, _Saved)
+    unpack = lambda fn: jtu.tree_map(fn, saved, is_leaf=is_saved)
+    whole = jtu.tree_map(lambda s: s.fn is _save_points, saveat.subs, is_leaf=_is_sub)
+    wholes = iter(jtu.tree_leaves(whole))
+    measures = unpack(lambda s: _measures(s.value, log_weights) if next(wholes) else None)
+    wholes = iter(jtu.tree_leaves(whole))
+    stats = sol.stats | {"num_evaluations": _evaluations(sol.stats, solver, controller, dt0)}
+    out = FlowSolution(
+        ts=ts,
+        measures=measures,
+        observed=unpack(lambda s: s.observed),
+        ys=unpack(lambda s: None if next(wholes) else s.value),
+        stats=stats,
+        result=sol.result,
+        event_mask=sol.event_mask,
+        interpolation=sol.interpolation,
+        geometry=geometry,
+        log_weights=log_weights,
+    )
+    return out, last
+
+
+def _velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
+    """X_t[mu](x) at x = mu.points: the one place where the flow becomes self-consistent."""
+    y = args.field.geometry.retract(y)
+
+    def one(y, log_weights):
+        velocity = args.field(t, y, Measure(y, log_weights))
+        if velocity.shape != y.shape:
+            raise ValueError(
+                f"the field must map points {y.shape} to velocities of that shape, got "
+                f"{velocity.shape}."
+            )
+        return velocity
+
+    return _over_systems(one, y, args.log_weights)
+
+
+def _over_systems(fn: Callable, y: Points, log_weights: LogWeights | None):
+    """fn(points, log_weights) over the leading axes of the points."""
+    shared = log_weights is None or log_weights.ndim == 1
+    for _ in range(y.ndim - 2):
+        fn = jax.vmap(fn, in_axes=(0, None if shared else 0))
+    return fn(y, log_weights)
+
+
+# ------------------------------------------------------------------ saving
+
+
+class _Saved(eqx.Module):
+    value: Any
+    observed: dict[str, Any]
+
+
+def _is_sub(x: Any) -> bool:
+    return isinstance(x, diffrax.SubSaveAt)
+
+
+def _saving(saveat: diffrax.SaveAt, geometry: AbstractGeometry) -> diffrax.SaveAt:
+    """Saves retracted points and the observables; and the last state, to report failures."""
+
+    def wrap(sub):
+        def fn(t, y, args):
+            y = geometry.retract(y)
+            return _Saved(sub.fn(t, y, args), _observe(t, y, args.log_weights, args.observe))
+
+        return eqx.tree_at(lambda s: s.fn, sub, fn)
+
+    subs = jtu.tree_map(wrap, saveat.subs, is_leaf=_is_sub)
+    last = diffrax.SubSaveAt(t1=True)
+    return eqx.tree_at(lambda s: s.subs, saveat, (subs, last), is_leaf=lambda x: x is None)
+
+
+def _observe(t, y, log_weights, observe):
+    def all_of(y, log_weights):
+        mu = Measure(y, log_weights)
+        return {name: fn(t, mu) for name, fn in observe.items()}
+
+    values = _over_systems(all_of, y, log_weights)
+    return jtu.tree_map(jnp.asarray, values)
+
+
+def _observe_saved(sol, geometry, log_weights, observe):
+    points = geometry.retract(sol.ys)
+    observed = jax.lax.map(lambda ty: _observe(*ty, log_weights, observe), (sol.ts, points))
+    return _Saved(points, observed)
+
+
+def _measures(points, log_weights):
+    if log_weights is not None and log_weights.ndim > 1:
+        log_weights = jnp.broadcast_to(log_weights, points.shape[:-1])
+    return Measure(points, log_weights)
+
+
+def _evaluations(stats, solver, controller, dt0):
+    per_step = evaluations_per_step(solver)
+    if per_step is None:
+        return None
+    adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
+    once = per_step[0] + (2 if adaptive and dt0 is None else 0)
+    return once + per_step[1] * stats["num_steps"]
+
+
+# ------------------------------------------------------------------ controllers
+
+
+def _default_controller(solver, dt0, dtype):
+    if isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        tolerance = 1e-8 if dtype == jnp.float64 else 1e-5
+        return diffrax.PIDController(rtol=tolerance, atol=tolerance)
+    if dt0 is None:
+        raise ValueError(
+            f"{type(solver).__name__} takes fixed steps: pass dt0, or a solver with an error "
+            "estimate such as diffrax.Tsit5()."
+        )
+    return diffrax.ConstantStepSize()
+
+
+def _traced_tolerances(controller):
+    """Tolerances as arrays: a new value is then no new program."""
+    is_pid = lambda x: isinstance(x, diffrax.PIDController)
+
+    def trace(x):
+        if not is_pid(x):
+            return x
+        return eqx.tree_at(lambda c: (c.rtol, c.atol), x, replace_fn=jnp.asarray)
+
+    return jtu.tree_map(trace, controller, is_leaf=is_pid)
+
+
+# ------------------------------------------------------------------ checks
+
+
+def _check_input(field, mu0, t0, t1):
+    if not isinstance(field, AbstractField):
+        raise TypeError(
+            f"field must be a jaxflow field, got {type(field).__name__}. Subclass "
+            "jaxflow.fields.AbstractField to write your own."
+        )
+    if not isinstance(mu0, Measure):
+        raise TypeError(
+            f"mu0 must be a jaxflow.Measure, got {type(mu0).__name__}. Wrap points (n, d) in "
+            "jaxflow.Measure(points)."
+        )
+    for name, t in (("t0", t0), ("t1", t1)):
+        if jnp.shape(t) != ():
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}.")
+        if _concrete(t) and not np.isfinite(t):
+            raise ValueError(f"{name} must be finite, got {t}.")
+    if _concrete(t0, t1) and t1 < t0:
+        raise ValueError(f"t1 must not be less than t0, got t0={t0}, t1={t1}; flow along -field.")
+    if _concrete(mu0.points):
+        points = np.asarray(mu0.points)
+        if not np.isfinite(points).all():
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(points))[0])
+            raise ValueError(f"mu0.points must be finite, got {points[where]} at index {where}.")
+        on_space = np.asarray(field.geometry.contains(mu0.points))
+        if not on_space.all():
+            where = tuple(int(i) for i in np.argwhere(~on_space)[0])
+            raise ValueError(
+                f"the points must lie on the field's geometry {field.geometry}; the one at index "
+                f"{where} has length {np.linalg.norm(points[where]):.6g}. Retract them first "
+                "(field.geometry.retract(points)), or pass another geometry to the field."
+            )
+
+
+def _check_solution(sol: FlowSolution, last, field, t1, max_steps) -> FlowSolution:
+    failed = ~diffrax.is_okay(sol.result)
+    finite = _finite(sol)
+    if not _concrete(failed, finite):
+        message = "the flow failed, or is not finite: call it outside jit for the time and cause."
+        return eqx.error_if(sol, failed | ~finite, message)
+    if not failed and finite:
+        return sol
+    steps = int(sol.stats["num_steps"])
+    came = "" if last is None else f" at t = {float(last[0]):.6g} of t1 = {float(t1):.6g}"
+    text = f"the flow stopped{came} after {steps} steps: "
+    cause = None if last is None else _not_finite(sol, last, field)
+    if cause is not None:
+        text += f"{cause}. Look for an overflow in the field (a large beta, a growing V), or "
+        text += "stop earlier."
+    elif steps >= (max_steps or math.inf):
+        text += f"max_steps = {max_steps} was reached. Raise max_steps, loosen rtol and atol, or "
+        text += "use an implicit solver such as diffrax.Kvaerno5() if the flow is stiff."
+    else:
+        text += f"{diffrax.RESULTS[sol.result]}"
+    raise FlowError(text)
+
+
+def _finite(sol: FlowSolution):
+    """Whether every saved point is finite; times not reached hold inf."""
+    checks = [jnp.array(True)]
+    is_measure = lambda x: isinstance(x, Measure)
+    pairs = zip(
+        jtu.tree_leaves(sol.ts),
+        jtu.tree_leaves(sol.measures, is_leaf=is_measure),
+        strict=False,
+    )
+    for ts, mu in pairs:
+        finite = jnp.isfinite(mu.points).all(axis=tuple(range(1, mu.points.ndim)))
+        checks.append((finite | ~jnp.isfinite(ts)).all())
+    return jnp.stack(checks).all()
+
+
+def _not_finite(sol, last, field):
+    """Names the tensor that is not finite at the last state, or None."""
+    t, y = last
+    if not np.isfinite(np.asarray(y)).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(y)))[0])
+        return f"the points are not finite (first at index {where})"
+    velocity = np.asarray(_velocity(t, y, FlowArgs(field, sol.log_weights, {})))
+    if not np.isfinite(velocity).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(velocity))[0])
+        return f"the velocity X_t[mu](x) is not finite (first at index {where})"
+    return None
+
+
+def _concrete(*values) -> bool:
+    return not any(isinstance(v, jax.core.Tracer) for v in values)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def memory_estimate(
+    mu0: Measure,
+    *,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
+    max_steps: int | None = 4096,
+) -> int:
+    """The bytes that a flow of mu0 needs: the saved points and the stages of the solver.
+
+    What attention needs beside them is O(n * block), some tens of MB.
+    """
+    dtype = jnp.promote_types(mu0.points.dtype, jnp.float32)
+    state = math.prod(mu0.points.shape) * dtype.itemsize
+    stages = 16
+    if isinstance(solver, diffrax.AbstractERK):
+        stages = solver.tableau.num_stages
+    saves = 0
+    for sub in jtu.tree_leaves(saveat.subs, is_leaf=_is_sub):
+        if sub.fn is _save_points:
+            times = 0 if sub.ts is None else len(sub.ts)
+            steps = 0 if not sub.steps or max_steps is None else max_steps // sub.steps
+            saves += sub.t0 + sub.t1 + times + steps
+    if saveat.dense and max_steps is not None:
+        saves += max_steps * (stages + 1)
+    return state * (saves + stages + 8)
+
+
+def _check_memory(needed: int):
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"the flow needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. "
+            "Save fewer times, or save statistics instead of points: observe={...} with "
+            "saveat=SaveAt(ts=..., fn=lambda t, y, args: None)."
+        )
+
+
+def _available_memory() -> int | None:
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,309 @@
+"""The one operation, differentiable in both modes.
+
+    s_ij = scale <q_i, k_j> + log w_j
+    log_partition_i = logsumexp_j s_ij,    mean_i = sum_j exp(s_ij - log_partition_i) v_j
+
+Why three primitives: a fused kernel has no transpose rule, and `jax.custom_vjp` forbids forward
+mode, which divergences, Lyapunov exponents and implicit solvers need. With u = scale q,
+
+    forward    (q, k, v, b, scale)                               -> (mean, log_partition)
+    tangent    (q, k, v, b, scale, mean, lse; du, dk, dv, db)    -> (dmean, dlog_partition)
+    cotangent  (q, k, v, b, scale, mean, lse; g, h)              -> (gu, gk, gv, gb)
+
+tangent and cotangent are linear in what follows the semicolon and are each other's transpose, so
+
+    jvp(forward) = tangent,  transpose(tangent) = cotangent,  transpose(cotangent) = tangent,
+    jvp(tangent) = tangent of the linear part + jvp of the portable code in the residuals.
+
+The last line makes derivatives of second and higher order fall back on differentiable, blocked
+JAX code. Taking du = d(scale q) outside leaves the derivative in `scale` to JAX's own rules, also
+at scale = 0.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+from .._types import ArrayLike, ScalarLike
+from . import blocked, reference
+from .reference import Band
+
+BACKENDS = ("reference", "blocked")
+Window = int | tuple[int, int] | None
+
+
+def softmax_expectation(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    log_weights: ArrayLike | None = None,
+    *,
+    scale: ScalarLike = 1.0,
+    causal: bool = False,
+    window: Window = None,
+    backend: str | None = None,
+) -> tuple[Float[Array, "m r"], Float[Array, " m"]]:
+    """Expectation of the values under the Gibbs law of each query.
+
+        s_ij = scale <q_i, k_j> + log w_j
+        log_partition_i = logsumexp_j s_ij,    mean_i = sum_j exp(s_ij - log_partition_i) v_j
+
+    This is softmax attention (Vaswani et al. 2017) with the log-partition kept. It is unbatched:
+    `jax.vmap` gives batch and heads. It may be differentiated in both modes and to any order, in
+    O((m + n) * block) memory (all backends but "reference").
+
+    **Arguments:**
+
+    - `q`: queries, shape `(m, p)`.
+    - `k`: keys, shape `(n, p)`.
+    - `v`: values, shape `(n, r)`. Queries, keys and values share one floating-point dtype; float16
+      and bfloat16 are accumulated in float32.
+    - `log_weights`: shape `(n,)`, added to the scores. `-inf` masks a key. `None` is zero.
+    - `scale`: a scalar, the inverse temperature beta. It may be traced.
+    - `causal`: query i sees the keys j <= i. Both are counted from the first (so m != n aligns
+      at the top left, as in `jax.nn.dot_product_attention`).
+    - `window`: `(left, right)`: query i sees the keys i - left <= j <= i + right. An integer w is
+      `(w, w)`, as `local_window_size` in `jax.nn.dot_product_attention`.
+    - `backend`: a name in `jaxflow.kernels.BACKENDS`, or `None` for the best on the platform
+      (see [`jaxflow.kernels.select_backend`][]).
+
+    **Returns:**
+
+    `(mean, log_partition)`, shapes `(m, r)` and `(m,)`. The mean has the dtype of `v`, the
+    log-partition is float64 for float64 operands and float32 for all others. A query without a
+    visible key has mean 0 and log-partition -inf.
+
+    **Raises:**
+
+    `ValueError` for wrong shapes, windows or an unknown backend, `TypeError` for wrong dtypes.
+    """
+    q, k, v, b = _operands(q, k, v, log_weights)
+    scale = _scale(scale, b.dtype)
+    params = {"band": band(causal, window)}
+    if select_backend(q, k, v, causal=causal, window=window, backend=backend) == "reference":
+        return reference.forward(q, k, v, b, scale, **params)
+    mean, log_partition = forward_p.bind(q, k, v, b, scale, **params)
+    return mean, log_partition
+
+
+def select_backend(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    backend: str | None = None,
+    platform: str | None = None,
+) -> str:
+    """The name of the backend that `softmax_expectation` runs for these operands.
+
+    **Arguments:** as [`jaxflow.softmax_expectation`][] (only shapes and dtypes matter), and
+    `platform`: "cpu", "cuda" or "tpu"; JAX's default platform if `None`.
+
+    **Raises:** `ValueError` for an unknown backend.
+    """
+    del q, k, v, causal, window, platform  # One portable backend serves every case so far.
+    if backend is None:
+        return "blocked"
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}. "
+            "Leave it None to take the best for the platform."
+        )
+    return backend
+
+
+# ------------------------------------------------------------------ checks
+
+
+def _operands(q, k, v, log_weights):
+    arrays = {"q": jnp.asarray(q), "k": jnp.asarray(k), "v": jnp.asarray(v)}
+    for name, a in arrays.items():
+        if a.ndim != 2:
+            raise ValueError(
+                f"{name} must have two axes, (tokens, channels); got shape {a.shape}. "
+                "Batch and head axes go through jax.vmap."
+            )
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {a.dtype}. Cast it first.")
+        if 0 in a.shape:
+            raise ValueError(f"{name} must not be empty, got shape {a.shape}.")
+    q, k, v = arrays.values()
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}. "
+            "Cast them to one dtype first."
+        )
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"queries and keys must have the same dimension, got q {q.shape} and k {k.shape}."
+        )
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"keys and values must pair up, got k {k.shape} and v {v.shape}.")
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    if log_weights is None:
+        return q, k, v, jnp.zeros(k.shape[0], dtype)
+    b = jnp.asarray(log_weights)
+    if b.shape != k.shape[:1]:
+        raise ValueError(
+            f"log_weights must have one entry a key, shape {k.shape[:1]}; got {b.shape}."
+        )
+    if not jnp.issubdtype(b.dtype, jnp.floating):
+        raise TypeError(
+            f"log_weights must be floating point, got {b.dtype}. "
+            "A Boolean mask becomes jnp.where(mask, 0.0, -jnp.inf)."
+        )
+    return q, k, v, b.astype(dtype)
+
+
+def _scale(scale, dtype):
+    scale = jnp.asarray(scale)
+    if scale.shape != ():
+        raise ValueError(
+            f"scale must be a scalar, got shape {scale.shape}. One scale a head goes through "
+            "jax.vmap."
+        )
+    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(scale):
+        raise ValueError(f"scale (the inverse temperature) must be finite, got {scale}.")
+    return scale.astype(dtype)
+
+
+def band(causal, window) -> Band:
+    left = right = None
+    if window is not None:
+        pair = window if isinstance(window, tuple) else (window, window)
+        if len(pair) != 2 or not all(isinstance(w, int) and w >= 0 for w in pair):
+            raise ValueError(
+                "window must be a non-negative integer or a pair of them, the keys seen to the "
+                f"left and to the right of the query; got {window!r}."
+            )
+        left, right = pair
+    return left, 0 if causal else right
+
+
+# ------------------------------------------------------------------ the primitives
+
+forward_p = Primitive("jaxflow_expectation")
+tangent_p = Primitive("jaxflow_expectation_tangent")
+cotangent_p = Primitive("jaxflow_expectation_cotangent")
+
+RESIDUALS = 7  # q, k, v, b, scale, mean, lse
+# The operands with one row a query, per primitive; the others have one row a key, or none.
+ROW_OPERANDS = {forward_p: {0}, tangent_p: {0, 5, 6, 7}}
+
+
+def _forward_avals(q, k, v, b, scale, **params):
+    return [q.update(shape=(*q.shape[:-1], v.shape[-1]), dtype=v.dtype),
+            q.update(shape=q.shape[:-1], dtype=b.dtype)]
+
+
+def _tangent_avals(q, k, v, b, scale, *rest, **params):
+    return _forward_avals(q, k, v, b, scale, **params)
+
+
+def _cotangent_avals(q, k, v, b, *rest, **params):
+    return [q.update(dtype=b.dtype), k, v, b]
+
+
+def _forward_jvp(primals, tangents, **params):
+    q, k, v, b, scale = primals
+    dq, dk, dv, db, dscale = tangents
+    mean, lse = forward_p.bind(*primals, **params)
+    du = jnp.zeros(q.shape, b.dtype)
+    if not isinstance(dq, ad.Zero):
+        du = du + scale[..., None, None] * dq.astype(b.dtype)
+    if not isinstance(dscale, ad.Zero):
+        du = du + dscale[..., None, None] * q.astype(b.dtype)
+    linear = du, *map(ad.instantiate_zeros, (dk, dv, db))
+    return (mean, lse), tangent_p.bind(*primals, mean, lse, *linear, **params)
+
+
+def _linear_jvp(primitive: Primitive, portable: Callable):
+    """The jvp of a primitive f(residuals; linear)."""
+
+    def rule(primals, tangents, **params):
+        residuals, linear = primals[:RESIDUALS], primals[RESIDUALS:]
+        dresiduals, dlinear = tangents[:RESIDUALS], tangents[RESIDUALS:]
+        outs = primitive.bind(*primals, **params)
+        parts = []
+        if not all(isinstance(t, ad.Zero) for t in dlinear):
+            dlinear = map(ad.instantiate_zeros, dlinear)
+            parts.append(primitive.bind(*residuals, *dlinear, **params))
+        if not all(isinstance(t, ad.Zero) for t in dresiduals):
+            dresiduals = tuple(map(ad.instantiate_zeros, dresiduals))
+            fn = lambda *residuals: tuple(portable(*residuals, *linear, **params, unrolled=True))
+            parts.append(jax.jvp(fn, residuals, dresiduals)[1])
+        if not parts:
+            return outs, [ad.Zero.from_primal_value(o) for o in outs]
+        return outs, [sum(p[1:], p[0]) for p in zip(*parts, strict=True)]
+
+    return rule
+
+
+def _linear_transpose(transposed: Primitive):
+    """The transpose of a primitive f(residuals; linear) in its linear operands."""
+
+    def rule(cotangents, *operands, **params):
+        residuals, linear = operands[:RESIDUALS], operands[RESIDUALS:]
+        cotangents = map(ad.instantiate_zeros, cotangents)
+        outs = transposed.bind(*residuals, *cotangents, **params)
+        outs = [o if ad.is_undefined_primal(x) else None for o, x in zip(outs, linear, strict=True)]
+        return [None] * RESIDUALS + outs
+
+    return rule
+
+
+def _batch(primitive: Primitive, args, dims, **params):
+    """Moves the batch axis to the front of all operands, or folds it into the query axis.
+
+    A batch of queries that share keys and see all of them is one longer list of queries: probes
+    and Jacobians by forward mode then cost no copy of the keys.
+    """
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    batched = {i for i, d in enumerate(dims) if d is not None}
+    rows = ROW_OPERANDS.get(primitive, set())
+    if params["band"] == (None, None) and batched <= rows:
+        nbatch = args[4].ndim
+        args = list(args)
+        for i in rows:
+            a = _to_front(args[i], dims[i], size)
+            a = jnp.moveaxis(a, 0, nbatch)
+            args[i] = a.reshape((*a.shape[:nbatch], -1, *a.shape[nbatch + 2 :]))
+        outs = primitive.bind(*args, **params)
+        outs = [o.reshape((*o.shape[:nbatch], size, -1, *o.shape[nbatch + 1 :])) for o in outs]
+        return outs, [nbatch] * len(outs)
+    args = [_to_front(a, d, size) for a, d in zip(args, dims, strict=True)]
+    outs = primitive.bind(*args, **params)
+    return outs, [0] * len(outs)
+
+
+def _to_front(a, dim, size):
+    if dim is None:
+        return jnp.broadcast_to(a[None], (size, *a.shape))
+    return jnp.moveaxis(a, dim, 0)
+
+
+def _define(primitive: Primitive, avals: Callable, implementation: Callable):
+    primitive.multiple_results = True
+    compiled = jax.jit(lambda *args, band: primitive.bind(*args, band=band), static_argnames="band")
+    primitive.def_impl(compiled)
+    primitive.def_abstract_eval(avals)
+    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+    batching.primitive_batchers[primitive] = partial(_batch, primitive)
+
+
+_define(forward_p, _forward_avals, blocked.forward)
+_define(tangent_p, _tangent_avals, blocked.tangent)
+_define(cotangent_p, _cotangent_avals, blocked.cotangent)
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_jvps[tangent_p] = _linear_jvp(tangent_p, blocked.tangent)
+ad.primitive_jvps[cotangent_p] = _linear_jvp(cotangent_p, blocked.cotangent)
+ad.primitive_transposes[tangent_p] = _linear_transpose(cotangent_p)
+ad.primitive_transposes[cotangent_p] = _linear_transpose(tangent_p)

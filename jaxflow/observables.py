@@ -1,0 +1,144 @@
+"""What is measured of a flow: functions of a measure, and of (t, mu) for `flow(observe=...)`.
+
+    energy        E_beta[mu] = 1/(2 beta) int int exp(beta <x, y>) mu(dx) mu(dy)
+    clusters      the components of the graph x_i ~ x_j  iff  cos(x_i, x_j) >= threshold
+    correlations  <x_i, x_j>
+    attention     A_ij = the weight of token j in mu_{x_i}
+
+Functions of a measure map over its leading axes (saved times, systems).
+"""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ._types import Scalar, ScalarLike
+from .fields import SelfAttention
+from .kernels import softmax_expectation
+from .measure import Measure
+
+
+def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
+    """E_beta[mu] = 1/(2 beta) sum_ij w_i w_j exp(beta <x_i, x_j>) (arXiv 2312.10794, eq. 3.4).
+
+    With V = Q = K = I it grows along the flow: dE/dt = E|x'|^2 for the unnormalised dynamics.
+    Computed in O(n) memory from the log-partition.
+    """
+    if not isinstance(beta, jax.core.Tracer) and not (np.isfinite(beta) and beta != 0):
+        raise ValueError(f"the energy needs a finite beta other than 0, got {beta}.")
+
+    def one(x, logs):
+        ones = jnp.ones((x.shape[0], 1), x.dtype)
+        log_partition = softmax_expectation(x, x, ones, logs, scale=beta)[1]
+        # E = exp(logsumexp): no overflow before the last step.
+        total = jnp.exp(jax.nn.logsumexp(logs + log_partition))
+        return total / (2 * jnp.asarray(beta, total.dtype))
+
+    return _over_leading(one, mu, "()")
+
+
+def inner_products(mu: Measure) -> Float[Array, "*batch n n"]:
+    """The Gram matrix <x_i, x_j>, shape `(*batch, n, n)`."""
+    return jnp.einsum("...id,...jd->...ij", mu.points, mu.points, precision="highest")
+
+
+def cluster_labels(mu: Measure, threshold: ScalarLike = 0.999) -> Int[Array, "*batch n"]:
+    """Single-linkage clusters of tokens in direction.
+
+    Two tokens are linked where cos(x_i, x_j) >= threshold; a cluster is a connected component.
+    Clusters are numbered 0, 1, ... by their first token; a token without mass (log-weight -inf)
+    is -1. Works under jit, in O(n * block) memory: each sweep takes the least label among the
+    neighbours and then follows labels to their root.
+    """
+
+    def one(x, logs):
+        n = x.shape[0]
+        unit = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+        massive = ~jnp.isneginf(logs)
+        level = jnp.asarray(threshold, x.dtype)
+
+        def sweep(labels):
+            def least(args):
+                xi, label, i_massive = args
+                linked = (jnp.matmul(unit, xi, precision="highest") >= level) & massive & i_massive
+                return jnp.minimum(label, jnp.min(jnp.where(linked, labels, n)))
+
+            rows = unit, labels, massive
+            new = jax.lax.map(least, rows, batch_size=min(n, max(1, 2**21 // n)))
+            # A root takes over the least label that any of its members has seen.
+            new = labels.at[labels].min(new)
+            return jax.lax.while_loop(lambda a: (a != a[a]).any(), lambda a: a[a], new)
+
+        start = jnp.arange(n), jnp.array(True)
+        roots, _ = jax.lax.while_loop(
+            lambda carry: carry[1],
+            lambda carry: (new := sweep(carry[0]), (new != carry[0]).any()),
+            start,
+        )
+        first = (roots == jnp.arange(n)) & massive
+        return jnp.where(massive, jnp.cumsum(first)[roots] - 1, -1)
+
+    return _over_leading(one, mu, "(n)")
+
+
+def cluster_count(mu: Measure, threshold: ScalarLike = 0.999) -> Int[Array, "*batch"]:
+    """The number of clusters of [`jaxflow.observables.cluster_labels`][]."""
+    return cluster_labels(mu, threshold).max(axis=-1) + 1
+
+
+def attention_matrix(
+    field: SelfAttention, mu: Measure, x: Float[Array, "m d"] | None = None
+) -> Float[Array, "m n"]:
+    """A_ij, the weight of token j under mu_{x_i}, for any interaction; x defaults to the tokens.
+
+    The rows of softmax, hardmax and Sinkhorn attention sum to 1.
+    """
+    tokens = field.tokens(mu)
+    q = tokens.queries if x is None else field.tokens(Measure(x)).queries
+    identity = jnp.eye(mu.n, dtype=mu.points.dtype)
+    return field.interaction.expectation(q, tokens, identity, field.beta)
+
+
+# ------------------------------------------------------------------ for flow(observe=...)
+
+
+class AbstractObservable(eqx.Module):
+    """A function (t, mu) -> array that a flow evaluates at each saved time."""
+
+    @abc.abstractmethod
+    def __call__(self, t: ScalarLike, mu: Measure) -> Array:
+        """The value at time t."""
+
+
+class InteractionEnergy(AbstractObservable):
+    """t, mu -> [`jaxflow.observables.interaction_energy`][]; beta may be traced."""
+
+    beta: Scalar
+
+    def __init__(self, beta: ScalarLike):
+        self.beta = jnp.asarray(beta, float)
+
+    def __call__(self, t, mu):
+        return interaction_energy(mu, self.beta)
+
+
+class ClusterCount(AbstractObservable):
+    """t, mu -> [`jaxflow.observables.cluster_count`][]."""
+
+    threshold: Scalar
+
+    def __init__(self, threshold: ScalarLike = 0.999):
+        self.threshold = jnp.asarray(threshold, float)
+
+    def __call__(self, t, mu):
+        return cluster_count(mu, self.threshold)
+
+
+def _over_leading(fn: Callable, mu: Measure, output: str):
+    mapped = jnp.vectorize(fn, signature=f"(n,d),(n)->{output}")
+    return mapped(mu.points, mu.log_probabilities)
