@@ -21,3 +21,8 @@ Scalar = Float[Array, ""]
 # What a caller may pass where an array or a number is meant.
 ArrayLike = jax.Array | np.ndarray | list | tuple
 ScalarLike = float | int | jax.Array | np.ndarray | np.number
+
+
+def accumulation_dtype(dtype) -> np.dtype:
+    """Sums of float16 and bfloat16 numbers are kept in float32, others in their own dtype."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)

@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 
-from ._types import LogWeights, Points, ScalarLike
+from ._types import LogWeights, Points, ScalarLike, accumulation_dtype
 from .fields import AbstractField
 from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
@@ -49,7 +49,8 @@ class FlowSolution(eqx.Module):
       event, or past the last step of `SaveAt(steps=True)`), as diffrax does.
     - `measures`: the measures at those times, points `(times, *batch, n, d)`; `measures[-1]` is
       the last one. `None` if `SaveAt(fn=...)` saved something else.
-    - `observed`: `{name: values}` of `observe`, one entry a saved time.
+    - `observed`: `{name: values}` of `observe`, one entry a saved time, in floating point (counts
+      too, so that a time that was not reached can hold inf).
     - `ys`: what a `SaveAt(fn=...)` of the user's own saved, else `None`.
     - `stats`: `num_steps`, `num_accepted_steps`, `num_rejected_steps`, `max_steps`, and
       `num_evaluations` of the field (`None` for implicit solvers, where it is not known).
@@ -128,7 +129,7 @@ def flow(
     _check_input(field, mu0, t0, t1)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1 or None, got {max_steps}.")
-    dtype = jnp.promote_types(mu0.points.dtype, jnp.float32)
+    dtype = accumulation_dtype(mu0.points.dtype)
     if stepsize_controller is None:
         stepsize_controller = _default_controller(solver, dt0, dtype)
     _check_memory(memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps))
@@ -267,8 +268,11 @@ def _observe(t, y, log_weights, observe):
         mu = Measure(y, log_weights)
         return {name: fn(t, mu) for name, fn in observe.items()}
 
-    values = _over_systems(all_of, y, log_weights)
-    return jtu.tree_map(jnp.asarray, values)
+    def as_float(value):
+        value = jnp.asarray(value)
+        return value if eqx.is_inexact_array(value) else value.astype(y.dtype)
+
+    return jtu.tree_map(as_float, _over_systems(all_of, y, log_weights))
 
 
 def _observe_saved(sol, geometry, log_weights, observe):
@@ -424,7 +428,7 @@ def memory_estimate(
 
     What attention needs beside them is O(n * block), some tens of MB.
     """
-    dtype = jnp.promote_types(mu0.points.dtype, jnp.float32)
+    dtype = accumulation_dtype(mu0.points.dtype)
     state = math.prod(mu0.points.shape) * dtype.itemsize
     stages = 16
     if isinstance(solver, diffrax.AbstractERK):

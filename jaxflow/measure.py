@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._types import ArrayLike, LogWeights, Points, ScalarLike
+from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype
 
 
 class Measure(eqx.Module):
@@ -66,8 +66,8 @@ class Measure(eqx.Module):
     def log_probabilities(self) -> Float[Array, "*batch n"]:
         """log w_j, normalised to sum_j w_j = 1."""
         if self.log_weights is None:
-            return jnp.full(self.points.shape[:-1], -np.log(self.n), _dtype(self.points))
-        logs = jax.nn.log_softmax(self.log_weights.astype(_dtype(self.points)), axis=-1)
+            return jnp.full(self.points.shape[:-1], -np.log(self.n), accumulation_dtype(self.points.dtype))
+        logs = jax.nn.log_softmax(self.log_weights.astype(accumulation_dtype(self.points.dtype)), axis=-1)
         return jnp.broadcast_to(logs, self.points.shape[:-1])
 
     @property
@@ -96,7 +96,8 @@ class Measure(eqx.Module):
         """E_mu[fn(x)] = sum_j w_j fn(x_j), for a function of one token."""
         values = self._map(fn)
         axis = self.points.ndim - 2
-        weights = self.weights.reshape(self.weights.shape + (1,) * (values.ndim - axis - 1))
+        weights = self.weights.astype(values.dtype)
+        weights = weights.reshape(weights.shape + (1,) * (values.ndim - axis - 1))
         return (weights * values).sum(axis=axis)
 
     @property
@@ -119,11 +120,6 @@ class Measure(eqx.Module):
         for _ in range(self.points.ndim - 1):
             fn = jax.vmap(fn)
         return fn(self.points)
-
-
-def _dtype(points: Points):
-    """Weights of half-precision tokens are kept in float32."""
-    return jnp.promote_types(points.dtype, jnp.float32)
 
 
 # ------------------------------------------------------------------ samplers
@@ -159,7 +155,7 @@ def gaussian(
                 f"covariance must be a number or shape {(d, d)}, got {covariance.shape}."
             )
         x = z @ jnp.linalg.cholesky(covariance).T
-    return Measure(jnp.asarray(mean, z.dtype) + x)
+    return Measure(jnp.broadcast_to(jnp.asarray(mean, z.dtype), (n, d)) + x)
 
 
 def von_mises_fisher(
@@ -198,10 +194,10 @@ def von_mises_fisher(
     start = key_cosine, jnp.zeros(n, mean.dtype), jnp.zeros(n, bool)
     _, cosine, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), propose, start)
     tangent = jax.random.normal(key_tangent, (n, d), mean.dtype)
-    tangent = tangent - (tangent @ mean)[:, None] * mean
+    tangent = tangent - (tangent @ mean)[:, None] * mean[None]
     tangent = tangent / jnp.linalg.norm(tangent, axis=1, keepdims=True)
     sine = jnp.sqrt(jnp.maximum(0, 1 - cosine**2))
-    return Measure(cosine[:, None] * mean + sine[:, None] * tangent)
+    return Measure(cosine[:, None] * mean[None] + sine[:, None] * tangent)
 
 
 def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:
@@ -286,7 +282,7 @@ def from_text(
     table = jax.random.normal(key, (len(vocabulary), d))
     table = table / jnp.linalg.norm(table, axis=1, keepdims=True)
     rates = 10000.0 ** (-jnp.arange(0, d, 2) / d)
-    angles = jnp.arange(len(tokens))[:, None] * rates
+    angles = jnp.arange(len(tokens))[:, None] * rates[None]
     code = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(len(tokens), -1)[:, :d]
     x = table[index] + position_scale * code / jnp.linalg.norm(code, axis=1, keepdims=True)
     return Measure(x / jnp.linalg.norm(x, axis=1, keepdims=True)), tokens
@@ -316,10 +312,10 @@ def from_image(image: ArrayLike, patch: int, *, unit: bool = True) -> Measure:
     x = x.reshape(-1, patch * patch * c)
     if not unit:
         return Measure(x)
-    x = x - x.mean(axis=0)
+    x = x - x.mean(axis=0, keepdims=True)
     length = jnp.linalg.norm(x, axis=1, keepdims=True)
     axis = jnp.zeros(x.shape[1], x.dtype).at[0].set(1)
-    return Measure(jnp.where(length > 0, x / jnp.where(length > 0, length, 1), axis))
+    return Measure(jnp.where(length > 0, x / jnp.where(length > 0, length, 1), axis[None]))
 
 
 def _check_sizes(**sizes: int):

@@ -57,8 +57,8 @@ class FeedForward(AbstractField):
             a.astype(x.dtype)
             for a in (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
         )
-        hidden = self.activation(jnp.matmul(x, w1.T, precision="highest") + b1)
-        return self.geometry.project(x, jnp.matmul(hidden, w2.T, precision="highest") + b2)
+        hidden = self.activation(jnp.matmul(x, w1.T, precision="highest") + b1[None])
+        return self.geometry.project(x, jnp.matmul(hidden, w2.T, precision="highest") + b2[None])
 
 
 class LinearDrift(AbstractField):

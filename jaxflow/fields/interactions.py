@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._types import Keys, LogWeights, Queries, Scalar, Values
+from .._types import Keys, LogWeights, Queries, Scalar, Values, accumulation_dtype
 from ..kernels import softmax_expectation
 from ..kernels.expectation import Window, band as _band
 from ..kernels.reference import visible
@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
     @property
     def log_probabilities(self) -> LogWeights:
         n = self.keys.shape[0]
-        dtype = jnp.promote_types(self.keys.dtype, jnp.float32)
+        dtype = accumulation_dtype(self.keys.dtype)
         if self.log_weights is None:
             return jnp.full(n, -np.log(n), dtype)
         return jax.nn.log_softmax(self.log_weights.astype(dtype))
@@ -156,7 +156,7 @@ class Hardmax(AbstractInteraction):
     tolerance: float | None = None
 
     def expectation(self, q, tokens, values, scale):
-        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        dtype = accumulation_dtype(q.dtype)
         keys, values32 = tokens.keys.astype(dtype), values.astype(dtype)
         tolerance = 32 * jnp.finfo(dtype).eps if self.tolerance is None else self.tolerance
         band = _band(tokens.causal, tokens.window)

@@ -30,7 +30,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from .._types import ArrayLike, ScalarLike
+from .._types import ArrayLike, ScalarLike, accumulation_dtype
 from . import blocked, reference
 from .reference import Band
 
@@ -147,7 +147,7 @@ def _operands(q, k, v, log_weights):
         )
     if k.shape[0] != v.shape[0]:
         raise ValueError(f"keys and values must pair up, got k {k.shape} and v {v.shape}.")
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = accumulation_dtype(q.dtype)
     if log_weights is None:
         return q, k, v, jnp.zeros(k.shape[0], dtype)
     b = jnp.asarray(log_weights)

@@ -1,0 +1,37 @@
+# The targets set up .venv when pyproject.toml or constraints.txt changed, and only then.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## Two simulations, with pictures, in runs/
+	$(BIN)/jaxflow simulate --n 512 --d 3 --beta 4 --t1 15 --out runs/demo-sphere
+	$(BIN)/jaxflow simulate --text README.md --out runs/demo-text
+
+test: $(STAMP)  ## The tests; PYTEST_ARGS is passed on
+	$(BIN)/python -m pytest tests -n 2 $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)  ## The benchmarks on this machine
+	$(BIN)/python -m benchmarks
+
+clean:  ## Remove .venv, runs/ and caches
+	rm -rf .venv runs build dist .hypothesis .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# constraints.txt holds the versions that passed on Python 3.11; newer Pythons take newer jax.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	held=$$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info[:2] == (3, 11)))') \
+	&& $(BIN)/python -m pip install --quiet --disable-pip-version-check $$held -e ".[dev]"
+	touch $@

@@ -1,0 +1,36 @@
+"""Every test runs with shapes checked, strict dtypes, no implicit broadcasting of ranks."""
+
+import importlib.util
+
+
+if importlib.util.find_spec("beartype"):
+    import jaxtyping
+
+    jaxtyping.install_import_hook("jaxflow", "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "gpu":
+        return
+    reason = "needs a GPU; none on this machine"
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

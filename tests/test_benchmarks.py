@@ -1,0 +1,92 @@
+"""The benchmarks on tiny shapes: the machinery, not the speed."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from benchmarks import kernels, shapes, timing
+from benchmarks.__main__ import table
+
+PARTICLES = shapes.Shape("tiny-particles", 48, 3, modes=shapes.MODES)
+LANGUAGE = shapes.Shape("tiny-language", 20, 4, batch=3, causal=True, scale=0.5, modes=shapes.MODES)
+has_torch = importlib.util.find_spec("torch") is not None
+
+
+@pytest.fixture(scope="module")
+def report():
+    return kernels.run([PARTICLES, LANGUAGE], ["jaxflow", "jaxflow reference", "jnp"])
+
+
+def test_report_is_json(report):
+    assert json.loads(json.dumps(report)) == report
+    assert {"suite", "device", "versions", "commit", "ceilings", "rows"} <= report.keys()
+    assert report["ceilings"]["flops"] > 0 and report["ceilings"]["exps"] > 0
+
+
+def test_a_row_for_each_shape_mode_and_rival(report):
+    cases = [(r["shape"], r["mode"], r["rival"]) for r in report["rows"]]
+    assert len(cases) == len(set(cases)) == 2 * 3 * 3
+
+
+def test_rows_are_checked_then_timed(report):
+    for row in report["rows"]:
+        # float32 rounding of sums of 48 terms, with room for the exponentials.
+        assert row["error"] < 48 * np.finfo(np.float32).eps
+        assert 0 < row["ms_min"] <= row["ms"]
+        assert row["of_floor"] > 0
+        assert row["rival"] != "jnp" or row["vs_jnp"] == 1
+
+
+def test_table_has_a_line_for_each_row(report):
+    assert table(report["rows"]).row_count == len(report["rows"])
+
+
+def test_causal_shapes_count_half_the_pairs():
+    assert LANGUAGE.pairs == 3 * (20 * 21 // 2)
+    assert PARTICLES.pairs == 48 * 48
+
+
+def test_names_of_shapes_are_unique():
+    names = [s.name for s in shapes.FULL]
+    assert len(names) == len(set(names))
+
+
+def test_rivals_take_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = timing.in_turn(runs, repeats=(3, 3))
+    assert [len(ts) for ts in times.values()] == [3, 3]
+    changes = [x for i, x in enumerate(order) if i == 0 or x != order[i - 1]]
+    assert changes == ["a", "b"] * 4
+
+
+def test_wrong_answers_are_not_timed(monkeypatch):
+    monkeypatch.setattr(kernels, "ours", lambda q, k, v, **_: 1.01 * v)
+    (row,) = kernels.run([shapes.Shape("tiny", 16, 2)], ["jaxflow"])["rows"]
+    assert row["note"] == "wrong" and "ms" not in row
+
+
+def test_naive_refuses_large_scores():
+    shape = shapes.Shape("huge", 2**17, 3)
+    with pytest.raises(kernels.UnavailableError, match="64 GiB"):
+        kernels.rival("jnp").prepare(shape, "forward", kernels.draw(shape))
+
+
+@pytest.mark.slow
+def test_peak_memory_of_scores():
+    row = kernels.run([shapes.particles(4096, 2)], ["jnp"])["rows"][0]
+    assert row["peak_mib"] >= 4096**2 * 4 / 2**20
+
+
+@pytest.mark.skipif(not has_torch, reason="torch is not installed")
+def test_torch_agrees():
+    rows = kernels.run([PARTICLES, LANGUAGE], ["torch"])["rows"]
+    assert [r["mode"] for r in rows] == ["forward", "gradient"] * 2
+    assert all(r["error"] < 1e-5 for r in rows)
+
+
+@pytest.mark.skipif(has_torch, reason="torch is installed")
+def test_absent_torch_is_reported():
+    rows = kernels.run([shapes.Shape("tiny", 16, 2)], ["torch", "keops"])["rows"]
+    assert [r["note"] for r in rows] == ["not installed"] * 2
