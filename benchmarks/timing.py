@@ -21,6 +21,7 @@ PACKAGES = ("jax", "jaxlib", "numpy", "torch", "pykeops")
 SAMPLE_S = 0.02  # short calls are repeated inside a sample until it takes this long
 PAUSE_S = 0.005  # between rivals, so that thread pools that spin for work fall asleep
 SLOW_S = 2.0  # a call that takes longer is made once
+BUDGET_S = 5.0  # for the samples of one case, unless that leaves too few
 
 Runner = Callable[[], object]  # runs one case and returns when the answer is there
 
@@ -33,23 +34,20 @@ def seconds(run: Runner, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def in_turn(
-    runs: Mapping[str, Runner], *, budget_s: float = 5.0, repeats: tuple[int, int] = (5, 25)
-) -> dict[str, list[float]]:
-    """Times of the rivals A, B, C taken in turn, A B C A B C ..., so that a change of the
-    machine's state meets all alike. Repeats until `budget_s` is spent, within `repeats`."""
-    times = {name: [seconds(run)] for name, run in runs.items()}
-    again = {name: run for name, run in runs.items() if times[name][0] < SLOW_S}
-    calls = {name: math.ceil(SAMPLE_S / times[name][0]) for name in again}
-    stop = time.perf_counter() + budget_s
-    fewest, most = repeats
-    for i in range(most):
-        if i >= fewest and time.perf_counter() > stop:
+def in_turn(runs: Mapping[str, Runner], *, repeats: tuple[int, int]) -> dict[str, list[float]]:
+    """Seconds a call of the rivals A, B, C taken in turn, A B C A B C ..., so that a change in
+    the machine's state meets all alike. `repeats` is the least and the most samples of each."""
+    first = {name: seconds(run) for name, run in runs.items()}
+    fast = [name for name in runs if first[name] < SLOW_S]
+    times: dict[str, list[float]] = {name: [] for name in fast}
+    stop = time.perf_counter() + BUDGET_S
+    for i in range(repeats[1]):
+        if i >= repeats[0] and time.perf_counter() > stop:
             break
-        for name, run in again.items():
+        for name in fast:
             time.sleep(PAUSE_S)
-            times[name].append(seconds(run, calls[name]))
-    return {name: ts[1:] or ts for name, ts in times.items()}
+            times[name].append(seconds(runs[name], math.ceil(SAMPLE_S / first[name])))
+    return {name: times.get(name) or [first[name]] for name in runs}
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -62,43 +60,38 @@ def summary(times: list[float]) -> dict[str, float]:
 def peak_mib(run: Runner) -> float:
     """MiB by which one call grows the memory in use, at its worst.
 
-    On an accelerator by JAX's allocator (or torch's), on the CPU by the resident set of this
+    On an accelerator by the allocator of torch or JAX; on the CPU by the resident set of this
     process, for `memory_analysis` does not see the temporaries of a CPU program. A process that
     has freed memory before hides growth: call it in a fresh one (`in_child`).
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    stats = jax.local_devices()[0].memory_stats
-    if (before := stats()) is not None:
-        run()
-        return (stats()["peak_bytes_in_use"] - before["bytes_in_use"]) / 2**20
-    before = _resident_mib("VmRSS:")
-    Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    cuda = torch.cuda if (torch := sys.modules.get("torch")) else None
+    jax_stats = jax.local_devices()[0].memory_stats
+    if cuda is not None and cuda.is_initialized():
+        used, peak = cuda.memory_allocated, cuda.max_memory_allocated
+        cuda.reset_peak_memory_stats()
+    elif jax_stats() is not None:
+        used, peak = (lambda: jax_stats()["bytes_in_use"]), lambda: jax_stats()["peak_bytes_in_use"]
+    else:
+        used, peak = (lambda: _resident("VmRSS:")), lambda: _resident("VmHWM:")
+        Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    before = used()
     run()
-    return _resident_mib("VmHWM:") - before
+    return (peak() - before) / 2**20
 
 
-def _resident_mib(field: str) -> float:
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if field in s)
-    return int(line.split()[1]) / 1024
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(s.split()[1]) for s in lines if s.startswith(field))
 
 
 def in_child(module: str, argument: object, *, timeout_s: float) -> dict:
-    """The JSON that `python -m module <argument as JSON>` prints last, in a fresh process; with a
+    """The JSON that `python -m module <argument as JSON>` prints last, in a fresh process; a
     "note" instead if it fails or takes too long."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", module, json.dumps(argument)]
+    options = {"env": os.environ | {"PYTHONPATH": path}, "timeout": timeout_s}
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", module, json.dumps(argument)],
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, **options)
     except subprocess.TimeoutExpired:
         return {"note": f"over {timeout_s:.0f} s"}
     if done.returncode != 0:
@@ -110,31 +103,26 @@ def in_child(module: str, argument: object, *, timeout_s: float) -> dict:
 
 
 def ceilings() -> dict[str, float]:
-    """The fastest of several runs: flop/s of a large float32 matrix product, exp/s in cache."""
-    on_cpu = jax.default_backend() == "cpu"
-    size = 2048 if on_cpu else 8192
+    """The best of several runs: flop/s of a large float32 matrix product, exp/s of float32."""
+    size, length, terms = (2048, 2**20, 32) if jax.default_backend() == "cpu" else (8192, 2**26, 32)
     a = jnp.ones((size, size), jnp.float32)
-    x = jnp.linspace(-1.0, 0.0, 2**20 if on_cpu else 2**26, dtype=jnp.float32)
-    terms = 32
+    x = jnp.linspace(-1.0, 0.0, length, dtype=jnp.float32)
     gemm = jax.jit(lambda a: a @ a)
     exps = jax.jit(lambda x: sum(jnp.exp((1 + i / terms) * x) for i in range(terms)))
-    work = ((gemm, a, 2 * size**3), (exps, x, terms * x.size))
-    rates = []
-    for fn, operand, amount in work:
-        run = lambda fn=fn, operand=operand: fn(operand).block_until_ready()
-        run()
-        rates.append(amount / min(seconds(run) for _ in range(20)))
-    return {"flops": rates[0], "exps": rates[1]}
+    return {"flops": 2 * size**3 / _fastest(gemm, a), "exps": terms * length / _fastest(exps, x)}
+
+
+def _fastest(fn: Callable[[jax.Array], jax.Array], x: jax.Array, runs: int = 20) -> float:
+    fn(x)
+    return min(seconds(lambda: fn(x).block_until_ready()) for _ in range(runs))
 
 
 def provenance() -> dict[str, object]:
     """Device, versions and commit."""
-    device = jax.local_devices()[0].device_kind
-    if device == "cpu":
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        model = (s.split(":")[1].strip() for s in lines if s.startswith("model name"))
-        device = f"{next(model, platform.processor())}, {os.cpu_count()} cores"
+    device, cpu = jax.local_devices()[0].device_kind, Path("/proc/cpuinfo")
+    if device == "cpu" and cpu.exists():
+        models = [s.split(": ")[1] for s in cpu.read_text().splitlines() if "model name" in s]
+        device = f"{(models or ['cpu'])[0]}, {len(models)} cores"
     return {
         "device": device,
         "python": platform.python_version(),

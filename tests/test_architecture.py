@@ -1,0 +1,103 @@
+"""The rules of the code base, as tests."""
+
+import ast
+import inspect
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import equinox as eqx
+import pytest
+
+import jaxflow
+
+ROOT = pathlib.Path(jaxflow.__file__).parent
+
+# Imports point to a lower layer, or stay within a package.
+LAYERS = {
+    "_types": 0,
+    "measure": 1,
+    "geometry": 1,
+    "kernels": 1,
+    "sharding": 1,
+    "fields": 2,
+    "solvers": 3,
+    "observables": 3,
+    "flow": 4,
+    "density": 5,
+    "models": 5,
+    "training": 6,
+    "viz": 7,
+    "cli": 8,
+}
+
+
+def modules():
+    return sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def top(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """The first-level modules of jaxflow that a file imports."""
+    package = ("jaxflow", *path.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            full = [*base, *(node.module or "").split(".")] if node.module else list(base)
+            names = [[*full, a.name] for a in node.names] if len(full) == 1 else [full]
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+        else:
+            continue
+        found |= {n[1] for n in names if n[0] == "jaxflow" and len(n) > 1}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    for name in imported(path) - {top(path)}:
+        assert LAYERS[name] < LAYERS[top(path)], f"{top(path)} may not import {name}"
+
+
+def test_only_flow_calls_the_solver():
+    callers = {top(p) for p in modules() if "diffeqsolve(" in p.read_text()}
+    assert callers == {"flow"}
+
+
+def classes():
+    for info in pkgutil.walk_packages(jaxflow.__path__, "jaxflow."):
+        module = __import__(info.name, fromlist=["_"])
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and cls.__module__ == info.name and issubclass(cls, eqx.Module):
+                yield cls
+
+
+def test_classes_are_abstract_or_final():
+    """A class that can be instantiated is never subclassed; Abstract* and _Abstract* cannot be."""
+    ours = list(classes())
+    assert ours
+    for cls in ours:
+        abstract = cls.__name__.startswith("Abstract")
+        assert inspect.isabstract(cls) == abstract, cls
+        for base in cls.__mro__[1:]:
+            if base.__module__.startswith("jaxflow."):
+                assert base.__name__.startswith("Abstract"), f"{cls} subclasses final {base}"
+
+
+def test_public_names_exist():
+    assert sorted(jaxflow.__all__) == jaxflow.__all__
+    assert all(hasattr(jaxflow, name) for name in jaxflow.__all__)
+
+
+def test_import_brings_in_no_extra():
+    code = (
+        "import sys, jaxflow; extras = {'matplotlib', 'plotly', 'ott', 'orbax', 'tokenizers', "
+        "'sklearn', 'torch', 'scipy.optimize'}; print(sorted(extras & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

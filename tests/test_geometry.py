@@ -1,0 +1,208 @@
+"""The spaces that tokens live on, against the identities that define them.
+
+Tolerances: float64, and the results are sums of a few terms of size one, so 1e-13 is some hundred
+rounding errors.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxflow.geometry import Euclidean, Sphere
+
+GEOMETRIES = [Euclidean(), Sphere(), Sphere(2.5)]
+SPHERES = [Sphere(), Sphere(2.5)]
+
+pytestmark = pytest.mark.usefixtures("x64")
+every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+every_sphere = pytest.mark.parametrize("geometry", SPHERES, ids=str)
+
+
+def vectors(seed: int, *shape: int):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def point_and_tangent(geometry, n=6, d=4):
+    """Points of the space, and tangent vectors of length 0.1, 0.2, ... there."""
+    x = geometry.retract(vectors(0, n, d))
+    v = geometry.project(x, vectors(1, n, d))
+    lengths = 0.1 * (1 + jnp.arange(n, dtype=v.dtype))
+    return x, v * (lengths / jnp.linalg.norm(v, axis=1))[:, None]
+
+
+@every_geometry
+def test_project_is_an_orthogonal_projection(geometry):
+    """P^2 = P and <P v, w> = <v, P w>."""
+    x, _ = point_and_tangent(geometry)
+    v, w = vectors(2, 6, 4), vectors(3, 6, 4)
+    pv, pw = geometry.project(x, v), geometry.project(x, w)
+    np.testing.assert_allclose(geometry.project(x, pv), pv, rtol=0, atol=1e-13)
+    np.testing.assert_allclose((pv * w).sum(1), (v * pw).sum(1), rtol=0, atol=1e-13)
+
+
+@every_geometry
+def test_normals_and_the_tangent_space_span_everything(geometry):
+    """P v + sum_nu <nu, v> nu = v, with orthonormal nu."""
+    x, _ = point_and_tangent(geometry)
+    v = vectors(2, 6, 4)
+    normals = geometry.normals(x)
+    assert len(normals) == (0 if isinstance(geometry, Euclidean) else 1)
+    total = geometry.project(x, v)
+    for nu in normals:
+        np.testing.assert_allclose(jnp.linalg.norm(nu, axis=1), 1, rtol=1e-13)
+        total = total + (nu * v).sum(axis=1, keepdims=True) * nu
+    np.testing.assert_allclose(total, v, rtol=0, atol=1e-13)
+
+
+@every_sphere
+def test_retract_is_the_nearest_point(geometry):
+    """|retract(x)| = R and |x - retract(x)| = | |x| - R |, the distance of x from the sphere."""
+    x = vectors(0, 6, 4)
+    y = geometry.retract(x)
+    length = jnp.linalg.norm(x, axis=1)
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=1), geometry.radius, rtol=1e-14)
+    distance = jnp.linalg.norm(x - y, axis=1)
+    np.testing.assert_allclose(distance, jnp.abs(length - geometry.radius), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(geometry.retract(y), y, rtol=1e-14)
+
+
+def test_retract_leaves_euclidean_space_alone():
+    x = vectors(0, 6, 4)
+    assert jnp.array_equal(Euclidean().retract(x), x)
+
+
+@every_geometry
+def test_the_derivative_of_retract_is_the_projection(geometry):
+    """D retract(x) v = P_x v at a point x of the space: why a retracted step keeps its order."""
+    x, _ = point_and_tangent(geometry)
+    v = vectors(2, 6, 4)
+    _, derivative = jax.jvp(geometry.retract, (x,), (v,))
+    np.testing.assert_allclose(derivative, geometry.project(x, v), rtol=0, atol=1e-13)
+
+
+@every_geometry
+def test_exp_travels_the_length_of_its_velocity(geometry):
+    """exp stays in the space and distance(x, exp(x, v)) = |v| up to the cut locus."""
+    x, v = point_and_tangent(geometry)
+    y = geometry.exp(x, v)
+    assert geometry.contains(y).all()
+    length = jnp.linalg.norm(v, axis=1)
+    np.testing.assert_allclose(geometry.distance(x, y), length, rtol=1e-13)
+    np.testing.assert_allclose(geometry.distance(y, x), length, rtol=1e-13)
+
+
+@every_geometry
+def test_exp_is_a_geodesic(geometry):
+    """c(t) = exp(x, t v): c(0) = x, c'(0) = v, and P c'' = 0 along the whole curve."""
+    x, v = point_and_tangent(geometry)
+    curve = lambda t: geometry.exp(x, t * v)
+    velocity = lambda t: jax.jvp(curve, (t,), (jnp.ones_like(t),))[1]
+    zero, later = jnp.asarray(0.0), jnp.asarray(0.7)
+    np.testing.assert_allclose(curve(zero), x, rtol=1e-14)
+    np.testing.assert_allclose(velocity(zero), v, rtol=0, atol=1e-14)
+    acceleration = jax.jvp(velocity, (later,), (jnp.ones_like(later),))[1]
+    tangential = geometry.project(curve(later), acceleration)
+    np.testing.assert_allclose(tangential, jnp.zeros_like(x), rtol=0, atol=1e-13)
+
+
+@every_sphere
+def test_the_great_circle_closes(geometry):
+    """exp(x, v) is the antipode of x at |v| = pi R, and x again at 2 pi R."""
+    x, v = point_and_tangent(geometry)
+    half = jnp.pi * geometry.radius * v / jnp.linalg.norm(v, axis=1, keepdims=True)
+    np.testing.assert_allclose(geometry.exp(x, half), -x, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(geometry.exp(x, 2 * half), x, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(geometry.distance(x, -x), jnp.pi * geometry.radius, rtol=1e-14)
+
+
+@every_sphere
+@pytest.mark.parametrize("angle", [1e-3, 1e-6, 1e-9])
+def test_distance_keeps_its_accuracy_near_0_and_pi(geometry, angle):
+    """Where arccos(<x, y>) would lose half the digits.
+
+    y is rounded to 1 ulp of its length, an absolute error of about 2e-16 in the angle.
+    """
+    x, v = point_and_tangent(geometry)
+    y = geometry.exp(x, angle * geometry.radius * v / jnp.linalg.norm(v, axis=1, keepdims=True))
+    near = geometry.distance(x, y) / geometry.radius
+    np.testing.assert_allclose(near, angle, rtol=0, atol=1e-15)
+    far = geometry.distance(x, -y) / geometry.radius
+    np.testing.assert_allclose(np.pi - far, angle, rtol=0, atol=2e-15)
+
+
+@every_geometry
+def test_derivatives_are_finite_at_distance_zero(geometry):
+    """distance has derivative 0 at y = x by convention; D_v exp(x, v) is the identity at v = 0."""
+    x, v = point_and_tangent(geometry)
+    gradient = jax.grad(lambda y: geometry.distance(x, y).sum())(x)
+    np.testing.assert_array_equal(gradient, jnp.zeros_like(x))
+    _, derivative = jax.jvp(lambda v: geometry.exp(x, v), (jnp.zeros_like(v),), (v,))
+    np.testing.assert_allclose(derivative, v, rtol=0, atol=1e-15)
+    gradient = jax.grad(lambda v: geometry.exp(x, v).sum())(jnp.zeros_like(v))
+    np.testing.assert_allclose(gradient, jnp.ones_like(v), rtol=0, atol=1e-15)
+
+
+@every_geometry
+def test_the_gradient_of_distance_is_a_unit_vector(geometry):
+    """grad_y distance(x, y), projected at y, has length 1 wherever 0 < distance < pi R."""
+    x, v = point_and_tangent(geometry)
+    y = geometry.exp(x, v)
+    gradient = jax.grad(lambda y: geometry.distance(x, y).sum())(y)
+    length = jnp.linalg.norm(geometry.project(y, gradient), axis=1)
+    np.testing.assert_allclose(length, 1, rtol=1e-13)
+
+
+@every_geometry
+def test_divergence_correction(geometry):
+    """tr(P D(P F) P) = tr(P DF) + correction, for a nonlinear F."""
+    matrix = vectors(4, 4, 4)
+    force = lambda x: jnp.tanh(matrix @ x)
+    field = lambda x: geometry.project(x, force(x))
+
+    def difference(x):
+        projection = jax.vmap(lambda e: geometry.project(x, e))(jnp.eye(4))
+        whole = jnp.trace(projection @ jax.jacfwd(field)(x))
+        return whole - jnp.trace(projection @ jax.jacfwd(force)(x))
+
+    x, _ = point_and_tangent(geometry)
+    correction = geometry.divergence_correction(x, jax.vmap(force)(x))
+    np.testing.assert_allclose(correction, jax.vmap(difference)(x), rtol=0, atol=1e-12)
+
+
+@every_sphere
+def test_contains_accepts_rounding_and_no_more(geometry):
+    """Rounding of float32 passes in float32 and not in float64."""
+    x, _ = point_and_tangent(geometry)
+    rounded = x.astype(jnp.float32)
+    assert geometry.contains(x).all()
+    assert geometry.contains(rounded).all()
+    assert not geometry.contains(rounded.astype(jnp.float64)).any()
+    assert not geometry.contains(1.01 * x).any()
+    assert not geometry.contains(1.01 * rounded).any()
+
+
+def test_euclidean_space_contains_everything():
+    assert Euclidean().contains(1e3 * vectors(0, 6, 4)).all()
+
+
+@every_geometry
+def test_methods_map_over_leading_axes_and_keep_the_dtype(geometry):
+    """A stack (2, 3, d) in float32 gives what each row gives, in float32."""
+    x, v = (a.astype(jnp.float32) for a in point_and_tangent(geometry))
+    xs, vs = x.reshape(2, 3, 4), v.reshape(2, 3, 4)
+    for method in ("project", "exp", "distance", "divergence_correction"):
+        fn = getattr(geometry, method)
+        stacked, rows = fn(xs, vs), jax.vmap(fn)(x, v)
+        assert stacked.dtype == jnp.float32
+        # The same operations on the same numbers, which XLA may fuse otherwise: some ulp.
+        np.testing.assert_allclose(stacked.reshape(rows.shape), rows, rtol=1e-6, atol=1e-6)
+    assert geometry.retract(xs).dtype == jnp.float32
+    assert geometry.retract(xs).shape == xs.shape
+    assert geometry.contains(xs).shape == (2, 3)
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan")])
+def test_a_radius_must_be_positive(radius):
+    with pytest.raises(ValueError, match=f"radius of a sphere must be positive, got {radius}"):
+        Sphere(radius)
