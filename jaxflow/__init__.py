@@ -6,7 +6,7 @@ The map, in reading order:
 
     measure      mu                    Measure, and samplers in `jaxflow.measure`
     geometry     where tokens live     Sphere, Euclidean
-    field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b, 2.0 * a
+    field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b
     flow         X -> mu(T)            flow(field, mu0, t1=...)
     observables  functions of (t, mu)  `jaxflow.observables`
     pictures     `jaxflow.viz`

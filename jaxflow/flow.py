@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-
 from ._types import LogWeights, Points, ScalarLike, accumulation_dtype
 from .fields import AbstractField
 from .geometry import AbstractGeometry, Euclidean
@@ -153,7 +152,17 @@ def flow(
 
 @eqx.filter_jit
 def _solve(
-    field, mu0, times, solver, controller, saveat, adjoint, event, max_steps, progress_meter, observe
+    field,
+    mu0,
+    times,
+    solver,
+    controller,
+    saveat,
+    adjoint,
+    event,
+    max_steps,
+    progress_meter,
+    observe,
 ):
     geometry, log_weights = field.geometry, mu0.log_weights
     t0, t1, dt0 = times

@@ -1,6 +1,6 @@
 """Measures: prompts as weighted point clouds, and samplers of their laws.
 
-    mu = sum_j w_j delta_{x_j},  w_j >= 0,  sum_j w_j = 1
+mu = sum_j w_j delta_{x_j},  w_j >= 0,  sum_j w_j = 1
 """
 
 import re
@@ -66,8 +66,12 @@ class Measure(eqx.Module):
     def log_probabilities(self) -> Float[Array, "*batch n"]:
         """log w_j, normalised to sum_j w_j = 1."""
         if self.log_weights is None:
-            return jnp.full(self.points.shape[:-1], -np.log(self.n), accumulation_dtype(self.points.dtype))
-        logs = jax.nn.log_softmax(self.log_weights.astype(accumulation_dtype(self.points.dtype)), axis=-1)
+            return jnp.full(
+                self.points.shape[:-1], -np.log(self.n), accumulation_dtype(self.points.dtype)
+            )
+        logs = jax.nn.log_softmax(
+            self.log_weights.astype(accumulation_dtype(self.points.dtype)), axis=-1
+        )
         return jnp.broadcast_to(logs, self.points.shape[:-1])
 
     @property
@@ -236,7 +240,7 @@ def simplex(n: int, d: int, rho: ScalarLike = 0.0) -> Measure:
     x = jnp.sqrt(1 - rho) * (jnp.eye(n, dtype=rho.dtype) - ones) + along * ones
     if d >= n:
         return Measure(jnp.pad(x, ((0, 0), (0, d - n))))
-    # The regular simplex in its own hyperplane: coordinates in an orthonormal basis orthogonal to 1.
+    # The regular simplex spans the hyperplane orthogonal to 1: coordinates in a basis of it.
     basis = jnp.linalg.qr(jnp.concatenate([jnp.ones((n, 1), rho.dtype), jnp.eye(n)[:, :-1]], 1))[0]
     return Measure(x @ basis[:, 1:])
 

@@ -1,6 +1,6 @@
 """One-step methods that respect the geometry, as diffrax solvers.
 
-    Retracted(solver)   y_{k+1} = retract(step(y_k)): any diffrax method, projected back after each step
+Retracted(solver)   y_{k+1} = retract(step(y_k)): any diffrax method, projected back after each step
 """
 
 import diffrax

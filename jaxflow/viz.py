@@ -32,9 +32,11 @@ from .measure import Measure
 from .observables import attention_matrix, cluster_count, cluster_labels
 
 if TYPE_CHECKING:
-    import matplotlib.axes
-    import matplotlib.figure
-    import plotly.graph_objects
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from plotly.graph_objects import Figure as Page
+else:  # an annotation imports no extra
+    Axes = Figure = Page = Any
 
 System = int | tuple[int, ...] | None
 
@@ -57,7 +59,7 @@ def sphere(
     max_points: int = 5000,
     max_frames: int = 151,
     labels: Sequence[str] | None = None,
-) -> "plotly.graph_objects.Figure":
+) -> Page:
     """An interactive figure that plays a flow: play, pause, a slider of t, colour by cluster.
 
     `sphere(sol).write_html("flow.html")` writes one self-contained page. A token has the colour of
@@ -85,7 +87,9 @@ def sphere(
     panels = {"number of clusters": run.cluster_counts(threshold)}
     panels |= {} if run.energy is None else {"energy": run.energy}
 
-    figure = _still(run, x, _axis_names(directions, "x<sub>{}</sub>", "⟨x, v<sub>{}</sub>⟩"), panels)
+    figure = _still(
+        run, x, _axis_names(directions, "x<sub>{}</sub>", "⟨x, v<sub>{}</sub>⟩"), panels
+    )
     still = len(figure.data)
     figure.add_trace(_tokens(go, x[0], clusters[shown], hover), row=1, col=1)
     for row, values in enumerate(panels.values(), 1):
@@ -123,13 +127,15 @@ def _still(run, x, names, panels):
         figure.add_trace(go.Scatter(x=run.ts, y=values, mode="lines", line=line), row=row, col=2)
         figure.update_xaxes(title_text="t", row=row, col=2)
         figure.update_yaxes(title_text=name, row=row, col=2)
-    figure.update_yaxes(type="log", tickvals=_ROUND, row=1, col=2)
+    most = np.log10(panels["number of clusters"].max())
+    figure.update_yaxes(type="log", range=[-0.1, most + 0.2], tickvals=_ROUND, row=1, col=2)
     ranges = _limits(x, run.radius).tolist()
-    axes = [dict(title_text=a, range=r, nticks=5) for a, r in zip(names, ranges, strict=True)]
+    axes = [dict(title_text=a, range=r, nticks=4) for a, r in zip(names, ranges, strict=True)]
     if len(axes) == 3:
         figure.update_scenes(**dict(zip(("xaxis", "yaxis", "zaxis"), axes, strict=True)))
-        figure.update_scenes(aspectmode="cube", camera_eye=dict(x=1.1, y=1.1, z=0.5))
-        figure.update_scenes(camera_projection_type="orthographic")
+        figure.update_scenes(aspectratio=dict.fromkeys("xyz", 1.3))
+        camera = dict(eye=dict(x=1.1, y=1.1, z=0.6), projection_type="orthographic")
+        figure.update_scenes(camera=camera, aspectmode="manual")
     else:
         figure.update_xaxes(**axes[0], constrain="domain", row=1, col=1)
         figure.update_yaxes(**axes[1], constrain="domain", row=1, col=1)
@@ -140,13 +146,13 @@ def _still(run, x, names, panels):
         font_size=14,
         showlegend=False,
         uirevision="the reader's view outlives a frame",
-        margin=dict(l=60, r=30, t=80, b=30),
+        margin=dict(l=60, r=60, t=80, b=30),
     )
 
 
 def _tokens(go, x, clusters=None, hover=None):
     """The tokens; a frame gives their coordinates alone."""
-    kind, size = (go.Scatter3d, 4) if x.shape[1] == 3 else (go.Scatter, 9)
+    kind, size = (go.Scatter3d, 5) if x.shape[1] == 3 else (go.Scatter, 9)
     if clusters is None:
         return kind(_place(x))
     colour, marker = _style(clusters)
@@ -167,7 +173,7 @@ def _now(go, ts, values, k):
         text=[_short(values[k])],
         mode="markers+text",
         marker=dict(color=_COLOURS[1], size=11),
-        textposition="top center",
+        textposition=f"{'bottom' if values[-1] > values[0] else 'top'} right",
         textfont_color=_COLOURS[1],
         cliponaxis=False,
         hoverinfo="skip",
@@ -187,7 +193,9 @@ def _outline(go, radius, d):
     u, v = np.ogrid[0 : np.pi : 25j, 0 : 2 * np.pi : 49j]
     ball = [np.sin(u) * np.cos(v), np.sin(u) * np.sin(v), np.cos(u) + 0 * v]
     x, y, z = np.round(0.98 * radius * np.array(ball, np.float32), 4)
-    look = dict(showscale=False, hoverinfo="skip", opacity=0.5, lighting=dict(ambient=1, diffuse=0))
+    look = dict(
+        showscale=False, hoverinfo="skip", opacity=0.35, lighting=dict(ambient=1, diffuse=0)
+    )
     return [go.Surface(x=x, y=y, z=z, colorscale=["white", "white"], **look), wires]
 
 
@@ -223,12 +231,8 @@ def _controls(ts):
 
 
 def summary(
-    sol: FlowSolution,
-    *,
-    system: System = None,
-    threshold: float = 0.999,
-    title: str | None = None,
-) -> "matplotlib.figure.Figure":
+    sol: FlowSolution, *, system: System = None, threshold: float = 0.999, title: str | None = None
+) -> Figure:
     """One sheet: the tokens at the first and last time, then <x_i, x_j>, clusters, energy over t.
 
     Arguments as in [`jaxflow.viz.sphere`][]. Tokens are coloured by cluster at the last time.
@@ -263,8 +267,8 @@ def points(
     directions: ArrayLike | None = None,
     labels: Sequence[str] | None = None,
     geometry: AbstractGeometry = Sphere(),
-    ax: "matplotlib.axes.Axes | None" = None,
-) -> "matplotlib.axes.Axes":
+    ax: Axes | None = None,
+) -> Axes:
     """The tokens of one measure, coloured by cluster; in three dimensions where d >= 3.
 
     **Arguments:**
@@ -284,14 +288,19 @@ def points(
         ax.plot(*line, color=_FAINT, linewidth=0.5, zorder=0)
     for m, shape in enumerate(_MARKERS.values()):
         own = marker == m
-        look = dict(c=colour[own], marker=shape, edgecolors="white", linewidths=0.4)
+        look = dict(c=colour[own], marker=shape, s=36, edgecolors="white", linewidths=0.4)
         ax.scatter(*x[own].T, **look)
     for word, place in zip(_token_names(labels, mu.n) if labels else (), x, strict=False):
         ax.text(*place, f" {word}")
     for axis, name, limits in zip(
-        "xyz", _axis_names(directions, "$x_{}$", r"$\langle x, v_{} \rangle$"), _limits(x, run.radius), strict=False
+        "xyz",
+        _axis_names(directions, "$x_{}$", r"$\langle x, v_{} \rangle$"),
+        _limits(x, run.radius),
+        strict=False,
     ):
         ax.set(**{f"{axis}label": name, f"{axis}lim": limits})
+        ax.locator_params(axis, nbins=4)
+    ax.grid(False)
     if run.radius is not None:
         ax.set_aspect("equal")
     return ax
@@ -303,8 +312,8 @@ def inner_product_histogram(
     system: System = None,
     bins: int = 80,
     max_points: int = 300,
-    ax: "matplotlib.axes.Axes | None" = None,
-) -> "matplotlib.axes.Axes":
+    ax: Axes | None = None,
+) -> Axes:
     """The density of <x_i, x_j>, i != j, against t, a pair weighted by w_i w_j.
 
     On a sphere of radius R, a cluster is mass at R^2. Beyond `max_points` tokens, evenly spaced
@@ -331,25 +340,21 @@ def inner_product_histogram(
 
 
 def cluster_staircase(
-    sol: FlowSolution,
-    *,
-    system: System = None,
-    threshold: float = 0.999,
-    ax: "matplotlib.axes.Axes | None" = None,
-) -> "matplotlib.axes.Axes":
+    sol: FlowSolution, *, system: System = None, threshold: float = 0.999, ax: Axes | None = None
+) -> Axes:
     """The number of clusters against t, on a logarithmic scale."""
     run, ax = _run(sol, system), _axes(ax)
-    ax.step(run.ts, run.cluster_counts(threshold), where="post", color=_COLOURS[0])
+    counts = run.cluster_counts(threshold)
+    ax.step(run.ts, counts, where="post", color=_COLOURS[0])
+    ticks = [k for k in _ROUND if k <= 2 * counts.max()]
     ax.set_yscale("log")
-    ax.set_yticks(_ROUND, [str(k) for k in _ROUND])
+    ax.set_yticks(ticks, map(str, ticks))
     ax.minorticks_off()
     ax.set(xlabel="$t$", ylabel="number of clusters")
     return ax
 
 
-def energy_curve(
-    sol: FlowSolution, *, system: System = None, ax: "matplotlib.axes.Axes | None" = None
-) -> "matplotlib.axes.Axes":
+def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = None) -> Axes:
     """The energy against t, for a flow with `observe={"energy": InteractionEnergy(beta)}`."""
     run = _run(sol, system)
     if run.energy is None:
@@ -368,8 +373,8 @@ def attention(
     mu: Measure,
     *,
     labels: Sequence[str] | None = None,
-    ax: "matplotlib.axes.Axes | None" = None,
-) -> "matplotlib.axes.Axes":
+    ax: Axes | None = None,
+) -> Axes:
     """The matrix A_ij, the weight of token j for token i; `labels` is a word a token."""
     matrix, ax = np.asarray(attention_matrix(field, mu)), _axes(ax)
     image = ax.imshow(matrix, vmin=min(0, matrix.min()), cmap="cividis")

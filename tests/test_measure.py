@@ -30,6 +30,12 @@ KEY = jax.random.key(0)
 x64 = pytest.mark.usefixtures("x64")
 
 
+@jax.jit
+def sample_von_mises_fisher(mean, concentration):
+    """20,000 points; direction and concentration are data, so one dimension compiles once."""
+    return von_mises_fisher(20_000, mean, concentration, key=KEY).points
+
+
 def gram(mu: Measure):
     return np.asarray(jf.observables.inner_products(mu))
 
@@ -80,6 +86,7 @@ def test_indexing_runs_over_the_leading_axis():
     assert jnp.array_equal(mu[jnp.array([2, 0])].points, points[jnp.array([2, 0])])
 
 
+# BUG: Measure has no __iter__, and indexing past the end does not raise: iteration never ends.
 def test_iteration_ends_after_the_last_measure():
     points = jax.random.normal(KEY, (3, 4, 2))
     measures = list(islice(iter(Measure(points)), 10))
@@ -93,9 +100,8 @@ def test_indexing_keeps_shared_weights_and_indexes_separate_ones():
     assert jnp.array_equal(Measure(points, shared)[1].log_weights, shared)
     assert jnp.array_equal(Measure(points, separate)[1].log_weights, separate[1])
     assert Measure(points)[1].log_weights is None
-    np.testing.assert_array_equal(
-        Measure(points, shared).weights, jnp.broadcast_to(jax.nn.softmax(shared), (3, 4))
-    )
+    weights = jnp.broadcast_to(jax.nn.softmax(shared), (3, 4))
+    np.testing.assert_allclose(Measure(points, shared).weights, weights, rtol=1e-6)  # float32
 
 
 def test_one_measure_has_no_leading_axis():
@@ -120,12 +126,13 @@ def test_expectation_mean_and_covariance(batch, weights):
     np.testing.assert_allclose(mu.expectation(lambda x: x), mu.mean, rtol=0, atol=1e-14)
     np.testing.assert_allclose(mu.expectation(lambda x: jnp.asarray(1.0)), 1, rtol=1e-14)
     np.testing.assert_allclose(norm, jnp.trace(second, axis1=-2, axis2=-1), rtol=1e-14)
-    flat_points, flat_weights = (np.asarray(a).reshape(-1, 6, *a.shape[len(batch) + 1 :])
-                                 for a in (mu.points, mu.weights))
+    flat_points, flat_weights = (
+        np.asarray(a).reshape(-1, 6, *a.shape[len(batch) + 1 :]) for a in (mu.points, mu.weights)
+    )
     means = np.stack([np.average(p, 0, w) for p, w in zip(flat_points, flat_weights, strict=True)])
-    covariances = np.stack([
-        np.cov(p.T, aweights=w, ddof=0) for p, w in zip(flat_points, flat_weights, strict=True)
-    ])
+    covariances = np.stack(
+        [np.cov(p.T, aweights=w, ddof=0) for p, w in zip(flat_points, flat_weights, strict=True)]
+    )
     np.testing.assert_allclose(mu.mean, means.reshape(*batch, 3), rtol=0, atol=1e-14)
     np.testing.assert_allclose(mu.covariance, covariances.reshape(*batch, 3, 3), rtol=0, atol=1e-14)
 
@@ -180,7 +187,6 @@ IMAGE = np.arange(24.0).reshape(4, 6)
 SAMPLERS = {
     "uniform_sphere": lambda: uniform_sphere(5, 3, key=KEY),
     "gaussian": lambda: gaussian(5, 3, key=KEY, mean=[1.0, 2.0, 3.0], covariance=np.eye(3)),
-    "von_mises_fisher": lambda: von_mises_fisher(5, [1.0, 1.0, 0.0], 2.0, key=KEY),
     "circle": lambda: circle(5, phase=1.0),
     "from_angles": lambda: from_angles([0.0, 1.0]),
     "simplex": lambda: simplex(5, 6, 0.2),
@@ -241,7 +247,7 @@ def test_gaussian_covariance_must_fit():
         gaussian(4, 3, key=KEY, covariance=np.eye(2))
 
 
-@pytest.mark.parametrize("d, kappa", [(2, 0.5), (3, 4.0), (3, 300.0), (8, 20.0)])
+@pytest.mark.parametrize("d, kappa", [(2, 0.5), (2, 300.0), (5, 4.0), (5, 30.0)])
 def test_von_mises_fisher(d, kappa):
     """E<m, x> = A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa), Var<m, x> = 1 - A^2 - (d-1) A/kappa.
 
@@ -249,9 +255,7 @@ def test_von_mises_fisher(d, kappa):
     Statistics, sec. 9.3).
     """
     direction = np.arange(1.0, d + 1)
-    mu = von_mises_fisher(20_000, direction, kappa, key=KEY)
-    x = np.asarray(mu.points, np.float64)
-    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-6)  # float32
+    x = np.asarray(sample_von_mises_fisher(direction, kappa), np.float64)
     m = direction / np.linalg.norm(direction)
     length = ive(d / 2, kappa) / ive(d / 2 - 1, kappa)
     close_to_mean(x @ m, length, 1 - length**2 - (d - 1) * length / kappa)
@@ -261,11 +265,20 @@ def test_von_mises_fisher(d, kappa):
     close_to_mean(spread, length / kappa, spread.var())
 
 
-def test_von_mises_fisher_with_traced_concentration():
-    """The concentration is data: one compilation serves all."""
-    sample = jax.jit(lambda kappa: von_mises_fisher(100, [0.0, 0.0, 1.0], kappa, key=KEY).points)
-    spread = [float(1 - sample(kappa)[:, 2].mean()) for kappa in (1.0, 10.0, 100.0)]
-    assert spread[0] > spread[1] > spread[2] > 0
+# BUG: in float32 the tangent is not orthogonal to the mean where the normal sample was nearly
+# parallel to it; lengths are off by up to 3e-4 here, and by 1e-2 among 400,000 points.
+@pytest.mark.parametrize("d", [2, 5])
+def test_von_mises_fisher_is_on_the_sphere(d):
+    x = np.asarray(sample_von_mises_fisher(np.arange(1.0, d + 1), 0.5), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-6)  # float32
+
+
+@x64
+def test_von_mises_fisher_in_float64():
+    x = sample_von_mises_fisher([3.0, -4.0], 2.0)
+    assert x.dtype == jnp.float64
+    length = ive(1, 2.0) / ive(0, 2.0)
+    close_to_mean(x @ np.array([0.6, -0.8]), length, 1 - length**2 - length / 2.0)
 
 
 @pytest.mark.parametrize("mean", [[1.0], [[1.0, 0.0]]], ids=["d=1", "matrix"])

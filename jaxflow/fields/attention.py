@@ -120,7 +120,8 @@ class SelfAttention(AbstractDivergenceField):
 class MultiHeadAttention(AbstractDivergenceField):
     """Multi-head attention of a transformer, as a field.
 
-        X[mu](x) = P_x ( sum_h O_h E_{mu_x^h}[V_h y] ),   mu_x^h proportional to exp(beta <Q_h x, K_h y>) mu
+        X[mu](x) = P_x ( sum_h O_h E_{mu_x^h}[V_h y] )
+        mu_x^h(dy) proportional to exp(beta <Q_h x, K_h y>) mu(dy)
 
     **Arguments:**
 
@@ -161,7 +162,9 @@ class MultiHeadAttention(AbstractDivergenceField):
         p = dim // heads
         shapes = [(heads, p, dim)] * 3 + [(heads, dim, p)]
         keys = jax.random.split(key, 4)
-        matrices = [jax.random.normal(k, s) / np.sqrt(dim) for k, s in zip(keys, shapes, strict=True)]
+        matrices = [
+            jax.random.normal(k, s) / np.sqrt(dim) for k, s in zip(keys, shapes, strict=True)
+        ]
         self.query, self.key, self.value, self.output = matrices
         self.beta = _temperature(1 / np.sqrt(p) if beta is None else beta)
         self.interaction = interaction

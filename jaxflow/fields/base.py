@@ -28,9 +28,7 @@ class AbstractField(eqx.Module):
     geometry: eqx.AbstractVar[AbstractGeometry]
 
     @abc.abstractmethod
-    def __call__(
-        self, t: ScalarLike, x: Float[Array, "m d"], mu: Measure
-    ) -> Float[Array, "m d"]:
+    def __call__(self, t: ScalarLike, x: Float[Array, "m d"], mu: Measure) -> Float[Array, "m d"]:
         """X_t[mu](x_i) for each row of x."""
 
     def __add__(self, other: "AbstractField") -> "Sum":
@@ -53,9 +51,7 @@ class AbstractDivergenceField(AbstractField):
     """A field that knows its divergence in closed form."""
 
     @abc.abstractmethod
-    def divergence(
-        self, t: ScalarLike, x: Float[Array, "m d"], mu: Measure
-    ) -> Float[Array, " m"]:
+    def divergence(self, t: ScalarLike, x: Float[Array, "m d"], mu: Measure) -> Float[Array, " m"]:
         """div X_t[mu](x_i) at fixed mu, for each row of x."""
 
 
@@ -93,9 +89,7 @@ class Scaled(AbstractDivergenceField):
     def __init__(self, factor: ScalarLike, field: AbstractField):
         self.factor = jnp.asarray(factor, float)
         if self.factor.shape != ():
-            raise ValueError(
-                f"a field is multiplied by a scalar, got shape {self.factor.shape}."
-            )
+            raise ValueError(f"a field is multiplied by a scalar, got shape {self.factor.shape}.")
         self.field = field
 
     @property

@@ -1,7 +1,7 @@
 """Fields that move each token on its own.
 
-    FeedForward   X(x) = P_x ( W2 sigma(W1 x + b1) + b2 )
-    LinearDrift   X(x) = P_x ( A x )
+FeedForward   X(x) = P_x ( W2 sigma(W1 x + b1) + b2 )
+LinearDrift   X(x) = P_x ( A x )
 """
 
 from collections.abc import Callable
@@ -73,9 +73,7 @@ class LinearDrift(AbstractField):
     matrix: Float[Array, ""] | Float[Array, "d d"]
     geometry: AbstractGeometry
 
-    def __init__(
-        self, matrix: ArrayLike | ScalarLike, *, geometry: AbstractGeometry = Euclidean()
-    ):
+    def __init__(self, matrix: ArrayLike | ScalarLike, *, geometry: AbstractGeometry = Euclidean()):
         matrix = jnp.asarray(matrix, float)
         if matrix.ndim not in (0, 2) or len(set(matrix.shape)) > 1:
             raise ValueError(f"matrix must be a number or (d, d), got shape {matrix.shape}.")

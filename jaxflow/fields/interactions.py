@@ -22,12 +22,13 @@ from jaxtyping import Array, Float
 
 from .._types import Keys, LogWeights, Queries, Scalar, Values, accumulation_dtype
 from ..kernels import softmax_expectation
-from ..kernels.expectation import Window, band as _band
+from ..kernels.expectation import Window
+from ..kernels.expectation import band as _band
 from ..kernels.reference import visible
 
 
 class Tokens(NamedTuple):
-    """What an interaction needs of the measure: queries Q y, keys K y, log-weights, and the mask."""
+    """What an interaction needs of the measure: Q y, K y, the log-weights and the mask."""
 
     queries: Queries
     keys: Keys
@@ -77,7 +78,7 @@ class AbstractInteraction(eqx.Module):
         slopes: Float[Array, "n d"],
         scale: Scalar,
     ) -> Float[Array, " m"]:
-        """tr D_x E_{mu_x}[v] at fixed mu; `slopes` are k'(y_j), the derivatives of s(x, y_j) in x."""
+        """tr D_x E_{mu_x}[v] at fixed mu; `slopes` are k'(y_j) = D_x s(x, y_j)."""
 
 
 def _moment_channels(values, slopes):
@@ -125,9 +126,12 @@ class Linear(AbstractInteraction):
         weights = jnp.exp(tokens.log_probabilities).astype(values.dtype)
         keys = weights[:, None] * tokens.keys
         if not tokens.causal and tokens.window is None:
-            return scale.astype(q.dtype) * (q @ (keys.T @ values))
+            moment = jnp.matmul(keys.T, values, precision="highest")
+            return scale.astype(q.dtype) * jnp.matmul(q, moment, precision="highest")
         moments = keys[:, :, None] * values[:, None, :]
-        return scale.astype(q.dtype) * jnp.einsum("mp,mpr->mr", q, _visible_sums(moments, q, tokens))
+        return scale.astype(q.dtype) * jnp.einsum(
+            "mp,mpr->mr", q, _visible_sums(moments, q, tokens)
+        )
 
     def trace(self, q, tokens, values, slopes, scale):
         weights = jnp.exp(tokens.log_probabilities).astype(values.dtype)
@@ -184,7 +188,7 @@ class Hardmax(AbstractInteraction):
 
 
 class Sinkhorn(AbstractInteraction):
-    """Sinkhorn attention: the law with density exp(s(x, y) + f(x) + g(y)), rows and columns of mass 1.
+    """Sinkhorn attention: density exp(s(x, y) + f(x) + g(y)), rows and columns of mass 1.
 
         f_i = -log sum_j w_j e^{s_ij + g_j},    g_j = -log sum_i w_i e^{s_ij + f_i}
 

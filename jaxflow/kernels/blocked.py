@@ -8,7 +8,8 @@ With s_ij = <u_i, k_j> + b_j, u = scale q, p_ij = exp(s_ij - log_partition_i):
                dmean_i = sum_j p_ij (dv_j + ds_ij v_j) - dlog_partition_i mean_i
     cotangent  of (g_i, h_i) for (mean_i, log_partition_i):
                w_ij = p_ij (<g_i, v_j> - <g_i, mean_i> + h_i)
-               gu_i = sum_j w_ij k_j   gk_j = sum_i w_ij u_i   gv_j = sum_i p_ij g_i   gb_j = sum_i w_ij
+               gu_i = sum_j w_ij k_j,  gk_j = sum_i w_ij u_i,
+               gv_j = sum_i p_ij g_i,  gb_j = sum_i w_ij
 
 The cotangent follows from the tangent by exchanging the sums in <g, dmean> + h dlog_partition.
 

@@ -200,8 +200,10 @@ ROW_OPERANDS = {forward_p: {0}, tangent_p: {0, 5, 6, 7}}
 
 
 def _forward_avals(q, k, v, b, scale, **params):
-    return [q.update(shape=(*q.shape[:-1], v.shape[-1]), dtype=v.dtype),
-            q.update(shape=q.shape[:-1], dtype=b.dtype)]
+    return [
+        q.update(shape=(*q.shape[:-1], v.shape[-1]), dtype=v.dtype),
+        q.update(shape=q.shape[:-1], dtype=b.dtype),
+    ]
 
 
 def _tangent_avals(q, k, v, b, scale, *rest, **params):

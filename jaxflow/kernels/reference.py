@@ -35,9 +35,7 @@ def visible(
 
 def inner_products(x: Float[Array, "m p"], y: Float[Array, "n p"]) -> Float[Array, "m n"]:
     """<x_i, y_j>, in full precision also where the platform's default is TF32 or bf16."""
-    return jax.lax.dot_general(
-        x, y, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
+    return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
 def forward(
