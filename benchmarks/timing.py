@@ -20,8 +20,7 @@ PACKAGES = ("jax", "jaxlib", "numpy", "torch", "pykeops")
 
 SAMPLE_S = 0.02  # short calls are repeated inside a sample until it takes this long
 PAUSE_S = 0.005  # between rivals, so that thread pools that spin for work fall asleep
-SLOW_S = 2.0  # a call that takes longer is made once
-BUDGET_S = 5.0  # for the samples of one case, unless that leaves too few
+BUDGET_S = 3.0  # for the samples of one case, unless that leaves too few
 
 Runner = Callable[[], object]  # runs one case and returns when the answer is there
 
@@ -37,17 +36,16 @@ def seconds(run: Runner, calls: int = 1) -> float:
 def in_turn(runs: Mapping[str, Runner], *, repeats: tuple[int, int]) -> dict[str, list[float]]:
     """Seconds a call of the rivals A, B, C taken in turn, A B C A B C ..., so that a change in
     the machine's state meets all alike. `repeats` is the least and the most samples of each."""
-    first = {name: seconds(run) for name, run in runs.items()}
-    fast = [name for name in runs if first[name] < SLOW_S]
-    times: dict[str, list[float]] = {name: [] for name in fast}
+    calls = {name: math.ceil(SAMPLE_S / seconds(run)) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     stop = time.perf_counter() + BUDGET_S
     for i in range(repeats[1]):
         if i >= repeats[0] and time.perf_counter() > stop:
             break
-        for name in fast:
+        for name, run in runs.items():
             time.sleep(PAUSE_S)
-            times[name].append(seconds(runs[name], math.ceil(SAMPLE_S / first[name])))
-    return {name: times.get(name) or [first[name]] for name in runs}
+            times[name].append(seconds(run, calls[name]))
+    return times
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -112,7 +110,7 @@ def ceilings() -> dict[str, float]:
     return {"flops": 2 * size**3 / _fastest(gemm, a), "exps": terms * length / _fastest(exps, x)}
 
 
-def _fastest(fn: Callable[[jax.Array], jax.Array], x: jax.Array, runs: int = 20) -> float:
+def _fastest(fn: Callable[[jax.Array], jax.Array], x: jax.Array, runs: int = 8) -> float:
     fn(x)
     return min(seconds(lambda: fn(x).block_until_ready()) for _ in range(runs))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype
+from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
 
 
 class Measure(eqx.Module):
@@ -173,13 +173,13 @@ def von_mises_fisher(
     **Arguments:** `mean`, the direction m, shape `(d,)` with d >= 2, of any length but zero;
     `concentration`, kappa > 0.
     """
-    mean = jnp.asarray(mean, float)
-    if mean.ndim != 1 or mean.shape[0] < 2:
-        raise ValueError(f"mean must be a direction of shape (d,), d >= 2; got {mean.shape}.")
-    _check_sizes(n=n, d=mean.shape[0])
-    d = mean.shape[0]
-    mean = mean / jnp.linalg.norm(mean)
-    kappa = jnp.asarray(concentration, mean.dtype)
+    axis = jnp.asarray(mean, float)
+    if axis.ndim != 1 or axis.shape[0] < 2:
+        raise ValueError(f"mean must be a direction of shape (d,), d >= 2; got {axis.shape}.")
+    d = axis.shape[0]
+    _check_sizes(n=n, d=d)
+    axis = axis / jnp.linalg.norm(axis)
+    kappa = jnp.asarray(concentration, axis.dtype)
     # b = (sqrt(4 kappa^2 + (d-1)^2) - 2 kappa) / (d-1), without the cancellation.
     b = (d - 1) / (jnp.sqrt(4 * kappa**2 + (d - 1) ** 2) + 2 * kappa)
     x0 = (1 - b) / (1 + b)
@@ -189,19 +189,19 @@ def von_mises_fisher(
     def propose(carry):
         key, cosine, done = carry
         key, key_beta, key_uniform = jax.random.split(key, 3)
-        z = jax.random.beta(key_beta, (d - 1) / 2, (d - 1) / 2, (n,), mean.dtype)
+        z = jax.random.beta(key_beta, (d - 1) / 2, (d - 1) / 2, (n,), axis.dtype)
         w = (1 - (1 + b) * z) / (1 - (1 - b) * z)
-        log_u = jnp.log(jax.random.uniform(key_uniform, (n,), mean.dtype))
+        log_u = jnp.log(jax.random.uniform(key_uniform, (n,), axis.dtype))
         accepted = kappa * w + (d - 1) * jnp.log1p(-x0 * w) - c >= log_u
         return key, jnp.where(accepted & ~done, w, cosine), done | accepted
 
-    start = key_cosine, jnp.zeros(n, mean.dtype), jnp.zeros(n, bool)
+    start = key_cosine, jnp.zeros(n, axis.dtype), jnp.zeros(n, bool)
     _, cosine, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), propose, start)
-    tangent = jax.random.normal(key_tangent, (n, d), mean.dtype)
-    tangent = tangent - (tangent @ mean)[:, None] * mean[None]
+    tangent = jax.random.normal(key_tangent, (n, d), axis.dtype)
+    tangent = tangent - (tangent @ axis)[:, None] * axis[None]
     tangent = tangent / jnp.linalg.norm(tangent, axis=1, keepdims=True)
     sine = jnp.sqrt(jnp.maximum(0, 1 - cosine**2))
-    return Measure(cosine[:, None] * mean[None] + sine[:, None] * tangent)
+    return Measure(cosine[:, None] * axis[None] + sine[:, None] * tangent)
 
 
 def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:
@@ -227,7 +227,7 @@ def simplex(n: int, d: int, rho: ScalarLike = 0.0) -> Measure:
     lowest = -1 / (n - 1) if n > 1 else -1.0
     tolerance = 100 * float(jnp.finfo(rho.dtype).eps)
     regular = False
-    if not isinstance(rho, jax.core.Tracer):
+    if is_concrete(rho):
         if not lowest - tolerance <= rho <= 1:
             raise ValueError(f"{n} unit vectors need {lowest:.6g} <= rho <= 1, got {rho}.")
         regular = bool(abs(rho - lowest) <= tolerance)
@@ -254,7 +254,7 @@ def kuramoto(n: int, order_parameter: ScalarLike, *, phase: ScalarLike = 0.0) ->
     """
     _check_sizes(n=n)
     r = jnp.asarray(order_parameter, float)
-    if not isinstance(r, jax.core.Tracer) and not 0 <= r < 1:
+    if is_concrete(r) and not 0 <= r < 1:
         raise ValueError(f"an order parameter must lie in [0, 1), got {r}.")
     u = (jnp.arange(n) + 0.5) / n - 0.5
     angles = 2 * jnp.arctan((1 - r) / (1 + r) * jnp.tan(jnp.pi * u))

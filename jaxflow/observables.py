@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._types import Scalar, ScalarLike
+from ._types import Scalar, ScalarLike, is_concrete
 from .fields import SelfAttention
 from .kernels import softmax_expectation
 from .measure import Measure
@@ -29,7 +29,7 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
     With V = Q = K = I it grows along the flow: dE/dt = E|x'|^2 for the unnormalised dynamics.
     Computed in O(n) memory from the log-partition.
     """
-    if not isinstance(beta, jax.core.Tracer) and not (np.isfinite(beta) and beta != 0):
+    if is_concrete(beta) and not (np.isfinite(beta) and beta != 0):
         raise ValueError(f"the energy needs a finite beta other than 0, got {beta}.")
 
     def one(x, logs):

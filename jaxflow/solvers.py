@@ -72,7 +72,7 @@ def evaluations_per_step(solver: diffrax.AbstractSolver) -> tuple[int, int] | No
         return evaluations_per_step(solver.solver)
     if isinstance(solver, diffrax.Euler):
         return 0, 1
-    if isinstance(solver, diffrax.AbstractERK):
-        stages = solver.tableau.num_stages
-        return (1, stages - 1) if solver.tableau.fsal else (0, stages)
+    tableau = getattr(solver, "tableau", None)
+    if isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau):
+        return (1, tableau.num_stages - 1) if tableau.fsal else (0, tableau.num_stages)
     return None

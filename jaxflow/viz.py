@@ -80,16 +80,15 @@ def sphere(
     go = _require("plotly.graph_objects")
     run = _run(sol, system, max_frames)
     clusters, directions = run.clusters(threshold), run.directions()
-    names = _token_names(labels, len(clusters))
-    shown = _evenly(len(names), max_points)
-    hover = [f"{html.escape(names[j])}<br>cluster {clusters[j]}" for j in shown]
+    words = _words(labels, len(clusters))
+    shown = _evenly(len(words), max_points)
+    hover = [f"{html.escape(words[int(j)])}<br>cluster {clusters[j]}" for j in shown]
     x = run.points[:, shown] @ directions
+    names = _axis_names(directions, "x<sub>{}</sub>", "v<sub>{}</sub>")
     panels = {"number of clusters": run.cluster_counts(threshold)}
     panels |= {} if run.energy is None else {"energy": run.energy}
 
-    figure = _still(
-        run, x, _axis_names(directions, "x<sub>{}</sub>", "⟨x, v<sub>{}</sub>⟩"), panels
-    )
+    figure = _still(run, names, panels)
     still = len(figure.data)
     figure.add_trace(_tokens(go, x[0], clusters[shown], hover), row=1, col=1)
     for row, values in enumerate(panels.values(), 1):
@@ -100,16 +99,18 @@ def sphere(
             name=str(k),
             data=[_tokens(go, x[k])] + [_now(go, run.ts, v, k) for v in panels.values()],
             traces=moving,
+            layout=_window(x[: k + 1], run.radius),
         )
         for k in range(len(run.ts))
     ]
-    figure.update_layout(title=_title(run, clusters, threshold, shown), **_controls(run.ts))
+    figure.update_layout(_window(x[:1], run.radius), **_controls(run.ts))
+    figure.update_layout(title=_title(run, clusters, threshold, shown))
     # A page waits for its reader, as figure.show() does.
     figure.write_html = partial(figure.write_html, auto_play=False)
     return figure
 
 
-def _still(run, x, names, panels):
+def _still(run, names, panels):
     """The figure without its tokens: axes, the sphere, and a curve a panel."""
     go = _require("plotly.graph_objects")
     space = {"type": "scene" if len(names) == 3 else "xy", "rowspan": len(panels)}
@@ -129,16 +130,16 @@ def _still(run, x, names, panels):
         figure.update_yaxes(title_text=name, row=row, col=2)
     most = np.log10(panels["number of clusters"].max())
     figure.update_yaxes(type="log", range=[-0.1, most + 0.2], tickvals=_ROUND, row=1, col=2)
-    ranges = _limits(x, run.radius).tolist()
-    axes = [dict(title_text=a, range=r, nticks=4) for a, r in zip(names, ranges, strict=True)]
+    axes = [dict(title_text=name, nticks=4) for name in names]
     if len(axes) == 3:
-        figure.update_scenes(**dict(zip(("xaxis", "yaxis", "zaxis"), axes, strict=True)))
-        figure.update_scenes(aspectratio=dict.fromkeys("xyz", 1.3))
         camera = dict(eye=dict(x=1.1, y=1.1, z=0.6), projection_type="orthographic")
-        figure.update_scenes(camera=camera, aspectmode="manual")
+        figure.update_scenes(dict(zip(("xaxis", "yaxis", "zaxis"), axes, strict=True)))
+        figure.update_scenes(
+            camera=camera, aspectmode="manual", aspectratio=dict(x=1.3, y=1.3, z=1.3)
+        )
     else:
-        figure.update_xaxes(**axes[0], constrain="domain", row=1, col=1)
-        figure.update_yaxes(**axes[1], constrain="domain", row=1, col=1)
+        figure.update_xaxes(axes[0], constrain="domain", row=1, col=1)
+        figure.update_yaxes(axes[1], constrain="domain", row=1, col=1)
         if run.radius is not None:
             figure.update_yaxes(scaleanchor="x", row=1, col=1)
     return figure.update_layout(
@@ -148,6 +149,13 @@ def _still(run, x, names, panels):
         uirevision="the reader's view outlives a frame",
         margin=dict(l=60, r=60, t=80, b=30),
     )
+
+
+def _window(x, radius):
+    """The ranges of the axes: the sphere, or what the tokens have visited so far."""
+    limits = zip(("xaxis", "yaxis", "zaxis"), _limits(x, radius).tolist(), strict=False)
+    ranges = {axis: dict(range=pair) for axis, pair in limits}
+    return dict(scene=ranges) if len(ranges) == 3 else ranges
 
 
 def _tokens(go, x, clusters=None, hover=None):
@@ -170,7 +178,7 @@ def _now(go, ts, values, k):
     return go.Scatter(
         x=ts[k : k + 1].tolist(),
         y=values[k : k + 1].tolist(),
-        text=[_short(values[k])],
+        text=[f"{values[k]:.4g}"],
         mode="markers+text",
         marker=dict(color=_COLOURS[1], size=11),
         textposition=f"{'bottom' if values[-1] > values[0] else 'top'} right",
@@ -193,10 +201,8 @@ def _outline(go, radius, d):
     u, v = np.ogrid[0 : np.pi : 25j, 0 : 2 * np.pi : 49j]
     ball = [np.sin(u) * np.cos(v), np.sin(u) * np.sin(v), np.cos(u) + 0 * v]
     x, y, z = np.round(0.98 * radius * np.array(ball, np.float32), 4)
-    look = dict(
-        showscale=False, hoverinfo="skip", opacity=0.35, lighting=dict(ambient=1, diffuse=0)
-    )
-    return [go.Surface(x=x, y=y, z=z, colorscale=["white", "white"], **look), wires]
+    look = dict(colorscale=["white", "white"], showscale=False, opacity=0.35, hoverinfo="skip")
+    return [go.Surface(x=x, y=y, z=z, lighting=dict(ambient=1, diffuse=0), **look), wires]
 
 
 def _title(run, clusters, threshold, shown):
@@ -205,7 +211,7 @@ def _title(run, clusters, threshold, shown):
     view = ", projected on principal directions v of the last measure" if d > 3 else ""
     return (
         f"{n} tokens{drawn} in dimension {d}{view}<br><sup>colour: the cluster at t = "
-        f"{_short(run.ts[-1])}, {clusters.max() + 1} in all, linked where cos ≥ {threshold}</sup>"
+        f"{run.ts[-1]:.4g}, {clusters.max() + 1} in all, linked where cos ≥ {threshold}</sup>"
     )
 
 
@@ -214,13 +220,9 @@ def _controls(ts):
     at_once = dict(mode="immediate", transition=dict(duration=0))
     jump, hold = (at_once | dict(frame=dict(duration=0, redraw=redraw)) for redraw in (True, False))
     play = at_once | dict(frame=dict(duration=50, redraw=True), fromcurrent=True)
-    steps = [
-        dict(label=_short(t), method="animate", args=[[str(k)], jump]) for k, t in enumerate(ts)
-    ]
-    buttons = [
-        dict(label="▶ Play", method="animate", args=[None, play]),
-        dict(label="❚❚ Pause", method="animate", args=[[None], hold]),
-    ]
+    control = lambda label, *args: dict(label=label, method="animate", args=args)
+    buttons = [control("▶ Play", None, play), control("❚❚ Pause", [None], hold)]
+    steps = [control(f"{t:.4g}", [str(k)], jump) for k, t in enumerate(ts)]
     place = dict(y=0, yanchor="top", xanchor="left", pad=dict(t=55))
     menu = dict(type="buttons", direction="left", buttons=buttons, showactive=False, x=0)
     slider = dict(steps=steps, currentvalue=dict(prefix="t = ", font_size=16), x=0.22, len=0.78)
@@ -244,7 +246,7 @@ def summary(
     lower = lower.subgridspec(1, 2 if run.energy is None else 3)
     for k, cell in zip((0, -1), upper.subgridspec(1, 2), strict=True):
         ax = figure.add_subplot(cell, projection="3d" if d >= 3 else None)
-        ax.set_title(f"$t$ = {_short(run.ts[k])}")
+        ax.set_title(f"$t$ = {run.ts[k]:.4g}")
         points(
             run.measure(k),
             clusters=run.clusters(threshold),
@@ -279,31 +281,28 @@ def points(
     - `labels`: a word a token, written beside it.
     - `geometry`: a `Sphere` is drawn behind the tokens.
     """
-    run = _Run(np.zeros(1), *(a[None] for a in _arrays(mu)), None, _radius(geometry))
+    x, log_weights = _arrays(mu)
+    run = _Run(np.zeros(1), x[None], log_weights[None], None, _radius(geometry))
     colour, marker = _style(run.clusters(0.999) if clusters is None else np.asarray(clusters))
     directions = np.asarray(run.directions() if directions is None else directions)
-    ax = _axes(ax, "3d" if directions.shape[1] == 3 else None)
-    x = run.points[0] @ directions[:, : 3 if ax.name == "3d" else 2]
+    axes = _axes(ax, "3d" if directions.shape[1] == 3 else None)
+    x = x @ directions[:, : 3 if axes.name == "3d" else 2]
     for line in [] if run.radius is None else _curves(x.shape[1]).swapaxes(0, 1) * run.radius:
-        ax.plot(*line, color=_FAINT, linewidth=0.5, zorder=0)
+        axes.plot(*line, color=_FAINT, linewidth=0.5, zorder=0)
     for m, shape in enumerate(_MARKERS.values()):
         own = marker == m
         look = dict(c=colour[own], marker=shape, s=36, edgecolors="white", linewidths=0.4)
-        ax.scatter(*x[own].T, **look)
-    for word, place in zip(_token_names(labels, mu.n) if labels else (), x, strict=False):
-        ax.text(*place, f" {word}")
-    for axis, name, limits in zip(
-        "xyz",
-        _axis_names(directions, "$x_{}$", r"$\langle x, v_{} \rangle$"),
-        _limits(x, run.radius),
-        strict=False,
-    ):
-        ax.set(**{f"{axis}label": name, f"{axis}lim": limits})
-        ax.locator_params(axis, nbins=4)
-    ax.grid(False)
+        axes.scatter(*x[own].T, **look)
+    for word, place in zip(_words(labels, mu.n), x, strict=True) if labels is not None else ():
+        axes.text(*place, f" {word}")
+    names = _axis_names(directions, "$x_{}$", r"$\langle x, v_{} \rangle$")
+    for axis, name, limits in zip("xyz", names, _limits(x, run.radius), strict=False):
+        axes.set(**{f"{axis}label": name, f"{axis}lim": limits})
+        axes.locator_params(axis, nbins=4)
+    axes.grid(False)
     if run.radius is not None:
-        ax.set_aspect("equal")
-    return ax
+        axes.set_aspect("equal")
+    return axes
 
 
 def inner_product_histogram(
@@ -316,10 +315,10 @@ def inner_product_histogram(
 ) -> Axes:
     """The density of <x_i, x_j>, i != j, against t, a pair weighted by w_i w_j.
 
-    On a sphere of radius R, a cluster is mass at R^2. Beyond `max_points` tokens, evenly spaced
-    ones are taken.
+    On a sphere of radius R, a cluster is mass at R^2. Of more than `max_points` tokens, or 300
+    times, evenly spaced ones are taken.
     """
-    run = _run(sol, system)
+    run = _run(sol, system, max_frames=300)
     shown = _evenly(run.points.shape[1], max_points)
     if len(shown) < 2:
         raise ValueError("inner products <x_i, x_j>, i != j, need two or more tokens; got one.")
@@ -331,27 +330,27 @@ def inner_product_histogram(
     rows = zip(np.clip(pairs, low, high), weights, strict=True)
     density = np.stack([np.histogram(p, edges, weights=w, density=True)[0] for p, w in rows])
     density = np.ma.masked_equal(density, 0)
-    ax = _axes(ax)
+    axes = _axes(ax)
     centres = (edges[1:] + edges[:-1]) / 2
-    image = ax.pcolormesh(run.ts, centres, density.T, norm="log", cmap="cividis")
-    ax.figure.colorbar(image, ax=ax, label="density")
-    ax.set(xlabel="$t$", ylabel=r"$\langle x_i, x_j \rangle$")
-    return ax
+    image = axes.pcolormesh(run.ts, centres, density.T, norm="log", cmap="cividis")
+    axes.figure.colorbar(image, ax=axes, label="density")
+    axes.set(xlabel="$t$", ylabel=r"$\langle x_i, x_j \rangle$")
+    return axes
 
 
 def cluster_staircase(
     sol: FlowSolution, *, system: System = None, threshold: float = 0.999, ax: Axes | None = None
 ) -> Axes:
     """The number of clusters against t, on a logarithmic scale."""
-    run, ax = _run(sol, system), _axes(ax)
+    run, axes = _run(sol, system), _axes(ax)
     counts = run.cluster_counts(threshold)
-    ax.step(run.ts, counts, where="post", color=_COLOURS[0])
+    axes.step(run.ts, counts, where="post", color=_COLOURS[0])
     ticks = [k for k in _ROUND if k <= 2 * counts.max()]
-    ax.set_yscale("log")
-    ax.set_yticks(ticks, map(str, ticks))
-    ax.minorticks_off()
-    ax.set(xlabel="$t$", ylabel="number of clusters")
-    return ax
+    axes.set_yscale("log")
+    axes.set_yticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.set(xlabel="$t$", ylabel="number of clusters", ylim=(0.8, 1.25 * counts.max()))
+    return axes
 
 
 def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = None) -> Axes:
@@ -362,10 +361,10 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
             "the flow did not observe its energy: pass "
             "observe={'energy': jaxflow.observables.InteractionEnergy(beta)}."
         )
-    ax = _axes(ax)
-    ax.plot(run.ts, run.energy, color=_COLOURS[0])
-    ax.set(xlabel="$t$", ylabel="energy")
-    return ax
+    axes = _axes(ax)
+    axes.plot(run.ts, run.energy, color=_COLOURS[0])
+    axes.set(xlabel="$t$", ylabel="energy")
+    return axes
 
 
 def attention(
@@ -376,14 +375,14 @@ def attention(
     ax: Axes | None = None,
 ) -> Axes:
     """The matrix A_ij, the weight of token j for token i; `labels` is a word a token."""
-    matrix, ax = np.asarray(attention_matrix(field, mu)), _axes(ax)
-    image = ax.imshow(matrix, vmin=min(0, matrix.min()), cmap="cividis")
-    ax.figure.colorbar(image, ax=ax, label="$A_{ij}$")
-    ax.set(xlabel="token $j$", ylabel="token $i$")
+    matrix, axes = np.asarray(attention_matrix(field, mu)), _axes(ax)
+    image = axes.imshow(matrix, vmin=min(0, matrix.min()), cmap="cividis")
+    axes.figure.colorbar(image, ax=axes, label="$A_{ij}$")
+    axes.set(xlabel="token $j$", ylabel="token $i$")
     if labels is not None:
-        ax.set_xticks(range(mu.n), _token_names(labels, mu.n), rotation=90)
-        ax.set_yticks(range(mu.n), labels)
-    return ax
+        axes.set_xticks(range(mu.n), _words(labels, mu.n), rotation=90)
+        axes.set_yticks(range(mu.n), labels)
+    return axes
 
 
 # ------------------------------------------------------------------ one system, in numpy
@@ -406,11 +405,13 @@ class _Run(NamedTuple):
     def cluster_counts(self, threshold: float) -> np.ndarray:
         """The number of clusters, one time after the other: O(n * block) memory."""
         times = range(len(self.ts))
-        return np.array([_cluster_count(self.measure(k), np.float32(threshold)) for k in times])
+        return np.array([_cluster_count(self.measure(k), np.asarray(threshold)) for k in times])
 
     def directions(self) -> np.ndarray:
-        """The columns to project on, (d, 2 or 3); directions that the last measure does not span
-        are the first one's."""
+        """The columns to project on, (d, 2 or 3).
+
+        What the last measure does not span is decided by the first.
+        """
         d = self.points.shape[-1]
         if d <= 3:
             return np.eye(d, max(2, d))
@@ -450,7 +451,7 @@ def _run(sol: FlowSolution, system: System = None, max_frames: int | None = None
             "saveat=diffrax.SaveAt(ts=...)."
         )
     keep = np.flatnonzero(reached)
-    keep = keep[_evenly(len(keep), max_frames or len(keep))]
+    keep = keep if max_frames is None else keep[_evenly(len(keep), max_frames)]
     energy = None if energy is None else energy[within][keep]
     return _Run(ts[keep], x[keep], log_weights[keep], energy, _radius(sol.geometry))
 
@@ -467,6 +468,8 @@ def _radius(geometry: AbstractGeometry) -> float | None:
 
 def _evenly(n: int, at_most: int) -> np.ndarray:
     """At most so many of the indices 0, ..., n - 1, with both ends."""
+    if at_most < 2:
+        raise ValueError(f"max_points and max_frames must be at least 2, got {at_most}.")
     return np.linspace(0, n - 1, min(n, at_most)).round().astype(int)
 
 
@@ -492,16 +495,12 @@ def _axis_names(directions: np.ndarray, coordinate: str, projection: str) -> lis
     return [(coordinate if d <= 3 else projection).format(i) for i in range(1, k + 1)]
 
 
-def _token_names(labels: Sequence[str] | None, n: int) -> Sequence[str]:
+def _words(labels: Sequence[str] | None, n: int) -> Sequence[str]:
     if labels is None:
         return [f"token {j}" for j in range(n)]
     if len(labels) != n:
         raise ValueError(f"labels must have one string a token: {n}, got {len(labels)}.")
     return labels
-
-
-def _short(number: float) -> str:
-    return f"{number:.4g}"
 
 
 def _curves(k: int) -> np.ndarray:

@@ -197,6 +197,8 @@ SAMPLERS = {
 }
 
 
+# BUG: circle, kuramoto and from_text mix integer and floating arrays, which strict promotion
+# refuses; their own tests below fail for the same reason.
 @pytest.mark.parametrize("enabled", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_follow_the_default_precision(name, enabled):
@@ -249,7 +251,7 @@ def test_gaussian_covariance_must_fit():
 
 @pytest.mark.parametrize("d, kappa", [(2, 0.5), (2, 300.0), (5, 4.0), (5, 30.0)])
 def test_von_mises_fisher(d, kappa):
-    """E<m, x> = A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa), Var<m, x> = 1 - A^2 - (d-1) A/kappa.
+    """E<m, x> = A = I_{d/2}(kappa) / I_{d/2-1}(kappa), Var<m, x> = 1 - A^2 - (d-1) A/kappa.
 
     Tangential coordinates have mean 0 and variance A/kappa (Mardia and Jupp, Directional
     Statistics, sec. 9.3).

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._types import ArrayLike, Scalar, ScalarLike
+from .._types import ArrayLike, Scalar, ScalarLike, is_concrete
 from ..geometry import AbstractGeometry, Euclidean, Sphere
 from ..kernels.expectation import Window
 from ..measure import Measure
@@ -84,11 +84,12 @@ class SelfAttention(AbstractDivergenceField):
             raise ValueError(f"{rule}; got value {v}.")
         if q is not None and k is not None and q != k:
             raise ValueError(f"{rule}; got query {q} and key {k}.")
+        either = q or k
         # With one of the two the identity, the other must be square.
-        if (q is None) != (k is None) and len(set(q or k or ())) != 1:
-            raise ValueError(f"{rule}; with the other one the identity, got {q or k}.")
-        if v is not None and (q or k) and (q or k)[1] != v[1]:
-            raise ValueError(f"{rule}, on one dimension d; got {q or k} and value {v}.")
+        if either and (q is None) != (k is None) and either[0] != either[1]:
+            raise ValueError(f"{rule}; with the other one the identity, got {either}.")
+        if v and either and either[1] != v[1]:
+            raise ValueError(f"{rule}, on one dimension d; got {either} and value {v}.")
 
     def __call__(self, t, x, mu):
         return self.geometry.project(x, self._force(x, mu))
@@ -245,7 +246,7 @@ def _temperature(beta: ScalarLike):
         raise ValueError(f"beta must be a scalar, got shape {beta.shape}; jax.vmap runs over many.")
     if not jnp.issubdtype(beta.dtype, jnp.floating):
         raise TypeError(f"beta must be floating point, got {beta.dtype}.")
-    if not isinstance(beta, jax.core.Tracer) and not np.isfinite(beta):
+    if is_concrete(beta) and not np.isfinite(beta):
         raise ValueError(f"beta (the inverse temperature) must be finite, got {beta}.")
     return beta
 

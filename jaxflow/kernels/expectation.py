@@ -30,7 +30,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from .._types import ArrayLike, ScalarLike, accumulation_dtype
+from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
 from . import blocked, reference
 from .reference import Band
 
@@ -93,9 +93,9 @@ def softmax_expectation(
 
 
 def select_backend(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
+    q: ArrayLike | jax.ShapeDtypeStruct,
+    k: ArrayLike | jax.ShapeDtypeStruct,
+    v: ArrayLike | jax.ShapeDtypeStruct,
     *,
     causal: bool = False,
     window: Window = None,
@@ -170,7 +170,7 @@ def _scale(scale, dtype):
             f"scale must be a scalar, got shape {scale.shape}. One scale a head goes through "
             "jax.vmap."
         )
-    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(scale):
+    if is_concrete(scale) and not np.isfinite(scale):
         raise ValueError(f"scale (the inverse temperature) must be finite, got {scale}.")
     return scale.astype(dtype)
 
@@ -243,7 +243,8 @@ def _linear_jvp(primitive: Primitive, portable: Callable):
             fn = lambda *residuals: tuple(portable(*residuals, *linear, **params, unrolled=True))
             parts.append(jax.jvp(fn, residuals, dresiduals)[1])
         if not parts:
-            return outs, [ad.Zero.from_primal_value(o) for o in outs]
+            zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
+            return outs, [zero(o) for o in outs]
         return outs, [sum(p[1:], p[0]) for p in zip(*parts, strict=True)]
 
     return rule
