@@ -135,7 +135,7 @@ def flow(
     _check_memory(memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps))
     timelike = lambda t: None if t is None else jnp.asarray(t, dtype)
     saveat = jtu.tree_map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, saveat)
-    sol, last = _solve(
+    sol, last, finite = _solve(
         field,
         mu0,
         (timelike(t0), timelike(t1), timelike(dt0)),
@@ -148,7 +148,7 @@ def flow(
         progress_meter,
         dict(observe or {}),
     )
-    return _check_solution(sol, last, field, t1, max_steps) if throw else sol
+    return _check_solution(sol, last, finite, field, t1, max_steps) if throw else sol
 
 
 @eqx.filter_jit
@@ -214,7 +214,7 @@ def _solve(
         geometry=geometry,
         log_weights=log_weights,
     )
-    return out, last
+    return out, last, _finite(out)
 
 
 def _velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
@@ -329,7 +329,7 @@ def _traced_tolerances(controller):
     def trace(x):
         if not is_pid(x):
             return x
-        return eqx.tree_at(lambda c: (c.rtol, c.atol), x, replace_fn=jnp.asarray)
+        return eqx.tree_at(lambda c: (c.rtol, c.atol), x, replace_fn=lambda tol: jnp.asarray(tol, float))
 
     return jtu.tree_map(trace, controller, is_leaf=is_pid)
 
@@ -360,7 +360,8 @@ def _check_input(field, mu0, t0, t1):
         if not np.isfinite(points).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(points))[0])
             raise ValueError(f"mu0.points must be finite, got {points[where]} at index {where}.")
-        on_space = np.asarray(field.geometry.contains(mu0.points))
+        with jax.ensure_compile_time_eval():  # Also while a surrounding jit is traced.
+            on_space = np.asarray(field.geometry.contains(mu0.points))
         if not on_space.all():
             where = tuple(int(i) for i in np.argwhere(~on_space)[0])
             raise ValueError(
@@ -370,9 +371,8 @@ def _check_input(field, mu0, t0, t1):
             )
 
 
-def _check_solution(sol: FlowSolution, last, field, t1, max_steps) -> FlowSolution:
-    failed = ~diffrax.is_okay(sol.result)
-    finite = _finite(sol)
+def _check_solution(sol: FlowSolution, last, finite, field, t1, max_steps) -> FlowSolution:
+    failed = jnp.invert(diffrax.is_okay(sol.result))
     if not is_concrete(failed, finite):
         message = "the flow failed, or is not finite: call it outside jit for the time and cause."
         return eqx.error_if(sol, failed | ~finite, message)
@@ -381,7 +381,7 @@ def _check_solution(sol: FlowSolution, last, field, t1, max_steps) -> FlowSoluti
     steps = int(sol.stats["num_steps"])
     came = "" if last is None else f" at t = {float(last[0]):.6g} of t1 = {float(t1):.6g}"
     text = f"the flow stopped{came} after {steps} steps: "
-    cause = None if last is None else _not_finite(sol, last, field)
+    cause = None if last is None else _not_finite(sol, last, t1, field)
     if cause is not None:
         text += f"{cause}. Look for an overflow in the field (a large beta, a growing V), or "
         text += "stop earlier."
@@ -408,16 +408,18 @@ def _finite(sol: FlowSolution):
     return jnp.stack(checks).all()
 
 
-def _not_finite(sol, last, field):
-    """Names the tensor that is not finite at the last state, or None."""
+def _not_finite(sol, last, t1, field):
+    """Names the tensor that is not finite at the last state or just after it, or None."""
     t, y = last
     if not np.isfinite(np.asarray(y)).all():
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(y)))[0])
         return f"the points are not finite (first at index {where})"
-    velocity = np.asarray(_velocity(t, y, FlowArgs(field, sol.log_weights, {})))
-    if not np.isfinite(velocity).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(velocity))[0])
-        return f"the velocity X_t[mu](x) is not finite (first at index {where})"
+    ahead = t + 1e-3 * (t1 - t)
+    for time in (t, ahead):
+        velocity = np.asarray(_velocity(time, y, FlowArgs(field, sol.log_weights, {})))
+        if not np.isfinite(velocity).all():
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(velocity))[0])
+            return f"the velocity X_t[mu](x) is not finite (first at index {where})"
     return None
 
 

@@ -8,6 +8,7 @@ last axis and maps over all others.
 """
 
 import abc
+import math
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class AbstractGeometry(eqx.Module):
 
     @abc.abstractmethod
     def contains(self, x: Vectors) -> Bool[Array, "*shape"]:
-        """Whether x is a point of the space, up to rounding in the dtype of x."""
+        """Whether x is a point of the space, up to ten times the root of its dtype's epsilon."""
 
 
 class Euclidean(AbstractGeometry):
@@ -111,7 +112,7 @@ class Sphere(AbstractGeometry):
         return -(x.shape[-1] - 1) * _dot(x, f) / self.radius**2
 
     def contains(self, x: Vectors) -> Bool[Array, "*shape"]:
-        tolerance = 100 * jnp.finfo(x.dtype).eps ** 0.75
+        tolerance = 10 * math.sqrt(jnp.finfo(x.dtype).eps)
         return jnp.abs(_norm(x) / self.radius - 1) <= tolerance
 
 

@@ -49,7 +49,7 @@ class Measure(eqx.Module):
                 )
             if not jnp.issubdtype(log_weights.dtype, jnp.floating):
                 raise TypeError(f"log_weights must be floating point, got {log_weights.dtype}.")
-        self.points = points
+        self.points = jnp.asarray(points, points.dtype)  # Never weakly typed.
         self.log_weights = log_weights
 
     @property

@@ -99,7 +99,7 @@ def sphere(
             name=str(k),
             data=[_tokens(go, x[k])] + [_now(go, run.ts, v, k) for v in panels.values()],
             traces=moving,
-            layout=_window(x[: k + 1], run.radius),
+            layout=_window(x[: k + 1]) if run.radius is None else None,
         )
         for k in range(len(run.ts))
     ]
@@ -151,7 +151,7 @@ def _still(run, names, panels):
     )
 
 
-def _window(x, radius):
+def _window(x, radius=None):
     """The ranges of the axes: the sphere, or what the tokens have visited so far."""
     limits = zip(("xaxis", "yaxis", "zaxis"), _limits(x, radius).tolist(), strict=False)
     ranges = {axis: dict(range=pair) for axis, pair in limits}
@@ -325,7 +325,7 @@ def inner_product_histogram(
     i, j = np.triu_indices(len(shown), 1)
     pairs = np.stack([(x @ x.T)[i, j] for x in run.points[:, shown]])
     weights = np.exp(run.log_weights[:, shown[i]] + run.log_weights[:, shown[j]])
-    [(low, high)] = _limits(pairs[..., None], run.radius and run.radius**2, margin=0)
+    [(low, high)] = _limits(pairs[..., None], run.radius and run.radius**2, margin=0.0)
     edges = np.linspace(low, high, bins + 1)
     rows = zip(np.clip(pairs, low, high), weights, strict=True)
     density = np.stack([np.histogram(p, edges, weights=w, density=True)[0] for p, w in rows])
@@ -436,10 +436,10 @@ def _run(sol: FlowSolution, system: System = None, max_frames: int | None = None
         )
     index = () if system is None else tuple(np.atleast_1d(system).tolist())
     ahead = np.ndim(sol.ts) - 1  # systems of jax.vmap(flow); those within one flow follow the times
-    shape = np.delete(sol.measures.points.shape[:-2], ahead)
+    shape = tuple(np.delete(sol.measures.points.shape[:-2], ahead).tolist())
     if len(index) != len(shape):
-        choose = f"choose one, such as system={(0,) * len(shape)}" if len(shape) else "drop system"
-        raise ValueError(f"the solution holds systems of shape {tuple(shape)}: {choose}.")
+        choose = f"choose one, such as system={(0,) * len(shape)}" if shape else "drop system"
+        raise ValueError(f"the solution holds systems of shape {shape}: {choose}.")
     tree = sol.ts, sol.measures, sol.observed.get("energy")
     ts, mu, energy = jtu.tree_map(lambda a: np.asarray(a)[index[:ahead]], tree)
     within = (slice(None), *index[ahead:])

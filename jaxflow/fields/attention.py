@@ -241,7 +241,8 @@ def _matrix(name: str, value: ArrayLike | None):
 
 
 def _temperature(beta: ScalarLike):
-    beta = jnp.asarray(beta, float) if not isinstance(beta, jax.Array) else beta
+    # A dtype of its own, never a weak one: a literal and an array then run the same program.
+    beta = jnp.asarray(beta, beta.dtype if isinstance(beta, jax.Array) else float)
     if beta.shape != ():
         raise ValueError(f"beta must be a scalar, got shape {beta.shape}; jax.vmap runs over many.")
     if not jnp.issubdtype(beta.dtype, jnp.floating):

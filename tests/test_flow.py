@@ -1,0 +1,410 @@
+"""The flow: exact solutions, adjoints, orders, saving, batches, failures and their messages."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix
+import pytest
+
+import jaxflow as jf
+
+TIGHT = diffrax.PIDController(rtol=1e-10, atol=1e-12)
+ADJOINTS = [
+    diffrax.RecursiveCheckpointAdjoint(),
+    diffrax.DirectAdjoint(),
+    diffrax.BacksolveAdjoint(),
+    diffrax.ForwardMode(),
+]
+
+
+def two_tokens(rho):
+    """Unit vectors in the plane with inner product rho."""
+    return jnp.stack([jnp.array([1.0, 0.0]), jnp.stack([rho, jnp.sqrt(1 - rho**2)])])
+
+
+def final_rho(rho, beta, t1=1.0, **options):
+    options = {"stepsize_controller": TIGHT} | options
+    sol = jf.flow(jf.SelfAttention(beta=beta), jf.Measure(two_tokens(rho)), t1=t1, **options)
+    x = sol.measures.points[-1]
+    return x[0] @ x[1]
+
+
+# R, dR/drho0 and dR/dbeta at beta = 0, rho0 = 0.3, T = 1 for two tokens, in closed form.
+A = np.arctanh(0.3)
+R = np.tanh(1 + A)
+D_RHO = (1 - R**2) / (1 - 0.3**2)
+D_BETA = -(1 - R**2) / 2 * (1 - np.log(np.cosh(1 + A)) + np.log(np.cosh(A)))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
+def test_every_adjoint_gives_the_closed_form_gradient(adjoint):
+    grad = jax.jacfwd if isinstance(adjoint, diffrax.ForwardMode) else jax.grad
+    fn = lambda rho, beta: final_rho(rho, beta, adjoint=adjoint)
+    value = fn(jnp.array(0.3), jnp.array(0.0))
+    # The solve's tolerance is 1e-10; the backward solve of Backsolve runs at its own.
+    np.testing.assert_allclose(value, R, rtol=1e-9)
+    gradient = grad(fn, (0, 1))(jnp.array(0.3), jnp.array(0.0))
+    np.testing.assert_allclose(gradient, [D_RHO, D_BETA], rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_forward_over_forward_and_forward_over_reverse():
+    """d^2 R / drho0^2 = -2 R (1 - R^2) / (1 - rho0^2)^2 + 2 rho0 (1 - R^2) / (1 - rho0^2)^2."""
+    exact = 2 * (1 - R**2) * (0.3 - R) / (1 - 0.3**2) ** 2
+    fn = lambda rho: final_rho(rho, 0.0, adjoint=diffrax.DirectAdjoint())
+    for second in (jax.jacfwd(jax.jacfwd(fn)), jax.jacfwd(jax.grad(fn))):
+        np.testing.assert_allclose(second(jnp.array(0.3)), exact, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_through_an_implicit_solver():
+    gradient = jax.grad(lambda r, b: final_rho(r, b, solver=diffrax.Kvaerno5()), (0, 1))
+    np.testing.assert_allclose(gradient(jnp.array(0.3), jnp.array(0.0)), [D_RHO, D_BETA], rtol=1e-6)
+
+
+ORDERS = [
+    (diffrax.Euler(), 1),
+    (diffrax.Heun(), 2),
+    (diffrax.Bosh3(), 3),
+    (diffrax.Dopri5(), 5),
+    (diffrax.Tsit5(), 5),
+    (diffrax.Kvaerno3(root_finder=diffrax.VeryChord(1e-12, 1e-13, optimistix.max_norm)), 3),
+]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("solver, order", ORDERS, ids=lambda p: type(p).__name__)
+def test_retraction_keeps_the_order(solver, order):
+    """The error of rho(1), beta = 0, falls as dt^order: the slope of a fit in log-log."""
+    steps = np.array([8, 12, 16, 24])
+    fixed = {"solver": solver, "stepsize_controller": diffrax.ConstantStepSize()}
+    rho = [final_rho(jnp.array(0.3), 0.0, dt0=1 / n, **fixed) for n in steps]
+    slope = np.polyfit(np.log(1 / steps), np.log(np.abs(np.array(rho) - R)), 1)[0]
+    # Superconvergence on this symmetric problem may raise the slope, never lower it.
+    assert slope > order - 0.2
+
+
+@pytest.mark.usefixtures("x64")
+def test_repulsive_fields_stay_on_the_sphere():
+    """V = -I: without retraction |x| - 1 = 1e-8 grows to 0.09 by t = 20 (n = 4 simplex, beta 1)."""
+    mu0 = jf.measure.uniform_sphere(12, 3, key=jax.random.key(0))
+    off = jf.Measure(mu0.points * (1 + 1e-8))
+    for solver in (diffrax.Tsit5(), diffrax.Kvaerno5()):
+        sol = jf.flow(-jf.SelfAttention(beta=1.0), off, t1=20.0, solver=solver)
+        norms = jnp.linalg.norm(sol.measures.points, axis=-1)
+        assert np.abs(norms - 1).max() <= 4 * jnp.finfo(norms.dtype).eps
+
+
+def test_float32_default_reaches_its_tolerance():
+    sol = jf.flow(jf.SelfAttention(beta=1.0), jf.measure.simplex(8, 8), t1=2.0)
+    x = sol.measures.points[-1]
+    with jax.enable_x64(True):
+        mu0 = jf.measure.simplex(8, 8)
+        y = jf.flow(jf.SelfAttention(beta=1.0), mu0, t1=2.0, stepsize_controller=TIGHT)
+    assert x.dtype == jnp.float32
+    # rtol = atol = 1e-5 a step, a dozen steps, contracting.
+    np.testing.assert_allclose(x, y.measures.points[-1], atol=5e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(x, axis=1), 1, atol=3e-7)
+
+
+class Counting(jf.AbstractField):
+    """Counts how often it is traced."""
+
+    field: jf.SelfAttention
+    traces: list = eqx.field(static=True)
+
+    @property
+    def geometry(self):
+        return self.field.geometry
+
+    def __call__(self, t, x, mu):
+        self.traces.append(None)
+        return self.field(t, x, mu)
+
+
+class Ledger(list):
+    """A list that compares by identity, as a static field must."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __eq__ = object.__eq__
+
+
+def test_new_numbers_do_not_recompile():
+    ledger = Ledger()
+    mu0 = jf.measure.uniform_sphere(6, 3, key=jax.random.key(1))
+    counts = []
+    for beta, t1, rtol in [(1.0, 1.0, 1e-4), (2.0, 3.0, 1e-5), (jnp.array(5.0), 2, 1e-3)]:
+        jf.flow(
+            Counting(jf.SelfAttention(beta=beta), ledger),
+            mu0,
+            t1=t1,
+            saveat=diffrax.SaveAt(ts=jnp.linspace(0, float(t1), 5)),
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=rtol),
+            observe={"energy": jf.observables.InteractionEnergy(beta=beta)},
+        )
+        counts.append(len(ledger))
+    assert counts[0] > 0 and counts[1:] == [counts[0]] * 2
+
+
+def test_saving(key):
+    mu0 = jf.measure.uniform_sphere(10, 3, key=key)
+    field = jf.SelfAttention(beta=2.0)
+    ts = jnp.linspace(0.0, 2.0, 5)
+    energy = jf.observables.InteractionEnergy(beta=2.0)
+    sol = jf.flow(field, mu0, t1=2.0, saveat=diffrax.SaveAt(ts=ts), observe={"energy": energy})
+    assert sol.measures.points.shape == (5, 10, 3) and len(sol.measures) == 5
+    np.testing.assert_allclose(sol.ts, ts)
+    np.testing.assert_allclose(sol.measures[0].points, mu0.points, atol=1e-6)
+    expected = jf.observables.interaction_energy(sol.measures, 2.0)
+    np.testing.assert_allclose(sol.observed["energy"], expected, rtol=1e-5)
+    assert np.all(np.diff(sol.observed["energy"]) > 0)
+
+    dense = jf.flow(field, mu0, t1=2.0, saveat=diffrax.SaveAt(dense=True))
+    # Tsit5's interpolant is of order 4 at a tolerance of 1e-5.
+    np.testing.assert_allclose(dense.evaluate(1.0).points, sol.measures[2].points, atol=1e-4)
+
+    every = jf.flow(field, mu0, t1=2.0, saveat=diffrax.SaveAt(steps=True), max_steps=64)
+    taken = int(every.stats["num_accepted_steps"])
+    assert np.isfinite(every.ts[:taken]).all() and np.isinf(every.ts[taken:]).all()
+
+    only = diffrax.SaveAt(ts=ts, fn=lambda t, y, args: y.mean(axis=0))
+    means = jf.flow(field, mu0, t1=2.0, saveat=only, observe={"energy": energy})
+    assert means.measures is None
+    np.testing.assert_allclose(means.ys, sol.measures.points.mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(means.observed["energy"], sol.observed["energy"], rtol=1e-6)
+
+    subs = {"a": diffrax.SubSaveAt(t0=True), "b": diffrax.SubSaveAt(ts=ts)}
+    tree = jf.flow(field, mu0, t1=2.0, saveat=diffrax.SaveAt(subs=subs))
+    np.testing.assert_allclose(tree.measures["b"].points, sol.measures.points)
+    assert tree.measures["a"].points.shape == (1, 10, 3)
+
+    with pytest.raises(ValueError, match="dense=True"):
+        sol.evaluate(1.0)
+
+
+def test_backsolve_saves_and_observes_too(key):
+    mu0 = jf.measure.uniform_sphere(10, 3, key=key)
+    options = {
+        "saveat": diffrax.SaveAt(ts=jnp.linspace(0.0, 1.0, 3)),
+        "observe": {"clusters": jf.observables.ClusterCount(0.9)},
+    }
+    field = jf.SelfAttention(beta=2.0)
+    expected = jf.flow(field, mu0, t1=1.0, **options)
+    actual = jf.flow(field, mu0, t1=1.0, adjoint=diffrax.BacksolveAdjoint(), **options)
+    np.testing.assert_allclose(actual.measures.points, expected.measures.points, atol=1e-5)
+    np.testing.assert_array_equal(actual.observed["clusters"], expected.observed["clusters"])
+
+
+def test_statistics():
+    mu0 = jf.measure.simplex(4, 4)
+    euler = jf.flow(jf.SelfAttention(), mu0, t1=1.0, dt0=0.1, solver=diffrax.Euler())
+    assert int(euler.stats["num_steps"]) == 10 and int(euler.stats["num_evaluations"]) == 10
+    ledger = Ledger()
+
+    class Evaluated(jf.AbstractField):
+        geometry: jf.Sphere = jf.Sphere()
+
+        def __call__(self, t, x, mu):
+            jax.debug.callback(lambda: ledger.append(None))
+            return jf.SelfAttention()(t, x, mu)
+
+    sol = jf.flow(Evaluated(), mu0, t1=1.0, dt0=0.1)
+    jax.effects_barrier()
+    assert int(sol.stats["num_evaluations"]) == len(ledger) > 6
+    implicit = jf.flow(jf.SelfAttention(), mu0, t1=1.0, solver=diffrax.Kvaerno3())
+    assert implicit.stats["num_evaluations"] is None
+
+
+def test_ten_euler_steps_are_exact():
+    """x' = x: ten steps of 0.1 give 1.1**10."""
+    mu0 = jf.Measure(jnp.ones((3, 2)))
+    sol = jf.flow(jf.LinearDrift(1.0), mu0, t1=1.0, dt0=0.1, solver=diffrax.Euler())
+    np.testing.assert_allclose(sol.measures.points, 1.1**10, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_systems_share_a_step_or_have_their_own(key):
+    """A batch flows as each of its systems does; under vmap each takes its own steps."""
+    points = jax.random.normal(key, (3, 8, 3))
+    points = points / jnp.linalg.norm(points, axis=-1, keepdims=True)
+    logs = jnp.log(jax.random.uniform(key, (3, 8), minval=0.1))
+    field = jf.SelfAttention(beta=3.0)
+    run = lambda x, w: jf.flow(field, jf.Measure(x, w), t1=1.0, stepsize_controller=TIGHT)
+    shared = run(points, logs)
+    assert shared.measures.points.shape == (1, 3, 8, 3) and shared.measures.weights.shape == (1, 3, 8)
+    single = jnp.stack([run(x, w).measures.points for x, w in zip(points, logs, strict=True)])
+    # Both solve to 1e-10.
+    np.testing.assert_allclose(shared.measures.points[0], single[:, 0], atol=1e-8)
+    own = jax.vmap(run)(points, logs)
+    np.testing.assert_allclose(own.measures.points, single, atol=1e-8)
+    betas = jnp.array([0.0, 8.0])
+    steps = jax.vmap(lambda b: jf.flow(jf.SelfAttention(beta=b), jf.Measure(points[0]), t1=4.0).stats)
+    assert len(set(np.asarray(steps(betas)["num_steps"]).tolist())) == 2
+
+
+def test_under_jit_grad_and_vmap(key):
+    mu0 = jf.measure.uniform_sphere(6, 3, key=key)
+
+    @jax.jit
+    @jax.vmap
+    @jax.grad
+    def slope(beta):
+        sol = jf.flow(jf.SelfAttention(beta=beta), mu0, t1=1.0)
+        return jf.observables.interaction_energy(sol.measures[-1], 1.0)
+
+    h = 1e-2
+    value = lambda b: jf.observables.interaction_energy(
+        jf.flow(jf.SelfAttention(beta=b), mu0, t1=1.0).measures[-1], 1.0
+    )
+    numeric = (value(1.0 + h) - value(1.0 - h)) / (2 * h)
+    # Central differences in float32: rounding 1e-6 / h and truncation h^2.
+    np.testing.assert_allclose(slope(jnp.array([1.0]))[0], numeric, atol=2e-3)
+
+
+def test_events_pass_through():
+    mu0 = jf.measure.simplex(4, 4)
+
+    def clustered(t, y, args, **kwargs):
+        return (y[0] * y[1]).sum() - 0.5
+
+    event = diffrax.Event(clustered, optimistix.Newton(rtol=1e-5, atol=1e-5))
+    sol = jf.flow(jf.SelfAttention(), mu0, t1=20.0, event=event)
+    x = sol.measures[-1].points
+    assert float(sol.ts[-1]) < 20 and bool(sol.event_mask)
+    np.testing.assert_allclose(x[0] @ x[1], 0.5, atol=1e-4)
+    steady = diffrax.Event(diffrax.steady_state_event(1e-4, 1e-4))
+    sol = jf.flow(jf.SelfAttention(), mu0, t1=1000.0, event=steady)
+    assert float(sol.ts[-1]) < 100
+    np.testing.assert_allclose(jf.observables.inner_products(sol.measures[-1]), 1, atol=1e-3)
+
+
+class Broken(jf.AbstractField):
+    """Infinite from t = 1 on."""
+
+    geometry: jf.Euclidean = jf.Euclidean()
+
+    def __call__(self, t, x, mu):
+        return jnp.where(t < 1, 1.0, jnp.nan) * x
+
+
+class Misshapen(jf.AbstractField):
+    geometry: jf.Euclidean = jf.Euclidean()
+
+    def __call__(self, t, x, mu):
+        return x[:, :1]
+
+
+def test_failures_say_how_far_they_came_and_what_to_change():
+    mu0 = jf.measure.simplex(4, 4)
+    field = jf.SelfAttention(beta=4.0)
+    with pytest.raises(jf.FlowError, match=r"at t = [\d.]+ of t1 = 50 after 5 steps.*Raise max_steps"):
+        jf.flow(field, mu0, t1=50.0, max_steps=5)
+    sol = jf.flow(field, mu0, t1=50.0, max_steps=5, throw=False)
+    assert sol.result == diffrax.RESULTS.max_steps_reached
+    with pytest.raises(jf.FlowError, match="velocity X_t.* is not finite .first at index .0, 0"):
+        jf.flow(Broken(), mu0, t1=2.0, max_steps=200)
+    with pytest.raises(jf.FlowError, match="t = 2 of t1 = 2 after 4 steps: the points are not finite"):
+        jf.flow(Broken(), mu0, t1=2.0, dt0=0.5, solver=diffrax.Euler())
+    jitted = eqx.filter_jit(lambda t1: jf.flow(field, mu0, t1=t1, max_steps=5).measures.points)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="outside jit"):
+        jax.block_until_ready(jitted(jnp.array(50.0)))
+
+
+MU = jf.Measure(np.eye(3, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: jf.flow(jf.SelfAttention(), MU, t0=1.0, t1=0.5), ValueError, "t0=1.0, t1=0.5; flow"),
+        (lambda: jf.flow(jf.SelfAttention(), MU, t1=np.nan), ValueError, "t1 must be finite"),
+        (lambda: jf.flow(jf.SelfAttention(), MU, t1=jnp.ones(2)), ValueError, "t1 must be a scalar"),
+        (
+            lambda: jf.flow(jf.SelfAttention(), jf.Measure(2 * MU.points), t1=1.0),
+            ValueError,
+            r"index \(0,\) has length 2\. Retract",
+        ),
+        (
+            lambda: jf.flow(jf.SelfAttention(), jf.Measure(MU.points.at[1, 2].set(jnp.nan)), t1=1.0),
+            ValueError,
+            r"finite, got nan at index \(1, 2\)",
+        ),
+        (lambda: jf.flow(Misshapen(), MU, t1=1.0), ValueError, r"\(3, 3\) to velocities.*\(3, 1\)"),
+        (
+            lambda: jf.flow(jf.SelfAttention(), MU, t1=1.0, solver=diffrax.Euler()),
+            ValueError,
+            "Euler takes fixed steps: pass dt0",
+        ),
+        (lambda: jf.flow(jf.SelfAttention(), MU, t1=1.0, max_steps=0), ValueError, "max_steps must"),
+        (
+            lambda: jf.flow(jf.SelfAttention(backend="gpu"), MU, t1=1.0),
+            ValueError,
+            "backend must be one of .*'gpu'",
+        ),
+        (lambda: jf.SelfAttention(beta=jnp.nan), ValueError, "beta .* must be finite, got nan"),
+        (lambda: jf.SelfAttention(beta=np.ones(2)), ValueError, r"beta must be a scalar.*\(2,\)"),
+        (lambda: jf.SelfAttention(np.eye(3)[0]), ValueError, "query must be a matrix"),
+        (lambda: jf.SelfAttention(np.eye(3, dtype=int)), TypeError, "query must be floating point"),
+        (lambda: jf.SelfAttention(np.ones((2, 3))), ValueError, "with the other one the identity"),
+        (
+            lambda: jf.SelfAttention(np.ones((2, 3)), np.ones((2, 4))),
+            ValueError,
+            r"query \(2, 3\) and key \(2, 4\)",
+        ),
+        (lambda: jf.SelfAttention(value=np.ones((2, 3))), ValueError, r"value \(2, 3\)"),
+        (
+            lambda: jf.SelfAttention() + jf.LinearDrift(1.0),
+            ValueError,
+            "live on one geometry.*Sphere.*Euclidean.*geometry=",
+        ),
+        (lambda: jf.MultiHeadAttention(6, 4, key=jax.random.key(0)), ValueError, "heads must divide"),
+        (
+            lambda: jf.SelfAttention(interaction=jf.Sinkhorn(), causal=True)(0.0, MU.points, MU),
+            ValueError,
+            "Sinkhorn attention has no causal",
+        ),
+        (lambda: jf.SelfAttention()(0.0, MU.points[:, :2], MU), ValueError, "query points"),
+        (lambda: jf.Sphere(radius=0.0), ValueError, "radius of a sphere must be positive, got 0"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_traced_input_is_checked_at_run_time():
+    mu0 = jf.measure.simplex(3, 3)
+    run = eqx.filter_jit(lambda x, t1: jf.flow(jf.SelfAttention(), jf.Measure(x), t1=t1).ts)
+    with pytest.raises(eqx.EquinoxRuntimeError, match="t1 must not be less than t0"):
+        jax.block_until_ready(run(mu0.points, jnp.array(-1.0)))
+    with pytest.raises(eqx.EquinoxRuntimeError, match="points must lie on"):
+        jax.block_until_ready(run(2 * mu0.points, jnp.array(1.0)))
+
+
+def test_a_run_that_does_not_fit_is_refused(monkeypatch):
+    mu0 = jf.measure.uniform_sphere(100, 3, key=jax.random.key(0))
+    saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 1.0, 1001))
+    estimate = jf.memory_estimate(mu0, saveat=saveat)
+    assert 1001 * 100 * 3 * 4 <= estimate <= 1.1 * 1001 * 100 * 3 * 4
+    import sys
+
+    monkeypatch.setattr(sys.modules["jaxflow.flow"], "_available_memory", lambda: 10**6)
+    with pytest.raises(MemoryError, match=r"needs about 0.0 GB .*Save fewer times.*observe="):
+        jf.flow(jf.SelfAttention(), mu0, t1=1.0, saveat=saveat)
+    jf.flow(jf.SelfAttention(), mu0, t1=1.0)
+
+
+def test_cosine_gradient_flow_increases_the_energy(key):
+    """The unnormalised dynamics is the gradient flow of the energy, so it never decreases it."""
+    mu0 = jf.measure.uniform_sphere(20, 3, key=key)
+    sol = jf.flow(
+        jf.SelfAttention(beta=1.0, interaction=jf.Unnormalised()),
+        mu0,
+        t1=3.0,
+        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 3.0, 20)),
+        observe={"energy": jf.observables.InteractionEnergy(beta=1.0)},
+    )
+    assert np.all(np.diff(sol.observed["energy"]) > -1e-6)

@@ -1,0 +1,313 @@
+"""Pictures are compared by their data; a page is also opened in a browser."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxflow as jf
+
+go = pytest.importorskip("plotly.graph_objects")
+Figure = pytest.importorskip("matplotlib.figure").Figure
+
+N, TIMES = 24, 9
+
+
+def solve(batch=()):
+    x = jax.random.normal(jax.random.key(0), (*batch, N, 3))
+    return jf.flow(
+        jf.SelfAttention(beta=4.0),
+        jf.Measure(jf.Sphere().retract(x)),
+        t1=8.0,
+        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 8.0, TIMES)),
+        observe={"energy": jf.observables.InteractionEnergy(4.0)},
+    )
+
+
+@pytest.fixture(scope="module")
+def sol():
+    return solve()
+
+
+@pytest.fixture(scope="module")
+def batched():
+    return solve(batch=(2,))
+
+
+def elsewhere(sol, d, geometry=jf.Sphere()):
+    """A solution in R^d without a solve: lines, put on the geometry."""
+    x, v = jax.random.normal(jax.random.key(0), (2, N, d))
+    points = geometry.retract(x + sol.ts[:, None, None] * v[None])
+    return replace(sol, measures=jf.Measure(points), geometry=geometry)
+
+
+def replace(sol, **fields):
+    """The solution with other fields."""
+    values = {f: getattr(sol, f) for f in sol.__dataclass_fields__} | fields
+    return jf.FlowSolution(**values)
+
+
+def tokens(trace):
+    """(k, n) coordinates of a trace or frame."""
+    return np.stack([getattr(trace, a) for a in "xyz" if getattr(trace, a, None) is not None])
+
+
+def moving(figure):
+    """The traces that play: tokens, then a dot a panel."""
+    return [figure.data[i] for i in figure.frames[0].traces]
+
+
+# ------------------------------------------------------------------ the page
+
+
+def test_frames_hold_the_tokens_at_each_time(sol):
+    figure = jf.viz.sphere(sol)
+    assert isinstance(figure, go.Figure) and len(figure.frames) == TIMES
+    for k, frame in enumerate(figure.frames):
+        # Rounded to four decimals.
+        np.testing.assert_allclose(tokens(frame.data[0]), sol.measures.points[k].T, atol=6e-5)
+    np.testing.assert_array_equal(tokens(moving(figure)[0]), tokens(figure.frames[0].data[0]))
+
+
+def test_colour_is_the_last_cluster(sol):
+    labels = np.asarray(jf.observables.cluster_labels(sol.measures[-1]))
+    colours = np.array(moving(jf.viz.sphere(sol))[0].marker.color)
+    assert 1 < labels.max() + 1 <= 8
+    np.testing.assert_array_equal(
+        labels[:, None] == labels, colours[:, None] == colours, "one colour a cluster"
+    )
+
+
+def test_many_clusters_differ_in_colour_or_marker(sol):
+    marker = moving(jf.viz.sphere(sol, threshold=1.1))[0].marker  # no two tokens are linked
+    assert len(set(zip(marker.color, marker.symbol, strict=True))) == N
+
+
+def test_panels_follow_clusters_and_energy(sol):
+    figure = jf.viz.sphere(sol)
+    counts = jf.observables.cluster_count(sol.measures)
+    for panel, values in enumerate((counts, sol.observed["energy"])):
+        curve = figure.data[figure.frames[0].traces[0] - 2 + panel]
+        np.testing.assert_array_equal(curve.y, values)
+        np.testing.assert_array_equal(curve.x, sol.ts)
+        for k, frame in enumerate(figure.frames):
+            assert frame.data[1 + panel].x == (sol.ts[k],)
+            assert frame.data[1 + panel].y == (values[k],)
+
+
+def test_play_pause_and_slider(sol):
+    layout = jf.viz.sphere(sol).layout
+    assert [b.label.split()[-1] for b in layout.updatemenus[0].buttons] == ["Play", "Pause"]
+    assert [s.label for s in layout.sliders[0].steps] == [f"{t:g}" for t in sol.ts]
+    assert layout.sliders[0].currentvalue.prefix == "t = "
+
+
+def test_labels_are_under_the_pointer(sol):
+    words = [f"<w{j}>" for j in range(N)]
+    text = moving(jf.viz.sphere(sol, labels=words))[0].text
+    assert text[3].startswith("&lt;w3&gt;<br>cluster ")
+    with pytest.raises(ValueError, match="one string a token: 24, got 23"):
+        jf.viz.sphere(sol, labels=words[1:])
+
+
+def test_subsample(sol):
+    figure = jf.viz.sphere(sol, max_points=10, max_frames=5)
+    assert "10 of them drawn" in figure.layout.title.text
+    assert [s.label for s in figure.layout.sliders[0].steps] == ["0", "2", "4", "6", "8"]
+    drawn = tokens(figure.frames[-1].data[0])
+    last = np.asarray(sol.measures.points[-1])
+    assert drawn.shape == (3, 10)
+    np.testing.assert_allclose(drawn[:, [0, -1]], last[[0, -1]].T, atol=6e-5)
+    with pytest.raises(ValueError, match="at least 2"):
+        jf.viz.sphere(sol, max_points=1)
+
+
+def test_projection_is_on_principal_directions(sol):
+    projected = elsewhere(sol, 5)
+    figure = jf.viz.sphere(projected)
+    assert "principal directions" in figure.layout.title.text
+    assert figure.layout.scene.xaxis.title.text == "v<sub>1</sub>"
+    last = np.asarray(projected.measures.points[-1], float)
+    energy = np.linalg.eigvalsh(last.T @ last)[:-4:-1]
+    drawn = tokens(figure.frames[-1].data[0]).astype(float)
+    # Four decimals of n numbers below 1: a sum of squares within 2 n 5e-5; and the first measure's
+    # share of 1e-6.
+    np.testing.assert_allclose(np.diag(drawn @ drawn.T), energy, atol=3e-3)
+    assert np.abs(drawn @ drawn.T - np.diag(energy)).max() < 3e-3
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_euclidean_axes_hold_the_tokens(sol, d):
+    figure = jf.viz.sphere(elsewhere(sol, d, jf.Euclidean()))
+    assert figure.frames[0].traces[0] == 2  # after the two curves: no sphere
+    for frame in figure.frames:
+        x = tokens(frame.data[0])
+        space = frame.layout.scene if d == 3 else frame.layout
+        ranges = np.array([space[f"{a}axis"].range for a in "xyz"[: len(x)]])
+        assert (ranges[:, :1] <= x).all() and (x <= ranges[:, 1:]).all()
+
+
+def test_system_chooses_among_several(sol, batched):
+    with pytest.raises(ValueError, match=r"shape \(2,\): choose one, such as system=\(0,\)"):
+        jf.viz.sphere(batched)
+    with pytest.raises(ValueError, match="drop system"):
+        jf.viz.sphere(sol, system=0)
+    figure = jf.viz.sphere(batched, system=1)
+    expected = batched.measures.points[-1, 1].T
+    np.testing.assert_allclose(tokens(figure.frames[-1].data[0]), expected, atol=6e-5)
+    dot = figure.frames[-1].data[-1]
+    assert dot.y == (batched.observed["energy"][-1, 1],)
+    # The systems of jax.vmap(flow) come before the times.
+    swap = lambda a: a.swapaxes(0, 1)
+    mapped = replace(
+        batched,
+        ts=jnp.stack([batched.ts, batched.ts]),
+        measures=jf.Measure(swap(batched.measures.points)),
+        observed={"energy": swap(batched.observed["energy"])},
+    )
+    again = jf.viz.sphere(mapped, system=1)
+    np.testing.assert_array_equal(
+        tokens(again.frames[-1].data[0]), tokens(figure.frames[-1].data[0])
+    )
+
+
+def test_times_not_reached_are_left_out(sol):
+    unreached = jf.Measure(sol.measures.points.at[6:].set(jnp.inf))
+    stopped = replace(sol, ts=sol.ts.at[6:].set(jnp.inf), measures=unreached)
+    assert len(jf.viz.sphere(stopped).frames) == 6
+    with pytest.raises(ValueError, match=r"two or more saved times, got 1: .*SaveAt\(ts="):
+        jf.viz.sphere(replace(sol, ts=sol.ts.at[1:].set(jnp.inf)))
+
+
+def test_needs_points(sol):
+    with pytest.raises(ValueError, match=r"needs the points: .*SaveAt\(ts="):
+        jf.viz.summary(replace(sol, measures=None))
+
+
+def test_tokens_without_mass_are_grey(sol):
+    logs = jnp.where(jnp.arange(N) < N // 2, 0.0, -jnp.inf)
+    mu = jf.Measure(sol.measures.points, logs)
+    colours = moving(jf.viz.sphere(replace(sol, measures=mu)))[0].marker.color
+    assert set(colours[N // 2 :]) == {"#999999"} and "#999999" not in colours[: N // 2]
+
+
+def test_page_holds_all_it_needs(sol, tmp_path):
+    path = tmp_path / "flow.html"
+    jf.viz.sphere(sol).write_html(path)
+    page = path.read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", page)
+    assert "Plotly.addFrames(" in page and "Plotly.animate('" not in page
+    assert len(page) < 6e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [2, 3])
+def test_page_plays_in_a_browser(sol, d, tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    path = tmp_path / "flow.html"
+    jf.viz.sphere(sol if d == 3 else elsewhere(sol, d)).write_html(path)
+    script = """<script>setTimeout(() => {
+        const figure = document.querySelector(".plotly-graph-div");
+        figure.on("plotly_animatingframe", e => document.title = "playing frame " + e.name);
+        document.querySelector(".updatemenu-button").dispatchEvent(new MouseEvent("click"));
+    }, 1000)</script></body>"""
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    flags += "--disable-background-networking --disable-component-update --use-angle=swiftshader "
+    flags += "--enable-unsafe-swiftshader --dump-dom --virtual-time-budget=10000"
+    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    dom = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    assert "▶ Play" in dom and "❚❚ Pause" in dom
+    assert re.search(r'class="slider-label"[^>]*>t = ', dom)
+    assert "<title>playing frame " in dom
+    if d == 2:
+        assert dom.count('class="point"') == N + 2
+    else:
+        assert "<canvas" in dom and "WebGL is not supported" not in dom
+
+
+# ------------------------------------------------------------------ figures
+
+
+def test_summary_has_five_panels(sol, tmp_path):
+    figure = jf.viz.summary(sol, title="A flow")
+    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    assert [ax.name for ax in panels] == ["3d", "3d", *["rectilinear"] * 3]
+    assert [ax.get_title() for ax in panels[:2]] == ["$t$ = 0", "$t$ = 8"]
+    figure.savefig(tmp_path / "flow.png")
+
+
+@pytest.mark.parametrize("d, geometry", [(2, jf.Sphere()), (2, jf.Euclidean()), (5, jf.Sphere())])
+def test_summary_elsewhere(sol, d, geometry, tmp_path):
+    jf.viz.summary(elsewhere(sol, d, geometry)).savefig(tmp_path / "flow.png")
+
+
+def test_points(sol):
+    mu = sol.measures[0]
+    ax = Figure().add_subplot()
+    assert jf.viz.points(mu, labels=[str(j) for j in range(N)], ax=ax) is ax
+    drawn = np.concatenate([c.get_offsets() for c in ax.collections])
+    expected = np.asarray(mu.points[:, :2])  # flat axes see the first two coordinates
+    np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0), rtol=1e-6)
+    assert [t.get_text().strip() for t in ax.texts] == [str(j) for j in range(N)]
+    assert jf.viz.points(mu).name == "3d"
+
+
+def test_inner_products(sol):
+    ax = jf.viz.inner_product_histogram(sol, bins=50)
+    density = np.ma.filled(ax.collections[0].get_array(), 0)
+    assert density.shape == (50, TIMES)
+    np.testing.assert_allclose(density.sum(axis=0) * 2 / 50, 1, rtol=1e-5)
+    gram = np.asarray(jf.observables.inner_products(sol.measures[0]))
+    above = (gram[np.triu_indices(N, 1)] > 0).mean()
+    np.testing.assert_allclose(density[25:, 0].sum() * 2 / 50, above, rtol=1e-5)
+    assert ax.get_xlabel() == "$t$"
+
+
+def test_curves(sol):
+    ax = jf.viz.cluster_staircase(sol)
+    np.testing.assert_array_equal(
+        ax.lines[0].get_ydata(), jf.observables.cluster_count(sol.measures)
+    )
+    np.testing.assert_array_equal(
+        jf.viz.energy_curve(sol).lines[0].get_ydata(), sol.observed["energy"]
+    )
+    with pytest.raises(ValueError, match="did not observe its energy"):
+        jf.viz.energy_curve(replace(sol, observed={}))
+
+
+def test_attention(sol):
+    field, mu = jf.SelfAttention(beta=4.0), sol.measures[0]
+    words = [f"w{j}" for j in range(N)]
+    ax = jf.viz.attention(field, mu, labels=words)
+    matrix = jf.observables.attention_matrix(field, mu)
+    np.testing.assert_array_equal(ax.images[0].get_array(), matrix)
+    assert [t.get_text() for t in ax.get_yticklabels()] == words
+
+
+# ------------------------------------------------------------------ optional libraries
+
+
+def test_import_takes_no_extra():
+    code = "import jaxflow, sys; sys.exit(bool({'matplotlib', 'plotly'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "module, picture",
+    [("plotly.graph_objects", jf.viz.sphere), ("matplotlib.figure", jf.viz.summary)],
+)
+def test_missing_library_is_named(sol, monkeypatch, module, picture):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "jaxflow\[viz\]"'):
+        picture(sol)
