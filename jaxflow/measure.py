@@ -207,7 +207,7 @@ def von_mises_fisher(
 def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:
     """n equispaced points on the unit circle, the first at the angle `phase` (radians)."""
     _check_sizes(n=n)
-    return from_angles(phase + 2 * jnp.pi * jnp.arange(n) / n)
+    return from_angles(phase + 2 * jnp.pi * jnp.arange(n, dtype=float) / n)
 
 
 def from_angles(angles: ArrayLike) -> Measure:
@@ -256,7 +256,7 @@ def kuramoto(n: int, order_parameter: ScalarLike, *, phase: ScalarLike = 0.0) ->
     r = jnp.asarray(order_parameter, float)
     if is_concrete(r) and not 0 <= r < 1:
         raise ValueError(f"an order parameter must lie in [0, 1), got {r}.")
-    u = (jnp.arange(n) + 0.5) / n - 0.5
+    u = (jnp.arange(n, dtype=float) + 0.5) / n - 0.5
     angles = 2 * jnp.arctan((1 - r) / (1 + r) * jnp.tan(jnp.pi * u))
     return from_angles(phase + angles)
 
@@ -285,8 +285,8 @@ def from_text(
     vocabulary, index = np.unique([t.lower() for t in tokens], return_inverse=True)
     table = jax.random.normal(key, (len(vocabulary), d))
     table = table / jnp.linalg.norm(table, axis=1, keepdims=True)
-    rates = 10000.0 ** (-jnp.arange(0, d, 2) / d)
-    angles = jnp.arange(len(tokens))[:, None] * rates[None]
+    rates = 10000.0 ** (-jnp.arange(0, d, 2, dtype=float) / d)
+    angles = jnp.arange(len(tokens), dtype=float)[:, None] * rates[None]
     code = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(len(tokens), -1)[:, :d]
     x = table[index] + position_scale * code / jnp.linalg.norm(code, axis=1, keepdims=True)
     return Measure(x / jnp.linalg.norm(x, axis=1, keepdims=True)), tokens

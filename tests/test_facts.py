@@ -452,7 +452,7 @@ def test_f11_a_rotating_value_turns_the_cluster():
 
 
 def gaussian_measure(mean, covariance, nodes):
-    """N(mean, covariance) on R^2 by Gauss-Hermite nodes: exact on polynomials of degree 2 nodes - 1.
+    """N(mean, covariance) on R^2 by Gauss-Hermite nodes, exact up to degree 2 nodes - 1.
 
     An affine image of the nodes is the rule of the affine image of the Gaussian.
     """
@@ -554,18 +554,19 @@ def test_f14_convex_hulls_are_nested():
 def test_f14_attention_becomes_boolean_of_rank_two():
     """d = 1, V > 0, QK > 0: the attention matrix tends to a Boolean one of rank <= 2.
 
-    (arXiv 2305.05465.) Scores grow like e^{2t}, so that e^{-score} is below rounding at t = 6.
+    (arXiv 2305.05465.) The line is the first axis of R^2, which V = I keeps. Scores grow like
+    e^{2t}, so that e^{-score} is below rounding at t = 6.
     """
     field = jf.SelfAttention(geometry=jf.Euclidean())
-    mu = jf.Measure(gaussian(2, 16, 1))
-    sol = solve(field, mu, [0.0, 6.0])
-    attention = np.asarray(jf.observables.attention_matrix(field, sol.measures[-1]))
-    boolean = np.round(attention)
-    np.testing.assert_allclose(attention, boolean, rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(boolean.sum(axis=1), 1)
-    assert np.linalg.matrix_rank(boolean) == 2
-    start = np.asarray(jf.observables.attention_matrix(field, mu))
+    mu = jf.Measure(gaussian(2, 16, 2) * np.array([[1.0, 0.0]]))
+    measures = solve(field, mu, np.linspace(0.0, 6.0, 7)).measures
+    np.testing.assert_array_equal(measures.points[..., 1], 0)
+    matrix = eqx.filter_jit(jf.observables.attention_matrix)
+    start, end = (np.asarray(matrix(field, measures[i])) for i in (0, -1))
     assert np.abs(start - np.round(start)).max() > 0.3
+    np.testing.assert_allclose(end, np.round(end), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(np.round(end).sum(axis=1), 1)
+    assert np.linalg.matrix_rank(np.round(end)) == 2
 
 
 # ------------------------------------------------------------------ F15, F16: leaders

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import diffrax
 import jax
@@ -40,10 +41,10 @@ def batched():
     return solve(batch=(2,))
 
 
-def elsewhere(sol, d, geometry=jf.Sphere()):
+def elsewhere(sol, d, geometry: Any = jf.Sphere()):
     """A solution in R^d without a solve: lines, put on the geometry."""
     x, v = jax.random.normal(jax.random.key(0), (2, N, d))
-    points = geometry.retract(x + sol.ts[:, None, None] * v[None])
+    points = geometry.retract(x[None] + sol.ts[:, None, None] * v[None])
     return replace(sol, measures=jf.Measure(points), geometry=geometry)
 
 
@@ -51,6 +52,10 @@ def replace(sol, **fields):
     """The solution with other fields."""
     values = {f: getattr(sol, f) for f in sol.__dataclass_fields__} | fields
     return jf.FlowSolution(**values)
+
+
+def sphere(sol, **options) -> Any:  # a checker of types cannot follow a plotly figure
+    return jf.viz.sphere(sol, **options)
 
 
 def tokens(trace):
@@ -67,7 +72,7 @@ def moving(figure):
 
 
 def test_frames_hold_the_tokens_at_each_time(sol):
-    figure = jf.viz.sphere(sol)
+    figure = sphere(sol)
     assert isinstance(figure, go.Figure) and len(figure.frames) == TIMES
     for k, frame in enumerate(figure.frames):
         # Rounded to four decimals.
@@ -77,7 +82,7 @@ def test_frames_hold_the_tokens_at_each_time(sol):
 
 def test_colour_is_the_last_cluster(sol):
     labels = np.asarray(jf.observables.cluster_labels(sol.measures[-1]))
-    colours = np.array(moving(jf.viz.sphere(sol))[0].marker.color)
+    colours = np.array(moving(sphere(sol))[0].marker.color)
     assert 1 < labels.max() + 1 <= 8
     np.testing.assert_array_equal(
         labels[:, None] == labels, colours[:, None] == colours, "one colour a cluster"
@@ -85,12 +90,12 @@ def test_colour_is_the_last_cluster(sol):
 
 
 def test_many_clusters_differ_in_colour_or_marker(sol):
-    marker = moving(jf.viz.sphere(sol, threshold=1.1))[0].marker  # no two tokens are linked
+    marker = moving(sphere(sol, threshold=1.1))[0].marker  # no two tokens are linked
     assert len(set(zip(marker.color, marker.symbol, strict=True))) == N
 
 
 def test_panels_follow_clusters_and_energy(sol):
-    figure = jf.viz.sphere(sol)
+    figure = sphere(sol)
     counts = jf.observables.cluster_count(sol.measures)
     for panel, values in enumerate((counts, sol.observed["energy"])):
         curve = figure.data[figure.frames[0].traces[0] - 2 + panel]
@@ -102,7 +107,7 @@ def test_panels_follow_clusters_and_energy(sol):
 
 
 def test_play_pause_and_slider(sol):
-    layout = jf.viz.sphere(sol).layout
+    layout = sphere(sol).layout
     assert [b.label.split()[-1] for b in layout.updatemenus[0].buttons] == ["Play", "Pause"]
     assert [s.label for s in layout.sliders[0].steps] == [f"{t:g}" for t in sol.ts]
     assert layout.sliders[0].currentvalue.prefix == "t = "
@@ -110,14 +115,14 @@ def test_play_pause_and_slider(sol):
 
 def test_labels_are_under_the_pointer(sol):
     words = [f"<w{j}>" for j in range(N)]
-    text = moving(jf.viz.sphere(sol, labels=words))[0].text
+    text = moving(sphere(sol, labels=words))[0].text
     assert text[3].startswith("&lt;w3&gt;<br>cluster ")
     with pytest.raises(ValueError, match="one string a token: 24, got 23"):
-        jf.viz.sphere(sol, labels=words[1:])
+        sphere(sol, labels=words[1:])
 
 
 def test_subsample(sol):
-    figure = jf.viz.sphere(sol, max_points=10, max_frames=5)
+    figure = sphere(sol, max_points=10, max_frames=5)
     assert "10 of them drawn" in figure.layout.title.text
     assert [s.label for s in figure.layout.sliders[0].steps] == ["0", "2", "4", "6", "8"]
     drawn = tokens(figure.frames[-1].data[0])
@@ -125,12 +130,12 @@ def test_subsample(sol):
     assert drawn.shape == (3, 10)
     np.testing.assert_allclose(drawn[:, [0, -1]], last[[0, -1]].T, atol=6e-5)
     with pytest.raises(ValueError, match="at least 2"):
-        jf.viz.sphere(sol, max_points=1)
+        sphere(sol, max_points=1)
 
 
 def test_projection_is_on_principal_directions(sol):
     projected = elsewhere(sol, 5)
-    figure = jf.viz.sphere(projected)
+    figure = sphere(projected)
     assert "principal directions" in figure.layout.title.text
     assert figure.layout.scene.xaxis.title.text == "v<sub>1</sub>"
     last = np.asarray(projected.measures.points[-1], float)
@@ -144,7 +149,7 @@ def test_projection_is_on_principal_directions(sol):
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_euclidean_axes_hold_the_tokens(sol, d):
-    figure = jf.viz.sphere(elsewhere(sol, d, jf.Euclidean()))
+    figure = sphere(elsewhere(sol, d, jf.Euclidean()))
     assert figure.frames[0].traces[0] == 2  # after the two curves: no sphere
     for frame in figure.frames:
         x = tokens(frame.data[0])
@@ -155,10 +160,10 @@ def test_euclidean_axes_hold_the_tokens(sol, d):
 
 def test_system_chooses_among_several(sol, batched):
     with pytest.raises(ValueError, match=r"shape \(2,\): choose one, such as system=\(0,\)"):
-        jf.viz.sphere(batched)
+        sphere(batched)
     with pytest.raises(ValueError, match="drop system"):
-        jf.viz.sphere(sol, system=0)
-    figure = jf.viz.sphere(batched, system=1)
+        sphere(sol, system=0)
+    figure = sphere(batched, system=1)
     expected = batched.measures.points[-1, 1].T
     np.testing.assert_allclose(tokens(figure.frames[-1].data[0]), expected, atol=6e-5)
     dot = figure.frames[-1].data[-1]
@@ -171,7 +176,7 @@ def test_system_chooses_among_several(sol, batched):
         measures=jf.Measure(swap(batched.measures.points)),
         observed={"energy": swap(batched.observed["energy"])},
     )
-    again = jf.viz.sphere(mapped, system=1)
+    again = sphere(mapped, system=1)
     np.testing.assert_array_equal(
         tokens(again.frames[-1].data[0]), tokens(figure.frames[-1].data[0])
     )
@@ -180,9 +185,9 @@ def test_system_chooses_among_several(sol, batched):
 def test_times_not_reached_are_left_out(sol):
     unreached = jf.Measure(sol.measures.points.at[6:].set(jnp.inf))
     stopped = replace(sol, ts=sol.ts.at[6:].set(jnp.inf), measures=unreached)
-    assert len(jf.viz.sphere(stopped).frames) == 6
+    assert len(sphere(stopped).frames) == 6
     with pytest.raises(ValueError, match=r"two or more saved times, got 1: .*SaveAt\(ts="):
-        jf.viz.sphere(replace(sol, ts=sol.ts.at[1:].set(jnp.inf)))
+        sphere(replace(sol, ts=sol.ts.at[1:].set(jnp.inf)))
 
 
 def test_needs_points(sol):
@@ -193,13 +198,13 @@ def test_needs_points(sol):
 def test_tokens_without_mass_are_grey(sol):
     logs = jnp.where(jnp.arange(N) < N // 2, 0.0, -jnp.inf)
     mu = jf.Measure(sol.measures.points, logs)
-    colours = moving(jf.viz.sphere(replace(sol, measures=mu)))[0].marker.color
+    colours = moving(sphere(replace(sol, measures=mu)))[0].marker.color
     assert set(colours[N // 2 :]) == {"#999999"} and "#999999" not in colours[: N // 2]
 
 
 def test_page_holds_all_it_needs(sol, tmp_path):
     path = tmp_path / "flow.html"
-    jf.viz.sphere(sol).write_html(path)
+    sphere(sol).write_html(path)
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"<(script|link)[^>]+(src|href)=", page)
     assert "Plotly.addFrames(" in page and "Plotly.animate('" not in page
@@ -214,7 +219,7 @@ def test_page_plays_in_a_browser(sol, d, tmp_path):
     if browser is None:
         pytest.skip("no Chromium on this machine")
     path = tmp_path / "flow.html"
-    jf.viz.sphere(sol if d == 3 else elsewhere(sol, d)).write_html(path)
+    sphere(sol if d == 3 else elsewhere(sol, d)).write_html(path)
     script = """<script>setTimeout(() => {
         const figure = document.querySelector(".plotly-graph-div");
         figure.on("plotly_animatingframe", e => document.title = "playing frame " + e.name);
@@ -264,7 +269,7 @@ def test_points(sol):
 
 
 def test_inner_products(sol):
-    ax = jf.viz.inner_product_histogram(sol, bins=50)
+    ax: Any = jf.viz.inner_product_histogram(sol, bins=50)
     density = np.ma.filled(ax.collections[0].get_array(), 0)
     assert density.shape == (50, TIMES)
     np.testing.assert_allclose(density.sum(axis=0) * 2 / 50, 1, rtol=1e-5)
