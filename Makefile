@@ -11,8 +11,10 @@ help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Two simulations, with pictures, in runs/
-	$(BIN)/jaxflow simulate --n 512 --d 3 --beta 4 --t1 15 --out runs/demo-sphere
-	$(BIN)/jaxflow simulate --text README.md --out runs/demo-text
+	$(BIN)/jaxflow simulate --n 512 --d 3 --beta 9 --t1 30 --out runs/demo-sphere
+	$(BIN)/jaxflow simulate --text examples/gettysburg.txt --d 16 --beta 8 --t1 16 \
+		--threshold 0.99 --out runs/demo-text
+	@echo "Open runs/demo-sphere/flow.html and runs/demo-text/flow.html in a browser."
 
 test: $(STAMP)  ## The tests; PYTEST_ARGS is passed on
 	$(BIN)/python -m pytest tests -n 2 $(PYTEST_ARGS)

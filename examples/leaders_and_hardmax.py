@@ -2,10 +2,10 @@
 
     x_i <- x_i + a/(1+a) (y_i - x_i),    y_i = the mean over C_i = argmax_j <x_i, x_j>
 
-is one Euler step of length 1 along the field a/(1+a) (hardmax attention - x). Here a = 0.5. Token i
-is a leader where it attends to itself alone, C_i = {i}: these are the 5 tokens of a pentagon, around
-59 Gaussian ones. Leaders do not move, nobody changes leader, and the distance of every other token
-to its leader shrinks by exactly 1/(1+a) = 0.666667 a step.
+is one Euler step of length 1 along the field a/(1+a) (hardmax attention - x). Here a = 0.5. The
+leaders are those that attend to themselves alone, C_i = {i}: 5 tokens of a pentagon, around 59
+Gaussian ones. Leaders do not move, nobody changes leader, and the distance of every other token to
+its leader shrinks by exactly 1/(1+a) = 0.666667 a step.
 """
 
 import diffrax

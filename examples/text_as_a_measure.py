@@ -36,26 +36,26 @@ def main(path: str | None = None) -> dict:
         jf.SelfAttention(beta=9.0), mu0, t1=20.0, saveat=diffrax.SaveAt(ts=jnp.linspace(0, 20, 81))
     )
 
-    print(f"{len(words)} words, {len(set(words))} different")
-    result = {"words": len(words), "different": len(set(words))}
+    different, clusters, pairs = len(set(words)), [], []
+    print(f"{len(words)} words, {different} different")
     for k in (0, 8, 40, 80):
         labels = jf.observables.cluster_labels(sol.measures[k], threshold=0.99).tolist()
-        # One cluster a word, and one word a cluster, where all three numbers agree.
-        pairs = len(set(zip(words, labels, strict=True)))
-        print(f"t = {sol.ts[k]:4.1f}: {max(labels) + 1} clusters, {pairs} pairs (word, cluster)")
-        result[f"t={sol.ts[k]:.0f}"] = max(labels) + 1, pairs
+        clusters.append(max(labels) + 1)
+        # As many as there are clusters and different words: then each cluster is one word.
+        pairs.append(len(set(zip(words, labels, strict=True))))
+        print(f"t = {sol.ts[k]:4.1f}: {clusters[-1]} clusters, {pairs[-1]} pairs (word, cluster)")
 
     print("The largest clusters at the end, by their most frequent words:")
     for label, size in Counter(labels).most_common(5):
         inside = Counter(w for w, own in zip(words, labels, strict=True) if own == label)
-        print(f"{size:5d}  " + ", ".join(f"{word} {count}" for word, count in inside.most_common(8)))
+        print(f"{size:5d} ", ", ".join(f"{word} {times}" for word, times in inside.most_common(8)))
 
     if importlib.util.find_spec("plotly"):
         page = Path("runs/text.html")
         page.parent.mkdir(exist_ok=True)
         jf.viz.sphere(sol, labels=words, threshold=0.99).write_html(page)
         print(f"wrote {page}")
-    return result
+    return {"different": different, "clusters": clusters, "pairs": pairs}
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def flow(
     - `throw`: raise if the solve fails; otherwise look at `result`.
     - `observe`: `{name: fn}` with fn(t, mu), evaluated inside the solve at each saved time.
 
-    **Returns:** a [`jaxflow.flow.FlowSolution`][].
+    **Returns:** a [`jaxflow.FlowSolution`][].
 
     **Raises:** `ValueError` or `TypeError` for bad input, `MemoryError` where what is saved would
     not fit, `FlowError` where the solve fails or is not finite (under `jit`, the run-time error of
@@ -140,7 +140,7 @@ def flow(
         mu0,
         (timelike(t0), timelike(t1), timelike(dt0)),
         solver,
-        _traced_tolerances(stepsize_controller),
+        _traced_tolerances(stepsize_controller, dtype),
         saveat,
         adjoint,
         event,
@@ -322,14 +322,14 @@ def _default_controller(solver, dt0, dtype):
     return diffrax.ConstantStepSize()
 
 
-def _traced_tolerances(controller):
+def _traced_tolerances(controller, dtype):
     """Tolerances as arrays: a new value is then no new program."""
     is_pid = lambda x: isinstance(x, diffrax.PIDController)
 
     def trace(x):
         if not is_pid(x):
             return x
-        return eqx.tree_at(lambda c: (c.rtol, c.atol), x, replace_fn=lambda tol: jnp.asarray(tol, float))
+        return eqx.tree_at(lambda c: (c.rtol, c.atol), x, replace_fn=lambda tol: jnp.asarray(tol, dtype))
 
     return jtu.tree_map(trace, controller, is_leaf=is_pid)
 

@@ -38,7 +38,7 @@ def test_simulate_reads_a_text(tmp_path):
         "simulate", "--text", text, *SMALL, "--d", 8, "--repulsive", "--out", tmp_path / "run"
     )
     assert result.exit_code == 0, result.output
-    assert "13 in R^8" in result.output and "largest clusters of the text" in result.output
+    assert "14 in R^8" in result.output and "words" in result.output
     assert "mat" in (tmp_path / "run" / "flow.html").read_text()
 
 

@@ -255,6 +255,15 @@ def test_non_finite_operands_are_not_hidden(backend):
     assert np.isfinite(np.delete(np.asarray(mean), 3, axis=0)).all()
 
 
+def test_without_jit():
+    operands = PLAIN.operands(jnp.float32)
+    expected = operation(PLAIN, "blocked")(*operands)
+    with jax.disable_jit():
+        actual = operation(PLAIN, "blocked")(*operands)
+        jax.grad(loss(operation(PLAIN, "blocked")))(*operands)
+    assert_close(actual, expected, 1e-6)
+
+
 def largest_intermediate(jaxpr) -> int:
     sizes = [0]
     for equation in jaxpr.eqns:

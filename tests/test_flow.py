@@ -71,7 +71,7 @@ ORDERS = [
     (diffrax.Bosh3(), 3),
     (diffrax.Dopri5(), 5),
     (diffrax.Tsit5(), 5),
-    (diffrax.Kvaerno3(root_finder=diffrax.VeryChord(1e-12, 1e-13, optimistix.max_norm)), 3),
+    (diffrax.Kvaerno3(root_finder=optimistix.Newton(1e-9, 1e-10)), 3),
 ]
 
 
@@ -108,6 +108,14 @@ def test_float32_default_reaches_its_tolerance():
     # rtol = atol = 1e-5 a step, a dozen steps, contracting.
     np.testing.assert_allclose(x, y.measures.points[-1], atol=5e-5)
     np.testing.assert_allclose(jnp.linalg.norm(x, axis=1), 1, atol=3e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float32_points_stay_float32_with_x64():
+    mu0 = jf.Measure(np.eye(3, dtype=np.float32))
+    controller = diffrax.PIDController(rtol=1e-4, atol=1e-4)
+    sol = jf.flow(jf.SelfAttention(beta=2.0), mu0, t1=1.0, stepsize_controller=controller)
+    assert sol.measures.points.dtype == sol.ts.dtype == jnp.float32
 
 
 class Counting(jf.AbstractField):

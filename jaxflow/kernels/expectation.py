@@ -295,8 +295,14 @@ def _to_front(a, dim, size):
 
 def _define(primitive: Primitive, avals: Callable, implementation: Callable):
     primitive.multiple_results = True
+    # Outside jit the primitive compiles itself: platforms choose their lowering there.
     compiled = jax.jit(lambda *args, band: primitive.bind(*args, band=band), static_argnames="band")
-    primitive.def_impl(compiled)
+
+    def evaluate(*args, band):
+        call = implementation if jax.config.jax_disable_jit else compiled
+        return call(*args, band=band)
+
+    primitive.def_impl(evaluate)
     primitive.def_abstract_eval(avals)
     mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
     batching.primitive_batchers[primitive] = partial(_batch, primitive)

@@ -1,0 +1,88 @@
+"""The examples print the numbers that their docstrings state."""
+
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the `main` of an example in an empty folder; its choice of precision ends with it."""
+    monkeypatch.chdir(tmp_path)
+    wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    yield lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+    jax.config.update("jax_enable_x64", wide)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short_and_tested(path):
+    assert len(path.read_text().splitlines()) < 100
+    assert f'run("{path.stem}")' in pathlib.Path(__file__).read_text()
+
+
+def test_an_example_runs_as_a_script():
+    script = EXAMPLES / "leaders_and_hardmax.py"
+    command = [sys.executable, "-W", "error", script]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "5 leaders" in out and "0 changes of leader" in out
+    assert out.count("0.666666666667 to 0.666666666667") == 10
+
+
+def test_leaders_and_hardmax(run):
+    result = run("leaders_and_hardmax")
+    np.testing.assert_array_equal(result["leaders"], range(5))
+    assert result["moved"] <= 1e-14 and result["changes"] == 0
+    # A gap of 1e-3, the least, is the difference of numbers of size 4, rounded in float64.
+    np.testing.assert_allclose(result["factors"], 2 / 3, rtol=1e-11)
+
+
+@pytest.mark.slow
+def test_clustering_on_the_sphere(run):
+    result = run("clustering_on_the_sphere")
+    np.testing.assert_allclose(result["rho"], [0.035441, 0.118066, 0.952775], rtol=0, atol=5e-7)
+    # The mean over pairs has the standard error sqrt(2) std(e^{b u}) / (2 b n) = 0.004, u = <x, y>.
+    np.testing.assert_allclose(result["energy"][0], 0.866, rtol=0, atol=0.012)
+    assert (np.diff(result["energy"]) > 0).all()
+    np.testing.assert_allclose(result["energy"][-1], 3.4169, rtol=0, atol=5e-5)
+    assert result["clusters"][-1] == 2
+
+
+@pytest.mark.slow
+def test_sinkhorn_against_softmax(run):
+    result = run("sinkhorn_against_softmax")
+    for name, softmax, converged in (
+        ("defects", 5.5, 1e-13),
+        ("rate_errors", 0.58, 1e-13),
+        ("return_errors", 2.2, 1e-7),
+    ):
+        values = result[name]
+        np.testing.assert_allclose(values[0], softmax, rtol=0.05)
+        assert values[0] > values[1] > values[2] and values[2] < converged
+
+
+@pytest.mark.slow
+def test_gradients_in_closed_form(run, capsys):
+    errors = run("gradients_in_closed_form")
+    assert len(errors) == 5
+    # Steps are controlled to 1e-10; the adjoint equation of Backsolve as well.
+    assert max(errors.values()) < 1e-9, errors
+    assert capsys.readouterr().out.count("0.27828373") == 6
+
+
+@pytest.mark.slow
+def test_text_as_a_measure(run, tmp_path):
+    pytest.importorskip("plotly")
+    result = run("text_as_a_measure")
+    different, clusters, pairs = result["different"], result["clusters"], result["pairs"]
+    # The text is that of the running Python: no two versions have quite the same.
+    assert clusters[0] > 1.5 * different
+    assert clusters[1] == pairs[1] == different
+    assert different / 2 > clusters[2] > 2 * clusters[3] > 2
+    assert "exception" in (tmp_path / "runs" / "text.html").read_text()
