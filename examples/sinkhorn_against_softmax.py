@@ -28,7 +28,7 @@ def main() -> dict:
         sinkhorn = jf.Sinkhorn(iterations=iterations)
         field = jf.SelfAttention(value=V, interaction=sinkhorn, geometry=jf.Euclidean())
 
-        defect = sinkhorn.column_defect(field.tokens(mu0), field.beta)
+        defect = jf.observables.column_defect(field, mu0)
         velocity = field(0.0, mu0.points, mu0)
         rate_error = jnp.linalg.norm(velocity.mean(axis=0) - V @ mu0.mean)
         sol = jf.flow(field, mu0, t1=2 * jnp.pi)

@@ -135,19 +135,27 @@ def flow(
     _check_memory(memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps))
     timelike = lambda t: None if t is None else jnp.asarray(t, dtype)
     saveat = jtu.tree_map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, saveat)
-    sol, last, finite = _solve(
-        field,
-        mu0,
-        (timelike(t0), timelike(t1), timelike(dt0)),
-        solver,
-        _traced_tolerances(stepsize_controller, dtype),
-        saveat,
-        adjoint,
-        event,
-        max_steps,
-        progress_meter,
-        dict(observe or {}),
-    )
+    try:
+        sol, last, finite = _solve(
+            field,
+            mu0,
+            (timelike(t0), timelike(t1), timelike(dt0)),
+            solver,
+            _traced_tolerances(stepsize_controller, dtype),
+            saveat,
+            adjoint,
+            event,
+            max_steps,
+            progress_meter,
+            dict(observe or {}),
+        )
+    except TypeError as error:
+        if "forward-mode" in str(error) and "custom_vjp" in str(error):
+            raise TypeError(
+                f"forward mode does not pass through {type(adjoint).__name__}; pass "
+                "adjoint=diffrax.ForwardMode(), or diffrax.DirectAdjoint() for both modes."
+            ) from error
+        raise
     return _check_solution(sol, last, finite, field, t1, max_steps) if throw else sol
 
 

@@ -85,6 +85,7 @@ class Measure(eqx.Module):
 
     def __getitem__(self, index: Any) -> "Measure":
         self._check_leading()
+        index = np.asarray(index) if isinstance(index, list) else index
         if self.log_weights is None or self.log_weights.ndim == 1:
             return Measure(self.points[index], self.log_weights)
         return Measure(self.points[index], self.log_weights[index])

@@ -92,16 +92,41 @@ def cluster_count(mu: Measure, threshold: ScalarLike = 0.999) -> Int[Array, "*ba
 
 
 def attention_matrix(
-    field: SelfAttention, mu: Measure, x: Float[Array, "m d"] | None = None
-) -> Float[Array, "m n"]:
+    field: SelfAttention, mu: Measure, x: Float[Array, "*batch m d"] | None = None
+) -> Float[Array, "*batch m n"]:
     """A_ij, the weight of token j under mu_{x_i}, for any interaction; x defaults to the tokens.
 
     The rows of softmax, hardmax and Sinkhorn attention sum to 1.
     """
-    tokens = field.tokens(mu)
-    q = tokens.queries if x is None else field.tokens(Measure(x)).queries
-    identity = jnp.eye(mu.n, dtype=mu.points.dtype)
-    return field.interaction.expectation(q, tokens, identity, field.beta)
+
+    def one(x, y, logs):
+        tokens = field.tokens(Measure(y, logs))
+        queries = field.tokens(Measure(x)).queries
+        identity = jnp.eye(mu.n, dtype=y.dtype)
+        return field.interaction.expectation(queries, tokens, identity, field.beta)
+
+    mapped = jnp.vectorize(one, signature="(m,d),(n,d),(n)->(m,n)")
+    return mapped(mu.points if x is None else x, mu.points, mu.log_probabilities)
+
+
+def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:
+    """max_j |sum_i w_i A_ij / w_j - 1|: how far attention is from preserving the mass of tokens.
+
+    0 for Sinkhorn attention at convergence, so that the token mean obeys m' = V m.
+    """
+
+    def one(y, logs):
+        tokens = field.tokens(Measure(y, logs))
+        # The columns' masses are the gradient in v of sum_i w_i E_{mu_i}[v], for one channel v.
+        received = lambda v: jnp.vdot(
+            jnp.exp(logs), field.interaction.expectation(tokens.queries, tokens, v, field.beta)[:, 0]
+        )
+        columns = jax.grad(received)(jnp.ones((y.shape[0], 1), y.dtype))[:, 0]
+        massive = ~jnp.isneginf(logs)
+        ratio = columns / jnp.where(massive, jnp.exp(logs), 1)
+        return jnp.max(jnp.where(massive, jnp.abs(ratio - 1), 0))
+
+    return _over_leading(one, mu, "()")
 
 
 # ------------------------------------------------------------------ for flow(observe=...)

@@ -1,5 +1,6 @@
 """The examples print the numbers that their docstrings state."""
 
+import importlib.util
 import pathlib
 import runpy
 import subprocess
@@ -27,10 +28,12 @@ def test_examples_are_short_and_tested(path):
     assert f'run("{path.stem}")' in pathlib.Path(__file__).read_text()
 
 
+@pytest.mark.slow
 def test_an_example_runs_as_a_script():
     script = EXAMPLES / "leaders_and_hardmax.py"
-    command = [sys.executable, "-W", "error", script]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True
+    ).stdout
     assert "5 leaders" in out and "0 changes of leader" in out
     assert out.count("0.666666666667 to 0.666666666667") == 10
 
@@ -39,8 +42,8 @@ def test_leaders_and_hardmax(run):
     result = run("leaders_and_hardmax")
     np.testing.assert_array_equal(result["leaders"], range(5))
     assert result["moved"] <= 1e-14 and result["changes"] == 0
-    # A gap of 1e-3, the least, is the difference of numbers of size 4, rounded in float64.
-    np.testing.assert_allclose(result["factors"], 2 / 3, rtol=1e-11)
+    # The least gap is 0.02, a difference of numbers of size 4: 200 roundings of 2e-16 each way.
+    np.testing.assert_allclose(result["factors"], 2 / 3, rtol=1e-13)
 
 
 @pytest.mark.slow
@@ -78,11 +81,11 @@ def test_gradients_in_closed_form(run, capsys):
 
 @pytest.mark.slow
 def test_text_as_a_measure(run, tmp_path):
-    pytest.importorskip("plotly")
     result = run("text_as_a_measure")
     different, clusters, pairs = result["different"], result["clusters"], result["pairs"]
     # The text is that of the running Python: no two versions have quite the same.
     assert clusters[0] > 1.5 * different
     assert clusters[1] == pairs[1] == different
     assert different / 2 > clusters[2] > 2 * clusters[3] > 2
-    assert "exception" in (tmp_path / "runs" / "text.html").read_text()
+    if importlib.util.find_spec("plotly"):
+        assert "exception" in (tmp_path / "runs" / "text.html").read_text()

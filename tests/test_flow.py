@@ -321,6 +321,12 @@ def test_failures_say_how_far_they_came_and_what_to_change():
         jax.block_until_ready(jitted(jnp.array(50.0)))
 
 
+def test_forward_mode_names_the_adjoint_that_it_needs():
+    run = lambda b: jf.flow(jf.SelfAttention(beta=b), MU, t1=1.0).measures.points
+    with pytest.raises(TypeError, match="RecursiveCheckpointAdjoint; pass adjoint=diffrax.Forward"):
+        jax.jvp(run, (1.0,), (1.0,))
+
+
 MU = jf.Measure(np.eye(3, dtype=np.float32))
 
 

@@ -171,15 +171,17 @@ def test_divergence_correction(geometry):
 
 
 @every_sphere
-def test_contains_accepts_rounding_and_no_more(geometry):
-    """Rounding of float32 passes in float32 and not in float64."""
-    x, _ = point_and_tangent(geometry)
-    rounded = x.astype(jnp.float32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_contains_accepts_ten_roots_of_epsilon(geometry, dtype):
+    """Lengths off by a factor 1 + e, |e| <= 10 sqrt(eps): points of another precision pass."""
+    x = point_and_tangent(geometry)[0].astype(dtype)
+    root = np.sqrt(np.finfo(dtype).eps)
     assert geometry.contains(x).all()
-    assert geometry.contains(rounded).all()
-    assert not geometry.contains(rounded.astype(jnp.float64)).any()
-    assert not geometry.contains(1.01 * x).any()
-    assert not geometry.contains(1.01 * rounded).any()
+    assert geometry.contains(x.astype(jnp.float32).astype(dtype)).all()
+    for factor in (-9, 9):
+        assert geometry.contains((1 + factor * root) * x).all()
+    for factor in (-11, 11):
+        assert not geometry.contains((1 + factor * root) * x).any()
 
 
 def test_euclidean_space_contains_everything():

@@ -89,7 +89,9 @@ def test_attention_matrix_gives_the_field(interaction, key):
         np.testing.assert_allclose(a.sum(axis=1), 1, rtol=1e-12)
     if isinstance(interaction, jf.Sinkhorn):
         np.testing.assert_allclose(a.sum(axis=0), 1, rtol=1e-10)
-        defect = interaction.column_defect(field.tokens(mu), field.beta)
-        np.testing.assert_allclose(defect, np.abs(a.sum(axis=0) - 1).max(), atol=1e-12)
+    defect = observables.column_defect(field, mu)
+    np.testing.assert_allclose(defect, np.abs(a.sum(axis=0) - 1).max(), atol=1e-12)
+    stacked = jf.Measure(jnp.stack([mu.points, 2 * mu.points]))
+    np.testing.assert_allclose(observables.attention_matrix(field, stacked)[0], a, rtol=1e-10)
     probes = observables.attention_matrix(field, mu, mu.points[:4])
     np.testing.assert_allclose(probes, a[:4], rtol=1e-10)

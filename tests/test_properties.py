@@ -179,13 +179,12 @@ def test_weights_are_known_up_to_a_factor(name, y, w, x, beta, shift):
 
 # BUG: under the shape-checking hook `flow` refuses a batch that shares its weights: the annotation
 # of `flow._over_systems` binds the batch axes of the points to those of the weights.
-@pytest.mark.parametrize("weights", ["none", "shared", "separate"])
+@pytest.mark.parametrize("weights", ["shared", "separate"])
 def test_a_batch_of_systems_flows_like_each_of_them(weights):
     """flow over a leading axis is a loop of flows: with fixed steps up to rounding."""
     points = gaussian(4, 3, N, D)
     points = points / np.linalg.norm(points, axis=-1, keepdims=True)
-    shape = {"none": None, "shared": (N,), "separate": (3, N)}[weights]
-    mu = measure(points, None if shape is None else gaussian(5, *shape))
+    mu = measure(points, gaussian(5, *{"shared": (N,), "separate": (3, N)}[weights]))
     field = jf.SelfAttention(Q, K, V, beta=1.5)
     options = {"t1": 1.0, "dt0": 0.125, "solver": diffrax.Euler(), "adjoint": diffrax.ForwardMode()}
     options["stepsize_controller"] = diffrax.ConstantStepSize()
@@ -283,17 +282,14 @@ def test_hutchinsons_estimate_is_unbiased():
     exact = divergence(field, 0.0, x, mu)
     assert (error < 0.02 * jnp.abs(exact)).all()  # the test resolves a bias of ten percent
     assert (jnp.abs(samples.mean(axis=0) - exact) <= 5 * error).all()
-    # `samples` probes of one key: the mean of as many estimates.
-    mean = divergence(field, 0.0, x, mu, key=jax.random.key(1), samples=4000)
-    assert (jnp.abs(mean - exact) <= 5 * error).all()
 
 
 def test_hutchinsons_estimate_is_exact_for_a_diagonal_matrix():
-    """z^T A z = tr A for every vector z of signs."""
+    """z^T A z = tr A for every vector z of signs, so also for the mean of three."""
     diagonal = np.array([1.0, -2.0, 4.0])
     field = jf.LinearDrift(np.diag(diagonal))
     mu = measure(gaussian(4, N, D))
-    estimate = jf.divergence(field, 0.0, mu.points, mu, key=jax.random.key(0))
+    estimate = jf.divergence(field, 0.0, mu.points, mu, key=jax.random.key(0), samples=3)
     close(estimate, np.full(N, diagonal.sum()), 1e-14)
 
 

@@ -64,8 +64,8 @@ class FeedForward(AbstractField):
 class LinearDrift(AbstractField):
     """X(x) = P_x ( A x ).
 
-    With A = -V, attention plus drift is the dynamics in the rescaled variable z = e^{-tV} x of
-    arXiv 2305.05465; with A = -I and [`jaxflow.Hardmax`][] the leader dynamics of arXiv 2407.01602.
+    `SelfAttention(value=V, geometry=Euclidean()) + LinearDrift(-V)` is the dynamics in the variable
+    z = e^{-tV} x of arXiv 2305.05465; with `Hardmax()`, V = I, the leaders of arXiv 2407.01602.
 
     **Arguments:** `matrix`, A: a number a (for a I) or shape `(d, d)`; `geometry`.
     """

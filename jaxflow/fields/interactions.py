@@ -193,7 +193,7 @@ class Sinkhorn(AbstractInteraction):
         f_i = -log sum_j w_j e^{s_ij + g_j},    g_j = -log sum_i w_i e^{s_ij + f_i}
 
     The potentials are those of the self-coupling of mu; at a point outside mu only g enters.
-    Rows sum to 1 exactly, columns up to `column_defect`.
+    Rows sum to 1 exactly, columns up to what `jaxflow.observables.column_defect` reports.
 
     **Arguments:**
 
@@ -236,11 +236,6 @@ class Sinkhorn(AbstractInteraction):
         if self.iterations is not None:
             return jax.lax.fori_loop(0, self.iterations, lambda _, g: update(g), start)
         return self._fixed_point(update, start)
-
-    def column_defect(self, tokens: Tokens, scale: Scalar) -> Scalar:
-        """max_j |sum_i w_i p_ij / w_j - 1|: how far the columns are from mass 1."""
-        g = self.potential(tokens, scale)
-        return jnp.abs(jnp.expm1(g - _sinkhorn_columns(tokens, scale, g))).max()
 
     def _fixed_point(self, update, start):
         """g = update(g), with implicit derivatives.
