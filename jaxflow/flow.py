@@ -241,7 +241,7 @@ def _velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
     return _over_systems(one, y, args.log_weights)
 
 
-def _over_systems(fn: Callable, y: Points, log_weights: LogWeights | None):
+def _over_systems(fn: Callable, y: Points, log_weights: Array | None):
     """fn(points, log_weights) over the leading axes of the points."""
     shared = log_weights is None or log_weights.ndim == 1
     for _ in range(y.ndim - 2):
@@ -337,7 +337,9 @@ def _traced_tolerances(controller, dtype):
     def trace(x):
         if not is_pid(x):
             return x
-        return eqx.tree_at(lambda c: (c.rtol, c.atol), x, replace_fn=lambda tol: jnp.asarray(tol, dtype))
+        return eqx.tree_at(
+            lambda c: (c.rtol, c.atol), x, replace_fn=lambda tol: jnp.asarray(tol, dtype)
+        )
 
     return jtu.tree_map(trace, controller, is_leaf=is_pid)
 

@@ -85,6 +85,8 @@ class Measure(eqx.Module):
 
     def __getitem__(self, index: Any) -> "Measure":
         self._check_leading()
+        if isinstance(index, int) and not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range: the leading axis has {len(self)}.")
         index = np.asarray(index) if isinstance(index, list) else index
         if self.log_weights is None or self.log_weights.ndim == 1:
             return Measure(self.points[index], self.log_weights)
@@ -199,9 +201,10 @@ def von_mises_fisher(
     start = key_cosine, jnp.zeros(n, axis.dtype), jnp.zeros(n, bool)
     _, cosine, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), propose, start)
     tangent = jax.random.normal(key_tangent, (n, d), axis.dtype)
-    tangent = tangent - (tangent @ axis)[:, None] * axis[None]
-    tangent = tangent / jnp.linalg.norm(tangent, axis=1, keepdims=True)
-    sine = jnp.sqrt(jnp.maximum(0, 1 - cosine**2))
+    for _ in range(2):  # Once leaves a part along the axis where the draw is close to it.
+        tangent = tangent - (tangent @ axis)[:, None] * axis[None]
+        tangent = tangent / jnp.linalg.norm(tangent, axis=1, keepdims=True)
+    sine = jnp.sqrt((1 - cosine) * (1 + cosine))
     return Measure(cosine[:, None] * axis[None] + sine[:, None] * tangent)
 
 

@@ -119,7 +119,8 @@ def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:
         tokens = field.tokens(Measure(y, logs))
         # The columns' masses are the gradient in v of sum_i w_i E_{mu_i}[v], for one channel v.
         received = lambda v: jnp.vdot(
-            jnp.exp(logs), field.interaction.expectation(tokens.queries, tokens, v, field.beta)[:, 0]
+            jnp.exp(logs),
+            field.interaction.expectation(tokens.queries, tokens, v, field.beta)[:, 0],
         )
         columns = jax.grad(received)(jnp.ones((y.shape[0], 1), y.dtype))[:, 0]
         massive = ~jnp.isneginf(logs)

@@ -2,7 +2,6 @@
 
 import importlib.util
 
-
 if importlib.util.find_spec("beartype"):
     import jaxtyping
 

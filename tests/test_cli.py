@@ -18,7 +18,9 @@ def run(*args):
 
 
 def test_simulate_writes_a_run_folder(tmp_path):
-    result = run("simulate", *SMALL, "--beta", 2, "--solver", "dopri5", "--seed", 3, "--out", tmp_path)
+    result = run(
+        "simulate", *SMALL, "--beta", 2, "--solver", "dopri5", "--seed", 3, "--out", tmp_path
+    )
     assert result.exit_code == 0, result.output
     assert "clusters" in result.output and "evaluations" in result.output
     config = json.loads((tmp_path / "config.json").read_text())

