@@ -20,8 +20,8 @@ def two_tokens(rho):
     return jnp.stack([jnp.array([1.0, 0.0]), jnp.stack([rho, jnp.sqrt(1 - rho**2)])])
 
 
-def final_rho(rho, beta, t1=1.0, **options):
-    options: Any = {"stepsize_controller": TIGHT} | options
+def final_rho(rho, beta, t1=1.0, **options: Any):
+    options = {"stepsize_controller": TIGHT} | options
     sol = jf.flow(jf.SelfAttention(beta=beta), jf.Measure(two_tokens(rho)), t1=t1, **options)
     x = sol.measures.points[-1]
     return x[0] @ x[1]

@@ -174,6 +174,41 @@ def test_weights_are_known_up_to_a_factor(name, y, w, x, beta, shift):
     close(velocity(field, jnp.asarray(x), measure(y, w + shift)), expected)
 
 
+MASKS = {
+    "causal": ({"causal": True}, lambda i, j: j <= i),
+    "causal window": ({"causal": True, "window": 2}, lambda i, j: (i - 2 <= j) & (j <= i)),
+    "window": ({"window": (1, 3)}, lambda i, j: (i - 1 <= j) & (j <= i + 3)),
+}
+
+
+@eqx.filter_jit
+def one_by_one(field, x, points, log_weights):
+    """Row i of x, with a measure of its own: row i of the log-weights."""
+    row = lambda x, w: field(0.0, x[None], jf.Measure(points, w))[0]
+    return jax.vmap(row)(x, log_weights)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ["softmax", "unnormalised", "linear", "hardmax"])
+@examples
+@given(tokens, log_weights, lattice(N, D), temperatures)
+def test_a_masked_token_is_one_without_weight(name, mask, y, w, x, beta):
+    """Query i sees the measure restricted to its tokens.
+
+    Softmax and hardmax normalise it. The other two do not, and have the mass of what is seen as a
+    factor.
+    """
+    options, visible = MASKS[mask]
+    seen = visible(np.arange(N)[:, None], np.arange(N)[None, :])
+    actual = velocity(attention(name, beta, **options), jnp.asarray(x), measure(y, w))
+    restricted = jnp.asarray(np.where(seen, w, -np.inf))
+    expected = one_by_one(attention(name, beta), jnp.asarray(x), jnp.asarray(y), restricted)
+    if name in ("unnormalised", "linear"):
+        mass = (seen * np.exp(w)).sum(axis=1) / np.exp(w).sum()
+        expected = mass[:, None] * expected
+    close(actual, expected)
+
+
 # ------------------------------------------------------------------ batches
 
 
@@ -231,7 +266,7 @@ DIVERGENCES = {
 
 @eqx.filter_jit
 def both_divergences(field, x, mu):
-    return jf.divergence(field, 0.0, x, mu), jf.divergence(Opaque(field), 0.0, x, mu)
+    return jf.divergence(field, 0.0, x, mu), jf.divergence(Opaque(field), 0.0, x, mu)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
