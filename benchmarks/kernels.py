@@ -31,6 +31,7 @@ TOLERANCE = 1e-3  # relative; a larger error in float32 is a wrong answer
 CHECKED_ROWS = 1024  # of a forward or a tangent; a gradient is checked whole
 SLOW_S = 3.0  # a call that takes longer is made once
 MEASURE_PEAK_FROM = 16384  # tokens
+KEOPS_LIMIT = 5e9  # pairs * channels on a CPU, where it then takes half a minute and more
 NAIVE_LIMIT = 4 * 2**30  # bytes of one array of scores
 
 # Flops a pair and channel (a multiply and an add are two), exponentials a pair: the least for a
@@ -131,6 +132,8 @@ def _prepare_keops(shape: Shape, mode: str, operands: Operands) -> Runner:
     lazy = _optional("pykeops.torch").LazyTensor
     if shape.causal:
         raise UnavailableError("no causal mask")
+    if jax.default_backend() == "cpu" and shape.pairs * shape.d > KEOPS_LIMIT:
+        raise UnavailableError("too slow")
 
     def attend(q, k, v):
         s = shape.scale * (lazy(q[..., :, None, :]) | lazy(k[..., None, :, :]))

@@ -68,15 +68,18 @@ CASES = [
 HARD, PLAIN = CASES[-1], CASES[0]
 
 
-@pytest.fixture(params=BACKENDS, ids=str)
-def backend(request, monkeypatch):
-    jax.clear_caches()
-    if request.param.tiles:
-        monkeypatch.setattr(blocked, "ROWS", request.param.tiles[0])
-        monkeypatch.setattr(blocked, "KEYS", request.param.tiles[1])
-    yield request.param.name
-    if request.param.tiles:
+# Of module scope, so that tests are grouped by backend and compiled code is dropped seldom.
+@pytest.fixture(scope="module", params=BACKENDS, ids=str)
+def backend(request):
+    if not request.param.tiles:
+        yield request.param.name
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "ROWS", request.param.tiles[0])
+        patch.setattr(blocked, "KEYS", request.param.tiles[1])
         jax.clear_caches()
+        yield request.param.name
+    jax.clear_caches()
 
 
 def operation(case, backend):
@@ -90,7 +93,7 @@ def operation(case, backend):
 def truth(case):
     options = dict(case.options)
     limits = band(options.get("causal", False), options.get("window"))
-    return partial(reference.forward, band=limits)
+    return jax.jit(partial(reference.forward, band=limits))
 
 
 def assert_close(actual, expected, tolerance):
@@ -159,7 +162,7 @@ def test_low_precision_is_accumulated_in_float32(dtype, tolerance, backend):
     assert_close(lse, lse64, 1e-6)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fast_backend(backend):
     if backend == "reference":
         pytest.skip("the reference is the truth here")

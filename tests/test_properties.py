@@ -212,8 +212,6 @@ def test_a_masked_token_is_one_without_weight(name, mask, y, w, x, beta):
 # ------------------------------------------------------------------ batches
 
 
-# BUG: under the shape-checking hook `flow` refuses a batch that shares its weights: the annotation
-# of `flow._over_systems` binds the batch axes of the points to those of the weights.
 @pytest.mark.parametrize("weights", ["shared", "separate"])
 def test_a_batch_of_systems_flows_like_each_of_them(weights):
     """flow over a leading axis is a loop of flows: with fixed steps up to rounding."""

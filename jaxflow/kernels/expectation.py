@@ -299,8 +299,8 @@ def _define(primitive: Primitive, avals: Callable, implementation: Callable):
     compiled = jax.jit(lambda *args, band: primitive.bind(*args, band=band), static_argnames="band")
 
     def evaluate(*args, band):
-        call = implementation if jax.config.read("jax_disable_jit") else compiled
-        return call(*args, band=band)
+        eager = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+        return (implementation if eager else compiled)(*args, band=band)
 
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(avals)
