@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import fields, measure, observables, viz
+from . import __version__, fields, measure, observables, viz
 from .flow import FlowError, FlowSolution, flow, memory_estimate
 from .kernels import select_backend
 from .measure import Measure
@@ -90,7 +90,7 @@ def simulate(
     """
     if frames < 2:
         raise typer.BadParameter("a picture over time needs at least 2 frames.")
-    config = dict(sorted(locals().items())) | {"jaxflow": metadata.version("jaxflow")}
+    config = dict(sorted(locals().items())) | {"jaxflow": __version__}
     key = jax.random.key(seed)
     words = None
     if text is None:
@@ -233,16 +233,8 @@ def info(
     """Versions, devices, and the backend chosen for a shape."""
     table = Table(show_header=False, title="jaxflow")
     table.add_row("python", platform.python_version())
-    for package in (
-        "jaxflow",
-        "jax",
-        "jaxlib",
-        "diffrax",
-        "equinox",
-        "optax",
-        "jaxtyping",
-        "numpy",
-    ):
+    table.add_row("jaxflow", __version__)
+    for package in ("jax", "jaxlib", "diffrax", "equinox", "optax", "numpy"):
         table.add_row(package, metadata.version(package))
     for extra in ("matplotlib", "plotly", "ott-jax", "orbax-checkpoint", "tokenizers", "torch"):
         try:

@@ -5,6 +5,7 @@ mu = sum_j w_j delta_{x_j},  w_j >= 0,  sum_j w_j = 1
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -179,10 +180,18 @@ def von_mises_fisher(
     axis = jnp.asarray(mean, float)
     if axis.ndim != 1 or axis.shape[0] < 2:
         raise ValueError(f"mean must be a direction of shape (d,), d >= 2; got {axis.shape}.")
-    d = axis.shape[0]
-    _check_sizes(n=n, d=d)
+    _check_sizes(n=n, d=axis.shape[0])
     axis = axis / jnp.linalg.norm(axis)
     kappa = jnp.asarray(concentration, axis.dtype)
+    cosine, tangent = _wood(n, axis, kappa, key)
+    sine = jnp.sqrt((1 - cosine) * (1 + cosine))
+    return Measure(cosine[:, None] * axis[None] + sine[:, None] * tangent)
+
+
+@partial(jax.jit, static_argnums=0)
+def _wood(n: int, axis: Array, kappa: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+    """Cosines to the axis by Wood's rejection, and unit vectors uniform orthogonal to it."""
+    d = axis.shape[0]
     # b = (sqrt(4 kappa^2 + (d-1)^2) - 2 kappa) / (d-1), without the cancellation.
     b = (d - 1) / (jnp.sqrt(4 * kappa**2 + (d - 1) ** 2) + 2 * kappa)
     x0 = (1 - b) / (1 + b)
@@ -204,8 +213,7 @@ def von_mises_fisher(
     for _ in range(2):  # Once leaves a part along the axis where the draw is close to it.
         tangent = tangent - (tangent @ axis)[:, None] * axis[None]
         tangent = tangent / jnp.linalg.norm(tangent, axis=1, keepdims=True)
-    sine = jnp.sqrt((1 - cosine) * (1 + cosine))
-    return Measure(cosine[:, None] * axis[None] + sine[:, None] * tangent)
+    return cosine, tangent
 
 
 def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:

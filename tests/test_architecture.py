@@ -56,7 +56,7 @@ def imported(path: pathlib.Path) -> set[str]:
             names = [a.name.split(".") for a in node.names]
         else:
             continue
-        found |= {n[1] for n in names if n[0] == "jaxflow" and len(n) > 1}
+        found |= {n[1] for n in names if n[0] == "jaxflow" and len(n) > 1 and n[1] != "__version__"}
     return found
 
 

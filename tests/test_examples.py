@@ -1,6 +1,7 @@
 """The examples print the numbers that their docstrings state."""
 
 import importlib.util
+import os
 import pathlib
 import runpy
 import subprocess
@@ -32,7 +33,11 @@ def test_examples_are_short_and_tested(path):
 def test_an_example_runs_as_a_script():
     script = EXAMPLES / "leaders_and_hardmax.py"
     out = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=True
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
     ).stdout
     assert "5 leaders" in out and "0 changes of leader" in out
     assert out.count("0.666666666667 to 0.666666666667") == 10

@@ -174,7 +174,7 @@ def test_f4_gradients_in_closed_form(mode):
     R = tanh(T + a),  dR/drho0 = (1 - R^2) / (1 - rho0^2),
     dR/db = -(1 - R^2)/2 (T - ln cosh(T + a) + ln cosh a).
 
-    Here by the default adjoint and by forward mode; in test_flow by every adjoint.
+    Here by the default adjoint and by forward mode; an example runs every adjoint.
     """
     rho0, T = 0.3, 1.0
     reverse = mode == "reverse"

@@ -176,7 +176,6 @@ def test_weights_are_known_up_to_a_factor(name, y, w, x, beta, shift):
 
 MASKS = {
     "causal": ({"causal": True}, lambda i, j: j <= i),
-    "causal window": ({"causal": True, "window": 2}, lambda i, j: (i - 2 <= j) & (j <= i)),
     "window": ({"window": (1, 3)}, lambda i, j: (i - 1 <= j) & (j <= i + 3)),
 }
 
@@ -248,7 +247,6 @@ class Opaque(AbstractField):
 HEADS = {"heads": 3, "beta": 2.0}
 DIVERGENCES = {
     **{name: (lambda beta, name=name: attention(name, beta)) for name in INTERACTIONS},
-    "in R^d": lambda beta: attention("softmax", beta, geometry=jf.Euclidean()),
     "causal": lambda beta: attention("softmax", beta, causal=True),
     "causal linear": lambda beta: attention("linear", beta, causal=True),
     "window": lambda beta: attention("unnormalised", beta, window=(1, 2)),
