@@ -12,7 +12,7 @@ help:  ## This list
 
 demo: $(STAMP)  ## Two simulations, with pictures, in runs/
 	$(BIN)/jaxflow simulate --n 512 --d 3 --beta 9 --t1 30 --out runs/demo-sphere
-	$(BIN)/jaxflow simulate --text examples/gettysburg.txt --d 16 --beta 8 --t1 16 \
+	$(BIN)/jaxflow simulate --text examples/gettysburg.txt --d 16 --beta 12 --t1 16 \
 		--threshold 0.99 --out runs/demo-text
 	@echo "Open runs/demo-sphere/flow.html and runs/demo-text/flow.html in a browser."
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks [suite] [--quick] [--backend NAME] [--json FILE]`."""
+"""The command line: `python -m benchmarks [suite] [--quick] [--only PREFIX] [--backend NAME] [--json FILE]`."""
 
 import json
 import os
@@ -45,6 +45,7 @@ def main(
     backend: Annotated[
         list[str] | None, typer.Option(help="Time this backend of jaxflow too; repeatable.")
     ] = None,
+    only: Annotated[str, typer.Option(help="Shapes whose name starts so.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ):
     """Benchmarks of jaxflow against its rivals."""
@@ -52,7 +53,8 @@ def main(
         raise typer.BadParameter(f"suite must be kernels, got {suite!r}.")
     console, progress = Console(width=150), Console(stderr=True)
     with progress.status("ceilings") as status:
-        chosen = shapes.QUICK if quick else shapes.FULL
+        named = shapes.QUICK if quick else shapes.FULL
+        chosen = [s for s in named if s.name.startswith(only)]
         names = (*kernels.RIVALS, *(f"jaxflow {name}" for name in backend or ()))
         report = kernels.run(chosen, names, log=status.update)
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())

@@ -116,7 +116,7 @@ def _fastest(fn: Callable[[jax.Array], jax.Array], x: jax.Array, runs: int = 8) 
 
 
 def provenance() -> dict[str, object]:
-    """Device, its load average (1 of its own on a quiet machine), versions and commit."""
+    """Device, versions and commit."""
     device, cpu = jax.local_devices()[0].device_kind, Path("/proc/cpuinfo")
     if device == "cpu" and cpu.exists():
         models = [s.split(": ")[1] for s in cpu.read_text().splitlines() if "model name" in s]
@@ -126,7 +126,6 @@ def provenance() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "load": os.getloadavg()[0],
         "modified": bool(_git("status", "--porcelain", "--", "jaxflow")),
     }
 
