@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks [suite] [--quick] [--only PREFIX] [--backend NAME] [--json FILE]`."""
+"""`python -m benchmarks [suite] [--quick] [--only PREFIX] [--backend NAME] [--json FILE]`."""
 
 import json
 import os
