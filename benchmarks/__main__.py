@@ -1,4 +1,4 @@
-"""`python -m benchmarks [suite] [--quick] [--only PREFIX] [--backend NAME] [--json FILE]`."""
+"""The command line; README.md says how to use it."""
 
 import json
 import os
