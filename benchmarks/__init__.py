@@ -1,1 +1,6 @@
-"""Benchmarks of jaxflow against its rivals; README.md says how to run and read them."""
+"""Benchmarks of jaxflow against its rivals; README.md says how to run and read them.
+
+A suite is a module with `BUDGET_S` and `run(options, watch)`, and a name in `SUITES`.
+"""
+
+SUITES = ("kernels", "flow", "derivatives", "scaling", "compile")

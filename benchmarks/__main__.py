@@ -1,71 +1,141 @@
 """The command line; README.md says how to use it."""
 
+import importlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
 # Rivals share the memory of one GPU, so JAX must not take most of it at its first use.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import jax
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import kernels, shapes
+from . import SUITES, plots
+from .device import provenance
+from .timing import Options, Watch, library
 
 COLUMNS = {
     "shape": "{}",
     "mode": "{}",
     "rival": "{}",
+    "setting": "{}",
     "error": "{:.0e}",
+    "evaluations": "{}",
+    "trace_s": "{:.2f}",
+    "lower_s": "{:.2f}",
     "compile_s": "{:.2f}",
+    "traces": "{}",
+    "programs_again": "{}",
     "ms": "{:.3g}",
     "vs_best": "{:.2f}",
     "vs_jnp": "{:.2f}",
+    "vs_forward": "{:.1f}",
     "of_floor": "{:.0%}",
-    "peak_mib": "{:.0f}",
+    "floor": "{}",
+    "peak_mib": "{:.3g}",
+    "from_n": "{}",
+    "time_exponent": "{:.2f}",
+    "memory_exponent": "{:.2f}",
     "note": "{}",
 }
+UNITS = {
+    "exps": "Gexp/s",
+    "flops": "Gflop/s in float32",
+    "tensor_flops": "Gflop/s in bfloat16",
+    "bytes": "GB/s",
+}
+CPU_FACTOR = 3  # a CPU gets so many times the seconds of a full suite
 
 
 def table(rows: list[dict]) -> Table:
-    """A Markdown table of the rows."""
-    out = Table(*COLUMNS, box=box.MARKDOWN)
+    """A Markdown table of the rows, with the columns that they fill."""
+    forms = {
+        name: form for name, form in COLUMNS.items() if any(r.get(name) is not None for r in rows)
+    }
+    out = Table(*forms, box=box.MARKDOWN)
     for row in rows:
-        cells = ((row.get(name), form) for name, form in COLUMNS.items())
+        cells = ((row.get(name), form) for name, form in forms.items())
         out.add_row(*("" if x is None else form.format(x) for x, form in cells))
     return out
 
 
+def show(console: Console, report: dict):
+    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
+    commit = f"commit {report['commit']}" + " (modified)" * report["modified"]
+    console.print(f"\n{report['suite']}: {report['seconds']:.0f} s on {report['device']}")
+    console.print(f"Python {report['python']}, {versions}; {commit}")
+    rates = report.get("ceilings", {}).items()
+    if rates:
+        console.print(", ".join(f"{rate / 1e9:.4g} {UNITS[name]}" for name, rate in rates))
+    for rows in (report["rows"], report.get("fits", [])):
+        if rows:
+            console.print(table(rows))
+    if report["skipped"]:
+        console.print(f"Skipped, over the budget: {', '.join(report['skipped'])}")
+
+
+def seconds(suite: str, quick: bool, patience: float) -> float:
+    """The budget of a suite."""
+    budget = importlib.import_module(f"benchmarks.{suite}").BUDGET_S
+    factor = 1 if quick or jax.default_backend() != "cpu" else CPU_FACTOR
+    return patience * factor * budget["quick" if quick else "full"]
+
+
+def failures(reports: list[dict]) -> list[str]:
+    """The rows of jaxflow that are wrong or failed."""
+    return [
+        f"{row['shape']} {row.get('mode', '')} {row['rival']}: {row['note']}"
+        for report in reports
+        for row in report["rows"]
+        if library(row["rival"]) == "jaxflow"
+        and row.get("note", "").startswith(("failed", "wrong"))
+    ]
+
+
 def main(
-    suite: Annotated[str, typer.Argument(help="kernels")] = "kernels",
+    suite: Annotated[str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none.")] = None,
     quick: Annotated[bool, typer.Option(help="A few small shapes.")] = False,
     backend: Annotated[
         list[str] | None, typer.Option(help="Time this backend of jaxflow too; repeatable.")
     ] = None,
-    only: Annotated[str, typer.Option(help="Shapes whose name starts so.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    only: Annotated[str, typer.Option(help="Cases whose name starts so.")] = "",
+    patience: Annotated[float, typer.Option(help="Multiplies the time that suites get.")] = 1.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the reports here, and plots beside it.")
+    ] = None,
 ):
     """Benchmarks of jaxflow against its rivals."""
-    if suite != "kernels":
-        raise typer.BadParameter(f"suite must be kernels, got {suite!r}.")
-    console, progress = Console(width=150), Console(stderr=True)
-    with progress.status("ceilings") as status:
-        named = shapes.QUICK if quick else shapes.FULL
-        chosen = [s for s in named if s.name.startswith(only)]
-        names = (*kernels.RIVALS, *(f"jaxflow {name}" for name in backend or ()))
-        report = kernels.run(chosen, names, log=status.update)
-    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
-    rates = report["ceilings"]
-    commit = f"commit {report['commit']}" + " (modified)" * report["modified"]
-    console.print(f"{report['device']}; Python {report['python']}, {versions}; {commit}")
-    console.print(f"{rates['flops'] / 1e9:.0f} GFLOP/s, {rates['exps'] / 1e9:.2f} Gexp/s")
-    console.print(table(report["rows"]))
+    if suite is not None and suite not in SUITES:
+        raise typer.BadParameter(f"suite must be one of {', '.join(SUITES)}, got {suite!r}.")
+    console, progress = Console(width=170), Console(stderr=True)
+    budgets = {name: seconds(name, quick, patience) for name in ([suite] if suite else SUITES)}
+    plan = ", ".join(f"{name} {s:.0f} s" for name, s in budgets.items())
+    progress.print(f"At most {sum(budgets.values()) / 60:.0f} min, give or take a case: {plan}")
+    options = Options(quick=quick, only=only, backends=tuple(backend or ()))
+    reports = []
+    for name, budget_s in budgets.items():
+        module, start = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
+        with progress.status(name) as status:
+            watch = Watch(budget_s, lambda text, name=name: status.update(f"{name}: {text}"))
+            found = module.run(options, watch)
+        about = {"suite": name, "seconds": time.perf_counter() - start, "skipped": watch.skipped}
+        reports.append(about | provenance() | found)
+        show(console, reports[-1])
+        if json_file is not None:  # after each suite, so that one that dies costs no other
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(reports, indent=1) + "\n")
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        for line in plots.draw(json_file):
+            progress.print(line)
+    if bad := failures(reports):
+        progress.print("jaxflow is wrong or failed:", *bad, sep="\n  ")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,12 @@
 
     mean_i = sum_j exp(s_ij - log_partition_i) v_j,    s_ij = scale <q_i, k_j>
 
-in float32 on the default device: forward, gradient (in q, k, v, reverse mode) and tangent (value
-and jvp), against softmax attention in torch, KeOps and plain jnp. Only an answer that agrees with
-float64 is timed. `python -m benchmarks.kernels CASE` measures the peak memory of one rival.
+on the default device: forward, gradient (in q, k, v, reverse mode) and tangent (value and jvp),
+against softmax attention in other libraries. Only an answer that agrees with float64 is timed.
 """
 
-import contextlib
-import dataclasses
-import importlib
-import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,26 +15,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxflow import softmax_expectation
-
+from . import rivals, shapes
+from .device import better, ceilings
+from .peak import peak
 from .shapes import MODES, Shape
-from .timing import Runner, ceilings, in_child, in_turn, peak_mib, provenance, summary
+from .timing import (
+    TOLERANCE,
+    Options,
+    Runner,
+    UnavailableError,
+    Watch,
+    compete,
+    compiled,
+    refuse_scores,
+    relative_error,
+)
+
+BUDGET_S = {"quick": 60, "full": 220}
+CHECKED_ROWS = 1024  # of a forward or a tangent; a gradient is checked whole
+CHECK_BLOCK = 2**26  # scores at a time in the check
+MEASURE_PEAK_FROM = 16384  # tokens
 
 RIVALS = {"jaxflow": MODES, "jnp": MODES, "torch": ("forward", "gradient"), "keops": ("forward",)}
-TOLERANCE = 1e-3  # relative; a larger error in float32 is a wrong answer
-CHECKED_ROWS = 1024  # of a forward or a tangent; a gradient is checked whole
-SLOW_S = 3.0  # a call that takes longer is made once
-MEASURE_PEAK_FROM = 16384  # tokens
-KEOPS_LIMIT = 1.5e9  # pairs * channels on a CPU, where it then takes many seconds
-NAIVE_LIMIT = 4 * 2**30  # bytes of one array of scores
+GPU_RIVALS = {
+    "jax.nn cudnn": ("forward", "gradient"),
+    "jax.nn xla": MODES,
+    "pallas triton": ("forward", "gradient"),
+    "pallas mosaic": ("forward", "gradient"),
+}
 
-# Flops a pair and channel (a multiply and an add are two), exponentials a pair: the least for a
-# method that stores no array of scores. README.md counts them.
-WORK = {"forward": (4, 1), "gradient": (14, 2), "tangent": (12, 1)}
-
-
-class UnavailableError(Exception):
-    """A rival cannot run a case; the message says why."""
+# A pair costs 2 d a + 2 b flops, where a counts products and b the other multiplies and adds, and
+# c exponentials: the least for a method that stores no array of scores. README.md counts them.
+WORK = {"forward": (2, 1, 1), "gradient": (7, 2, 2), "tangent": (6, 3, 1)}
 
 
 class Operands(NamedTuple):
@@ -59,23 +64,18 @@ class Operands(NamedTuple):
 def draw(shape: Shape) -> Operands:
     q, k, v = shape.operands()
     rest = np.random.default_rng(0).standard_normal((4, *q.shape), np.float32)
-    return Operands(q, k, v, *rest)
+    return Operands(q, k, v, *rest.astype(q.dtype))
 
 
-def prepare(name: str, shape: Shape, mode: str, operands: Operands) -> Runner:
-    """Compiles one of RIVALS, or "jaxflow NAME" for the backend NAME."""
-    library, _, backend = name.partition(" ")
-    if library == "jaxflow":
-        return _prepare_jax(partial(ours, backend=backend or None), shape, mode, operands)
-    if library == "jnp":
-        if (size := 4 * shape.batch * shape.n**2) > NAIVE_LIMIT:
-            raise UnavailableError(f"scores of {size / 2**30:.0f} GiB")
-        return _prepare_jax(naive, shape, mode, operands)
-    return (_prepare_torch if library == "torch" else _prepare_keops)(shape, mode, operands)
+# ------------------------------------------------------------------ one rival on one case
 
-
-# ------------------------------------------------------------------ JAX
-
+ATTENTIONS = {
+    "jnp": rivals.naive,
+    "jax.nn cudnn": partial(rivals.jax_nn, implementation="cudnn"),
+    "jax.nn xla": partial(rivals.jax_nn, implementation="xla"),
+    "pallas triton": rivals.pallas_triton,
+    "pallas mosaic": rivals.pallas_mosaic,
+}
 TRANSFORMS = {
     "forward": lambda attend, o: (attend(o.q, o.k, o.v),),
     "gradient": lambda attend, o: jax.vjp(attend, o.q, o.k, o.v)[1](o.g),
@@ -83,207 +83,156 @@ TRANSFORMS = {
 }
 
 
-def naive(q, k, v, *, shape: Shape, first_row=0):
-    """The definition, with its n^2 scores; the rows of q start at `first_row`."""
-    s = shape.scale * jnp.matmul(q, k.T, precision="highest")
-    if shape.causal:
-        rows = first_row + jnp.arange(q.shape[0])
-        s = jnp.where(jnp.arange(k.shape[0])[None, :] <= rows[:, None], s, -jnp.inf)
-    return jnp.matmul(jax.nn.softmax(s, axis=1), v, precision="highest")
+def prepare(name: str, shape: Shape, mode: str, operands: Operands) -> Runner:
+    """Compiles one of the rivals, or "jaxflow NAME" for the backend NAME."""
+    if name == "torch":
+        return _in_torch(rivals.torch_attention, shape, mode, operands)
+    if name == "keops":
+        return _in_torch(rivals.keops_attention, shape, mode, operands)
+    if name in ("jnp", "jax.nn xla"):
+        refuse_scores(shape.batch * shape.n**2)
+    if name.endswith("cudnn") and (shape.dtype == "float32" or shape.d % 8):
+        raise UnavailableError("16-bit and head dimensions a multiple of 8 only")
+    library, _, backend = name.partition(" ")
+    attend = partial(rivals.ours, backend=backend or None)
+    attend = attend if library == "jaxflow" else ATTENTIONS[name]
+    return compiled(partial(TRANSFORMS[mode], partial(attend, shape=shape)), operands)
 
 
-def ours(q, k, v, *, shape: Shape, backend: str | None):
-    options = {"scale": shape.scale, "causal": shape.causal, "backend": backend}
-    return softmax_expectation(q, k, v, **options)[0]
+def _in_torch(attention, shape: Shape, mode: str, operands: Operands) -> Runner:
+    attend = attention(shape)
+    torch, o = rivals.module("torch"), Operands(*rivals.to_torch(operands))
 
-
-def _transform(attend, shape: Shape, mode: str, operands: Operands, **options):
-    attend = partial(attend, shape=shape, **options)
-    return TRANSFORMS[mode](attend if shape.batch == 1 else jax.vmap(attend), operands)
-
-
-def _prepare_jax(attend, shape: Shape, mode: str, operands: Operands) -> Runner:
-    operands = jax.device_put(operands)
-    try:
-        fn = jax.jit(partial(_transform, attend, shape, mode)).lower(operands).compile()
-    except NotImplementedError as e:  # a backend asked for by name that cannot
-        raise UnavailableError(str(e)) from e
-    return lambda: jax.block_until_ready(fn(operands))
-
-
-# ------------------------------------------------------------------ other libraries
-
-
-def _optional(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UnavailableError("not installed") from None
-
-
-def _prepare_torch(shape: Shape, mode: str, operands: Operands) -> Runner:
-    torch = _optional("torch")
-    axes = (1, shape.batch, shape.n, shape.d)  # the fused code wants (batch, heads, n, d)
-    options = {"scale": shape.scale, "is_causal": shape.causal}
-    attend = partial(torch.nn.functional.scaled_dot_product_attention, **options)
-    return _in_torch(attend, mode, (a.reshape(axes) for a in operands))
-
-
-def _prepare_keops(shape: Shape, mode: str, operands: Operands) -> Runner:
-    lazy = _optional("pykeops.torch").LazyTensor
-    if shape.causal:
-        raise UnavailableError("no causal mask")
-    if jax.default_backend() == "cpu" and shape.pairs * shape.d > KEOPS_LIMIT:
-        raise UnavailableError("too slow")
-
-    def attend(q, k, v):
-        s = shape.scale * (lazy(q[..., :, None, :]) | lazy(k[..., None, :, :]))
-        return s.sumsoftmaxweight(lazy(v[..., None, :, :]), axis=q.ndim - 1)
-
-    _in_torch(attend, mode, (a[..., :8, :] for a in operands))()  # compiles for this dimension
-    return _in_torch(attend, mode, operands)
-
-
-def _in_torch(attend, mode: str, operands: Iterable[np.ndarray]) -> Runner:
-    torch = _optional("torch")
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise UnavailableError("this torch has no CUDA")
-    o = Operands(*(torch.from_numpy(a).to("cuda" if on_gpu else "cpu") for a in operands))
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-
-    def run():
+    def launch():
         if mode == "forward":
             with torch.inference_mode():
-                outs = (attend(o.q, o.k, o.v),)
-        else:
-            leaves = [a.detach().requires_grad_() for a in (o.q, o.k, o.v)]
-            outs = torch.autograd.grad(attend(*leaves), leaves, o.g)
-        wait()
-        return outs
+                return (attend(o.q, o.k, o.v),)
+        leaves = [a.detach().requires_grad_() for a in (o.q, o.k, o.v)]
+        return torch.autograd.grad(attend(*leaves), leaves, o.g)
 
-    return run
+    return rivals.torch_runner(launch)
 
 
 # ------------------------------------------------------------------ the check
 
 
+def checked_rows(shape: Shape, mode: str) -> np.ndarray:
+    """All rows of a gradient, else some from the first to the last."""
+    count = shape.n if mode == "gradient" else min(shape.n, CHECKED_ROWS)
+    return np.linspace(0, shape.n - 1, count).round().astype(int)
+
+
 def exact(shape: Shape, mode: str, operands: Operands) -> list[np.ndarray]:
-    """The definition in float64, by blocks of rows; the first rows only, but for a gradient."""
-    rows = shape.n if mode == "gradient" else min(shape.n, CHECKED_ROWS)
-    parts = []
+    """The definition in float64, by blocks of rows; of the checked rows."""
+    rows, by_rows, over_keys = checked_rows(shape, mode), [], []
+    size = max(1, min(512, CHECK_BLOCK // (shape.batch * shape.n)))
+    transform = TRANSFORMS[mode]
     with jax.enable_x64(True):
         o = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), operands)
-        step = jax.jit(lambda part, row: _transform(naive, shape, mode, part, first_row=row))
-        for start in range(0, rows, 512):
-            cut = slice(start, min(start + 512, rows))
-            part = {name: getattr(o, name)[..., cut, :] for name in ("q", "g", "dq")}
-            parts.append([np.asarray(a) for a in step(o._replace(**part), start)])
-    by_rows = partial(np.concatenate, axis=-2)
-    over_keys = partial(np.sum, axis=0) if mode == "gradient" else by_rows
-    first, *others = zip(*parts, strict=True)
-    return [by_rows(first), *(over_keys(a) for a in others)]
+        attend = partial(rivals.naive, shape=shape)
+        step = jax.jit(lambda part, rows: transform(partial(attend, rows=rows), part))
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            part = {name: getattr(o, name)[..., some, :] for name in ("q", "g", "dq")}
+            outs = step(o._replace(**part), some)
+            if mode == "gradient":
+                outs, sums = outs[:1], outs[1:]
+                over_keys = [a + b for a, b in zip(over_keys, sums, strict=False)] or sums
+            by_rows.append([np.asarray(a) for a in outs])
+    joined = [np.concatenate(parts, axis=-2) for parts in zip(*by_rows, strict=True)]
+    return [*joined, *map(np.asarray, over_keys)]
 
 
-def relative_error(found: Iterable[Any], expected: Iterable[np.ndarray]) -> float:
-    """The largest difference over the largest entry, worst over the outputs."""
-    errors = []
-    for f, e in zip(found, expected, strict=True):
-        f = np.asarray(f.cpu() if hasattr(f, "cpu") else f, np.float64)
-        f = f.reshape(*e.shape[:-2], -1, e.shape[-1])[..., : e.shape[-2], :]
-        errors.append(np.abs(f - e).max() / np.abs(e).max())
-    return float(max(errors))
+def error(shape: Shape, mode: str, expected: Sequence[np.ndarray], found: Sequence[Any]) -> float:
+    rows = checked_rows(shape, mode)
+    found = [np.asarray(a, np.float32)[..., rows, :] for a in rivals.from_torch(found)]
+    return relative_error(found, expected)
 
 
 # ------------------------------------------------------------------ the suite
 
 
-def run(
-    shapes: Sequence[Shape],
-    names: Sequence[str] = tuple(RIVALS),
-    *,
-    repeats: tuple[int, int] = (3, 25),
-    log=lambda text: None,
+def run(options: Options, watch: Watch) -> dict:
+    """Ceilings, and one row for each shape, mode and rival."""
+    platform = jax.default_backend()
+    named = shapes.chosen(platform, quick=options.quick, only=options.only)
+    competitors = RIVALS if platform == "cpu" else RIVALS | GPU_RIVALS
+    competitors = {f"jaxflow {name}": MODES for name in options.backends} | competitors
+    return contest(named, competitors, options, watch)
+
+
+def contest(
+    named: Sequence[Shape],
+    competitors: Mapping[str, Sequence[str]],
+    options: Options,
+    watch: Watch,
 ) -> dict:
-    """The report: provenance, ceilings, and one row for each shape, mode and rival."""
-    for module in ("torch", "pykeops.torch"):  # so that no import counts as compile time
-        with contextlib.suppress(UnavailableError):
-            _optional(module)
-    before, rows = ceilings(), []
-    for shape in shapes:
-        for mode in shape.modes:
-            log(f"{shape.name} {mode}")
-            load = os.getloadavg()[0]
-            cases = [
-                {"shape": shape.name, "mode": mode, "rival": name, "load": load}
-                for name in names
-                if mode == "memory" or mode in RIVALS[name.split()[0]]
-            ]
-            if mode == "memory":
-                rows += [case | _peak(shape, "forward", case["rival"]) for case in cases]
-            else:
-                rows += _compete(shape, mode, cases, repeats)
-    rates = {name: max(rate, before[name]) for name, rate in ceilings().items()}
-    floors = {(s.name, mode): floor_s(s, mode, rates) for s in shapes for mode in WORK}
+    rivals.preload()
+    before, rows, timed = ceilings(), [], {}
+    cases = [(shape, mode) for shape in named for mode in shape.modes]
+    for shape, mode in watch.each(cases, lambda case: f"{case[0].name} {case[1]}"):
+        names = [n for n, modes in competitors.items() if mode in (*modes, "memory")]
+        new = [{"shape": shape.name, "mode": mode, "rival": name} for name in names]
+        if mode == "memory":
+            new = [row | _peak(shape, "forward", row["rival"]) for row in new]
+        else:
+            measure(shape, mode, new, options)
+            timed[shape, mode] = new
+        rows += new
+    rates = better(before, ceilings())
+    for (shape, mode), some in timed.items():
+        compare(shape, mode, some, rates, timed.get((shape, "forward"), []))
+    return {"ceilings": rates, "rows": rows}
+
+
+def measure(shape: Shape, mode: str, rows: list[dict], options: Options):
+    load = {"load": os.getloadavg()[0], "n": shape.n, "d": shape.d, "pairs": shape.pairs}
     for row in rows:
-        if "ms" in row:
-            row["of_floor"] = 1e3 * floors[row["shape"], row["mode"]] / row["ms"]
-    return {"suite": "kernels", **provenance(), "ceilings": rates, "rows": rows}
-
-
-def floor_s(shape: Shape, mode: str, rates: dict[str, float]) -> float:
-    flops, exps = WORK[mode]
-    return shape.pairs * max(flops * shape.d / rates["flops"], exps / rates["exps"])
-
-
-def _compete(shape: Shape, mode: str, rows: list[dict], repeats: tuple[int, int]) -> list[dict]:
+        row |= load | {"dtype": shape.dtype}
     operands = draw(shape)
     expected = exact(shape, mode, operands)
-    runners: dict[str, Runner] = {}
-    slow: dict[str, list[float]] = {}
+    runners = compete(
+        rows,
+        lambda row: prepare(row["rival"], shape, mode, operands),
+        partial(error, shape, mode, expected),
+        TOLERANCE[shape.dtype],
+        repeats=options.repeats,
+    )
     for row in rows:
-        start = time.perf_counter()
-        try:
-            runner: Any = prepare(row["rival"], shape, mode, operands)
-        except UnavailableError as e:
-            row["note"] = str(e)
-            continue
-        row["compile_s"] = time.perf_counter() - start
-        start = time.perf_counter()
-        found = runner()
-        took = time.perf_counter() - start
-        row["error"] = relative_error(found, expected)
-        if row["error"] > TOLERANCE:
-            row["note"] = "wrong, not timed"
-        elif took > SLOW_S:
-            slow[row["rival"]] = [took]
-        else:
-            runners[row["rival"]] = runner
-    times = slow | in_turn(runners, repeats=repeats)
-    times = {name: summary(ts) for name, ts in times.items()}
+        if row["rival"] in runners and shape.n >= MEASURE_PEAK_FROM:
+            row |= _peak(shape, mode, row["rival"], runners[row["rival"]])
+
+
+def compare(shape: Shape, mode: str, rows: list[dict], rates: dict, forward: list[dict]):
+    """Each time against the floor, and against the forward pass of the same rival."""
+    name, floor = floor_s(shape, mode, rates)
+    base = {row["rival"]: row["ms"] for row in forward if "ms" in row}
     for row in rows:
-        if (name := row["rival"]) in times:
-            row |= times[name]
-            others = [t["ms"] for other, t in times.items() if other.split()[0] != name.split()[0]]
-            row["vs_best"] = row["ms"] / min(others) if others else None
-            row["vs_jnp"] = row["ms"] / times["jnp"]["ms"] if "jnp" in times else None
-            if shape.n >= MEASURE_PEAK_FROM and name not in slow:
-                row |= _peak(shape, mode, name)
-    return rows
+        if "ms" in row:
+            row |= {"of_floor": 1e3 * floor / row["ms"], "floor": name}
+            row["vs_forward"] = row["ms"] / base[row["rival"]] if row["rival"] in base else None
 
 
-def _peak(shape: Shape, mode: str, name: str) -> dict:
-    case = [dataclasses.asdict(shape), mode, name]
-    return in_child("benchmarks.kernels", case, timeout_s=45)
+def floor_s(shape: Shape, mode: str, rates: dict[str, float]) -> tuple[str, float]:
+    """What binds, and the seconds it takes."""
+    products, others, exps = WORK[mode]
+    on_tensor_cores = shape.dtype != "float32" and "tensor_flops" in rates
+    arithmetic = "tensor_flops" if on_tensor_cores else "flops"
+    work = {
+        "exps": exps * shape.pairs,
+        # A tensor core sums a column of ones with the values; the rest hides in other pipes.
+        arithmetic: shape.pairs * 2 * (products * shape.d + others * (not on_tensor_cores)),
+        "bytes": 4 * shape.batch * shape.n * shape.d * jnp.dtype(shape.dtype).itemsize,
+    }
+    times = {name: amount / rates[name] for name, amount in work.items()}
+    name = max(times, key=times.__getitem__)
+    return name, times[name]
 
 
-def _child(shape: dict, mode: str, name: str) -> dict:
-    case = Shape(**shape)
-    try:
-        return {"peak_mib": peak_mib(prepare(name, case, mode, draw(case)))}
-    except UnavailableError as e:
-        return {"note": str(e)}
+def _peak(shape: Shape, mode: str, name: str, run: Runner | None = None) -> dict:
+    return peak("kernels", {"shape": shape.name, "mode": mode, "name": name}, run)
 
 
-if __name__ == "__main__":
-    print(json.dumps(_child(*json.loads(sys.argv[1]))))
+def runner(shape: str, mode: str, name: str) -> Runner:
+    named = {s.name: s for s in (*shapes.CPU, *shapes.CPU_QUICK, *shapes.GPU, *shapes.GPU_QUICK)}
+    return prepare(name, named[shape], mode, draw(named[shape]))

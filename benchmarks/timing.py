@@ -1,35 +1,105 @@
-"""What every suite measures with: times in turn, peak memory, device ceilings, provenance."""
+"""What every suite measures with: rivals checked, then timed in turn, within a budget."""
 
-import importlib.metadata
-import json
+import dataclasses
 import math
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("jax", "jaxlib", "numpy", "torch", "pykeops")
+import numpy as np
 
 SAMPLE_S = 0.02  # short calls are repeated inside a sample until it takes this long
 PAUSE_S = 0.005  # between rivals, so that thread pools that spin for work fall asleep
-BUDGET_S = 3.0  # for the samples of one case, unless that leaves too few
+CASE_S = 2.0  # for the samples of one case, unless that leaves too few
+SLOW_S = 2.0  # a call that takes longer is made once
+NAIVE_LIMIT = 4 * 2**30  # bytes of one array of scores
 
-Runner = Callable[[], object]  # runs one case and returns when the answer is there
+# The largest difference over the largest entry that is still a right answer. In float32 a score
+# of size 6 made of 64 products is off by at most 65 * 6e-8 * 6 = 2e-5, and the weight with it;
+# 1e-4 accepts that and refuses products in TF32 (5e-4 each). In 16 bits the operands are exact as
+# given; weights, their derivatives, the mean inside <g, mean> and the result are rounded once
+# each, by u = 2^-8 or 2^-11, and <g, v> - <g, mean> cancels: ten roundings.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 10 * 2.0**-8, "float16": 10 * 2.0**-11}
+
+Launch = Callable[[], Any]
+
+
+class UnavailableError(Exception):
+    """A rival cannot run a case; the message says why."""
+
+
+class Runner(NamedTuple):
+    """One case of one rival: `launch` starts it and returns its answer, `wait` waits for that.
+
+    `memory` gives the MiB of a call at its peak, where this process can tell (not on a CPU).
+    """
+
+    launch: Launch
+    wait: Callable[[Any], Any] = lambda out: out
+    memory: Callable[[], float] | None = None
+
+    def __call__(self):
+        return self.wait(self.launch())
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks of a suite."""
+
+    quick: bool = False
+    only: str = ""  # cases whose name starts so
+    backends: tuple[str, ...] = ()  # of jaxflow, beside the one it picks
+    repeats: tuple[int, int] = (3, 25)  # the least and the most samples of a case
+
+
+class Watch:
+    """Progress, and an end to it: cases that would start after `budget_s` are skipped."""
+
+    def __init__(self, budget_s: float = math.inf, log: Callable[[str], Any] = lambda text: None):
+        self.budget_s, self.log = budget_s, log
+        self.start = time.perf_counter()
+        self.skipped: list[str] = []
+
+    def each(self, cases: Iterable, label: Callable[[Any], str] = str) -> Iterator:
+        cases = list(cases)
+        for i, case in enumerate(cases, 1):
+            spent = time.perf_counter() - self.start
+            if spent > self.budget_s:
+                self.skipped.append(label(case))
+                continue
+            self.log(f"{label(case)} ({i} of {len(cases)}, {spent:.0f} of {self.budget_s:.0f} s)")
+            yield case
+
+
+def compiled(fn: Callable, *operands: Any) -> Runner:
+    """fn(*operands) as one compiled program."""
+    operands = jax.device_put(operands)
+    program = jax.jit(fn).lower(*operands).compile()
+    if jax.default_backend() == "cpu":
+        return Runner(lambda: jax.block_until_ready(program(*operands)))
+    account = program.memory_analysis()
+    if account is None:
+        return Runner(lambda: program(*operands), jax.block_until_ready)
+    used = (account.temp_size_in_bytes + account.output_size_in_bytes) / 2**20
+    return Runner(lambda: program(*operands), jax.block_until_ready, lambda: used)
+
+
+def refuse_scores(pairs: int):
+    if (size := 4 * pairs) > NAIVE_LIMIT:
+        raise UnavailableError(f"scores of {size / 2**30:.0f} GiB")
+
+
+# ------------------------------------------------------------------ clocks
 
 
 def seconds(run: Runner, calls: int = 1) -> float:
     """Wall-clock time of one of `calls` calls in a row."""
     start = time.perf_counter()
     for _ in range(calls):
-        run()
+        out = run.launch()
+    run.wait(out)
     return (time.perf_counter() - start) / calls
 
 
@@ -38,7 +108,7 @@ def in_turn(runs: Mapping[str, Runner], *, repeats: tuple[int, int]) -> dict[str
     the machine's state meets all alike. `repeats` is the least and the most samples of each."""
     calls = {name: math.ceil(SAMPLE_S / seconds(run)) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    stop = time.perf_counter() + BUDGET_S
+    stop = time.perf_counter() + CASE_S
     for i in range(repeats[1]):
         if i >= repeats[0] and time.perf_counter() > stop:
             break
@@ -52,94 +122,90 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times)}
 
 
-# ------------------------------------------------------------------ peak memory
+# ------------------------------------------------------------------ the contest
 
 
-def peak_mib(run: Runner) -> float:
-    """MiB by which one call grows the memory in use, at its worst.
-
-    On an accelerator by the allocator of torch or JAX; on the CPU by the resident set of this
-    process, for `memory_analysis` does not see the temporaries of a CPU program. A process that
-    has freed memory before hides growth: call it in a fresh one (`in_child`).
-    """
-    cuda = torch.cuda if (torch := sys.modules.get("torch")) else None
-    jax_stats = jax.local_devices()[0].memory_stats
-    if cuda is not None and cuda.is_initialized():
-        used, peak = cuda.memory_allocated, cuda.max_memory_allocated
-        cuda.reset_peak_memory_stats()
-    elif jax_stats() is not None:
-        used, peak = (lambda: jax_stats()["bytes_in_use"]), lambda: jax_stats()["peak_bytes_in_use"]
-    else:
-        used, peak = (lambda: _resident("VmRSS:")), lambda: _resident("VmHWM:")
-        Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
-    before = used()
-    run()
-    return (peak() - before) / 2**20
+def library(rival: str) -> str:
+    """Rivals of one library, such as two backends of jaxflow, share their first word."""
+    return rival.split()[0]
 
 
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(s.split()[1]) for s in lines if s.startswith(field))
+def failure(error: Exception) -> str:
+    """A note of one line: the reason that a rival gives, or that it failed."""
+    cause = error.__cause__
+    if isinstance(cause, type(error)):  # the words of the library, not those of its caller
+        return failure(cause)
+    if isinstance(error, UnavailableError | NotImplementedError):
+        return str(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0][:120]}"
 
 
-def in_child(module: str, argument: object, *, timeout_s: float) -> dict:
-    """The JSON that `python -m module <argument as JSON>` prints last, in a fresh process; a
-    "note" instead if it fails or takes too long."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", module, json.dumps(argument)]
-    options = {"env": os.environ | {"PYTHONPATH": path}, "timeout": timeout_s}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, **options)
-    except subprocess.TimeoutExpired:
-        return {"note": f"over {timeout_s:.0f} s"}
-    if done.returncode != 0:
-        return {"note": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def compete(
+    rows: Sequence[dict],
+    prepare: Callable[[dict], Runner],
+    error: Callable[[Any], float],
+    tolerance: float,
+    *,
+    repeats: tuple[int, int],
+) -> dict[str, Runner]:
+    """Fills the rows, one a rival: `prepare` compiles, the first answer is checked, and those that
+    are right are timed in turn. Returns the runners that were timed."""
+    runners: dict[str, Runner] = {}
+    first_s: dict[str, float] = {}
+    for row in rows:
+        # A rival that fails, in whatever way, must not cost the others their rows.
+        try:
+            start = time.perf_counter()
+            runner = prepare(row)
+            row["compile_s"] = time.perf_counter() - start
+            start = time.perf_counter()
+            found = runner()
+            first_s[row["rival"]] = time.perf_counter() - start
+            row["error"] = error(found)
+        except Exception as e:
+            row["note"] = failure(e)
+            continue
+        if not row["error"] <= tolerance:
+            row["note"] = f"wrong (over {tolerance:.0e}), not timed"
+            continue
+        runners[row["rival"]] = runner
+    take_times(rows, runners, first_s, repeats=repeats)
+    return runners
 
 
-# ------------------------------------------------------------------ the device
+def take_times(
+    rows: Sequence[dict],
+    runners: Mapping[str, Runner],
+    first_s: Mapping[str, float],
+    *,
+    repeats: tuple[int, int],
+):
+    """Times the runners in turn into their rows; the first call counts for one that is slow."""
+    slow = {name: [first_s[name]] for name in runners if first_s[name] > SLOW_S}
+    fast = {name: run for name, run in runners.items() if name not in slow}
+    times = slow | in_turn(fast, repeats=repeats)
+    for row in rows:
+        if row["rival"] in times:
+            row |= summary(times[row["rival"]])
+    rank(rows)
 
 
-def ceilings() -> dict[str, float]:
-    """The best of several runs: flop/s of a large float32 matrix product, exp/s of float32."""
-    size, length, terms = (2048, 2**20, 32) if jax.default_backend() == "cpu" else (8192, 2**26, 32)
-    a = jnp.ones((size, size), jnp.float32)
-    x = jnp.linspace(-1.0, 0.0, length, dtype=jnp.float32)
-    gemm = jax.jit(lambda a: a @ a)
-    exps = jax.jit(lambda x: sum(jnp.exp((1 + i / terms) * x) for i in range(terms)))
-    return {"flops": 2 * size**3 / _fastest(gemm, a), "exps": terms * length / _fastest(exps, x)}
+def rank(rows: Sequence[dict]):
+    """`vs_best`: the time over that of the fastest other library; `vs_jnp`."""
+    times = {row["rival"]: row["ms"] for row in rows if "ms" in row}
+    for row in rows:
+        if "ms" not in row:
+            continue
+        others = [ms for name, ms in times.items() if library(name) != library(row["rival"])]
+        row["vs_best"] = row["ms"] / min(others) if others else None
+        row["vs_jnp"] = row["ms"] / times["jnp"] if "jnp" in times else None
 
 
-def _fastest(fn: Callable[[jax.Array], jax.Array], x: jax.Array, runs: int = 8) -> float:
-    fn(x)
-    return min(seconds(lambda: fn(x).block_until_ready()) for _ in range(runs))
-
-
-def provenance() -> dict[str, object]:
-    """Device, versions and commit."""
-    device, cpu = jax.local_devices()[0].device_kind, Path("/proc/cpuinfo")
-    if device == "cpu" and cpu.exists():
-        models = [s.split(": ")[1] for s in cpu.read_text().splitlines() if "model name" in s]
-        device = f"{(models or ['cpu'])[0]}, {len(models)} cores"
-    return {
-        "device": device,
-        "python": platform.python_version(),
-        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--", "jaxflow")),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*args: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def relative_error(found: Iterable[Any], expected: Iterable[np.ndarray]) -> float:
+    """The largest difference over the largest entry, worst over the outputs."""
+    errors = []
+    for f, e in zip(found, expected, strict=True):
+        f = np.asarray(f, np.float64).reshape(e.shape)
+        errors.append(np.abs(f - e).max() / np.abs(e).max())
+    return float(np.max(errors))  # nan, not hidden, where an answer holds one

@@ -7,6 +7,9 @@ if importlib.util.find_spec("beartype"):
 
     jaxtyping.install_import_hook("jaxflow", "beartype.beartype")
 
+import contextlib
+import inspect
+
 import jax
 import pytest
 
@@ -33,3 +36,19 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def abstract_device():
+    """with abstract_device(kind): lowers as for that device, on a machine that has none."""
+
+    @contextlib.contextmanager
+    def use(kind):
+        abstract = jax.sharding.AbstractDevice
+        named = {"platform": "gpu"} if "platform" in inspect.signature(abstract).parameters else {}
+        device = abstract(device_kind=kind, num_cores=132, **named)
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield
+
+    return use

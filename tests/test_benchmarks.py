@@ -1,18 +1,34 @@
 """The benchmarks on tiny shapes: the machinery, not the speed."""
 
-import dataclasses
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 
-from benchmarks import kernels, shapes, timing
-from benchmarks.__main__ import table
+import benchmarks
+from benchmarks import (
+    compile,
+    derivatives,
+    device,
+    flow,
+    kernels,
+    peak,
+    plots,
+    rivals,
+    scaling,
+    shapes,
+    timing,
+)
+from benchmarks.__main__ import failures, main, table
 
 PARTICLES = shapes.Shape("tiny-particles", 48, 3)
 LANGUAGE = shapes.Shape("tiny-language", 20, 4, batch=3, causal=True, scale=0.5, modes=shapes.MODES)
-ONCE = (1, 1)
+ONCE = timing.Options(repeats=(1, 1))
+RATES = {"flops": 1e11, "exps": 1e9, "bytes": 1e12}
 has_torch = importlib.util.find_spec("torch") is not None
 
 
@@ -20,20 +36,73 @@ has_torch = importlib.util.find_spec("torch") is not None
 def ceilings():
     """Those of no machine: measuring them takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "ceilings", lambda: {"flops": 1e11, "exps": 1e9})
+        patch.setattr(kernels, "ceilings", lambda: RATES)
         yield
+
+
+def contest(named, names):
+    chosen = {name: kernels.RIVALS[name.split()[0]] for name in names}
+    return kernels.contest(named, chosen, ONCE, timing.Watch())
 
 
 @pytest.fixture(scope="module")
 def report():
-    return kernels.run([PARTICLES, LANGUAGE], ["jaxflow", "jnp"], repeats=ONCE)
+    return contest([PARTICLES, LANGUAGE], ["jaxflow", "jnp"])
+
+
+# ------------------------------------------------------------------ timing
+
+
+def test_rivals_take_turns():
+    order = []
+    runs = {name: timing.Runner(lambda name=name: order.append(name)) for name in "ab"}
+    times = timing.in_turn(runs, repeats=(3, 3))
+    assert [len(ts) for ts in times.values()] == [3, 3]
+    changes = [x for i, x in enumerate(order) if i == 0 or x != order[i - 1]]
+    assert changes == ["a", "b"] * 4  # once to see how long they take
+
+
+def test_a_failing_rival_costs_the_others_nothing():
+    def prepare(row):
+        if row["rival"] == "bad":
+            raise RuntimeError("out of registers\nand a page of more")
+        return timing.Runner(lambda: 0.5)
+
+    rows: list[dict] = [{"rival": name} for name in ("bad", "good", "wrong")]
+    answers = iter([0.0, 1.0])
+    timing.compete(rows, prepare, lambda found: next(answers), 1e-3, repeats=(1, 1))
+    assert rows[0] == {"rival": "bad", "note": "failed: RuntimeError: out of registers"}
+    assert rows[1]["ms"] > 0 and rows[1]["vs_best"] is None
+    assert rows[2]["note"].startswith("wrong") and "ms" not in rows[2]
+
+
+def test_an_answer_that_is_not_finite_is_wrong():
+    error = timing.relative_error([np.array([np.nan, 1.0])], [np.ones(2)])
+    rows = [{"rival": "a"}]
+    timing.compete(rows, lambda row: timing.Runner(lambda: 0), lambda _: error, 1.0, repeats=(1, 1))
+    assert rows[0]["note"].startswith("wrong")
+
+
+def test_rank_compares_with_other_libraries():
+    rows = [{"rival": name, "ms": ms} for name, ms in (("a", 2.0), ("a x", 1.0), ("jnp", 4.0))]
+    timing.rank(rows)
+    assert [row["vs_best"] for row in rows] == [0.5, 0.25, 4.0]
+    assert [row["vs_jnp"] for row in rows] == [0.5, 0.25, 1.0]
+
+
+def test_cases_over_the_budget_are_skipped():
+    watch = timing.Watch(budget_s=-1.0)
+    assert list(watch.each(["a", "b"])) == [] and watch.skipped == ["a", "b"]
+    assert list(timing.Watch().each(["a", "b"])) == ["a", "b"]
+
+
+# ------------------------------------------------------------------ kernels
 
 
 def test_report_is_json(report):
-    assert json.loads(json.dumps(report)) == report
-    assert {"suite", "device", "versions", "commit", "ceilings", "rows"} <= report.keys()
-    measured = {"error", "compile_s", "ms", "ms_min", "vs_best", "vs_jnp", "of_floor"}
-    assert {"shape", "mode", "rival"} | measured <= report["rows"][0].keys()
+    assert json.loads(json.dumps(report | device.provenance())).keys() >= {"rows", "versions"}
+    measured = {"error", "compile_s", "ms", "ms_min", "vs_best", "vs_jnp", "of_floor", "floor"}
+    assert {"shape", "mode", "rival", "dtype"} | measured <= report["rows"][0].keys()
 
 
 def test_a_row_for_each_shape_mode_and_rival(report):
@@ -47,70 +116,247 @@ def test_rows_are_checked_then_timed(report):
         assert row["error"] < 48 * np.finfo(np.float32).eps
         assert 0 < row["ms_min"] <= row["ms"]
         assert row["rival"] != "jnp" or row["vs_jnp"] == 1
+        assert row["mode"] != "forward" or row["vs_forward"] == 1
 
 
-def test_table_has_a_line_for_each_row(report):
-    assert table(report["rows"]).row_count == len(report["rows"])
-
-
-def test_floor_is_the_slower_of_products_and_exponentials():
-    rates = {"flops": 1e11, "exps": 1e9}
-    # 4 d = 16 flops a pair are 0.16 ns, one exponential is 1 ns; 4 * 64 flops are 2.56 ns.
-    assert kernels.floor_s(LANGUAGE, "forward", rates) == pytest.approx(LANGUAGE.pairs * 1e-9)
-    assert kernels.floor_s(shapes.heads(16, 64), "forward", rates) == pytest.approx(256 * 2.56e-9)
-
-
-def test_causal_shapes_count_half_the_pairs():
-    assert LANGUAGE.pairs == 3 * (20 * 21 // 2)
-    assert PARTICLES.pairs == 48 * 48
-
-
-def test_names_of_shapes_are_unique():
-    names = [s.name for s in shapes.FULL]
-    assert len(names) == len(set(names))
-
-
-def test_rivals_take_turns():
-    order = []
-    runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = timing.in_turn(runs, repeats=(3, 3))
-    assert [len(ts) for ts in times.values()] == [3, 3]
-    changes = [x for i, x in enumerate(order) if i == 0 or x != order[i - 1]]
-    assert changes == ["a", "b"] * 4  # once to see how long they take
+def test_narrow_dtypes_and_windows_are_checked_too():
+    window = shapes.language(2, 24, 4, "gradient", window=3, dtype="bfloat16")
+    half = shapes.heads(40, 4, dtype="float16")
+    for row in contest([window, half], ["jaxflow"])["rows"]:
+        # No better than one rounding of the result, and within the tolerance.
+        rounding = {"bfloat16": 2.0**-9, "float16": 2.0**-12}[row["dtype"]]
+        assert rounding / 8 < row["error"] < timing.TOLERANCE[row["dtype"]]
+        assert row["ms"] > 0
 
 
 def test_wrong_answers_are_not_timed(monkeypatch):
-    monkeypatch.setattr(kernels, "ours", lambda q, k, v, **_: 1.01 * v)
-    (row,) = kernels.run([shapes.Shape("tiny", 16, 2)], ["jaxflow reference"], repeats=ONCE)["rows"]
-    assert row["note"].startswith("wrong") and "ms" not in row
+    monkeypatch.setattr(rivals, "ours", lambda q, k, v, **_: 1.01 * v)
+    rows = contest([shapes.Shape("tiny", 16, 2)], ["jaxflow reference"])["rows"]
+    assert rows[0]["note"].startswith("wrong") and "ms" not in rows[0]
+    assert failures([{"rows": rows}]) == [f"tiny forward jaxflow reference: {rows[0]['note']}"]
+
+
+def test_floor_is_the_slowest_of_products_exponentials_and_memory():
+    # 4 d + 2 = 18 flops a pair are 0.18 ns, one exponential is 1 ns.
+    assert kernels.floor_s(LANGUAGE, "forward", RATES) == (
+        "exps",
+        pytest.approx(LANGUAGE.pairs * 1e-9),
+    )
+    # 4 * 64 + 2 flops are 2.58 ns.
+    wide = kernels.floor_s(shapes.heads(16, 64), "forward", RATES)
+    assert wide == ("flops", pytest.approx(256 * 2.58e-9))
+    # On tensor cores the gradient is 14 d flops: 64 * 14 / 1e12 = 0.9 ns; two exponentials 2 ns.
+    half = shapes.heads(16, 64, dtype="bfloat16")
+    tensor = RATES | {"tensor_flops": 1e12}
+    assert kernels.floor_s(half, "gradient", tensor) == ("exps", pytest.approx(256 * 2e-9))
+    # Four arrays of 16 * 64 numbers of two bytes.
+    slow = kernels.floor_s(half, "forward", tensor | {"bytes": 1e9})
+    assert slow == ("bytes", pytest.approx(4 * 16 * 64 * 2 / 1e9))
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("window", (None, 0, 3, 30))
+def test_pairs_are_those_of_the_mask(causal, window):
+    shape = shapes.Shape("tiny", 20, 4, batch=3, causal=causal, window=window)
+    mask = rivals.visible(np.arange(20), np.arange(20), shape)
+    assert shape.pairs == 3 * (400 if mask is None else mask.sum())
+
+
+@pytest.mark.parametrize("platform", ("cpu", "gpu"))
+@pytest.mark.parametrize("quick", (False, True))
+def test_names_of_shapes_are_unique(platform, quick):
+    names = [s.name for s in shapes.chosen(platform, quick=quick)]
+    assert len(names) == len(set(names)) > 0
+    assert all(s.dtype in timing.TOLERANCE for s in shapes.chosen(platform, quick=quick))
 
 
 def test_naive_refuses_large_scores():
     shape = shapes.Shape("huge", 2**17, 3)
-    with pytest.raises(kernels.UnavailableError, match="64 GiB"):
+    with pytest.raises(timing.UnavailableError, match="64 GiB"):
         kernels.prepare("jnp", shape, "forward", kernels.draw(shape))
+
+
+def test_extra_rivals_of_jax_agree():
+    operands = kernels.draw(LANGUAGE)
+    expected = kernels.exact(LANGUAGE, "forward", operands)
+    found = kernels.prepare("jax.nn xla", LANGUAGE, "forward", operands)()
+    assert kernels.error(LANGUAGE, "forward", expected, found) < 1e-5
+    with pytest.raises(timing.UnavailableError, match="16-bit"):
+        kernels.prepare("jax.nn cudnn", LANGUAGE, "forward", operands)
 
 
 @pytest.mark.slow
 def test_ceilings_are_measured():
-    assert all(rate > 1e6 for rate in timing.ceilings().values())
+    assert all(rate > 1e6 for rate in device.ceilings().values())
 
 
 @pytest.mark.slow
 def test_peak_memory_of_scores():
-    case = [dataclasses.asdict(shapes.particles(4096, 2)), "forward", "jnp"]
-    measured = timing.in_child("benchmarks.kernels", case, timeout_s=60)
+    case = {"shape": "particles-4096-2", "mode": "forward", "name": "jnp"}
+    measured = peak.in_child("kernels", case, timeout_s=60)
     assert measured["peak_mib"] >= 4096**2 * 4 / 2**20
 
 
 @pytest.mark.skipif(not has_torch, reason="torch is not installed")
 def test_torch_agrees():
-    rows = kernels.run([PARTICLES, LANGUAGE], ["torch"], repeats=ONCE)["rows"]
-    assert [r["mode"] for r in rows] == ["forward", "forward", "gradient"]
-    assert all(r["error"] < 1e-5 for r in rows)
+    half = shapes.language(2, 24, 8, "forward", window=3, dtype="bfloat16")
+    rows = contest([PARTICLES, LANGUAGE, half], ["torch"])["rows"]
+    assert [r["mode"] for r in rows] == ["forward", "forward", "gradient", "forward"]
+    assert all(r["error"] < 1e-5 for r in rows[:3])
+    assert rows[3]["error"] < timing.TOLERANCE["bfloat16"]
 
 
 @pytest.mark.skipif(has_torch, reason="torch is installed")
 def test_absent_torch_is_reported():
-    rows = kernels.run([shapes.Shape("tiny", 16, 2)], ["torch", "keops"], repeats=ONCE)["rows"]
+    rows = contest([shapes.Shape("tiny", 16, 2)], ["torch", "keops"])["rows"]
     assert [r["note"] for r in rows] == ["not installed"] * 2
+
+
+# ------------------------------------------------------------------ flow
+
+
+def test_each_rival_takes_its_cheapest_setting_within_the_target():
+    rival = flow.Rival(lambda x0: lambda dt: (np.full((2, 3), dt), 7), "dt", (0.4, 0.2, 0.1))
+    reached, _ = flow.descend(rival.make(np.zeros(0)), rival, np.zeros((2, 3)), 0.25)
+    assert reached == {"setting": "dt 0.2", "value": 0.2, "error": 0.2, "evaluations": 7}
+    missed, _ = flow.descend(rival.make(np.zeros(0)), rival, np.zeros((2, 3)), 0.01)
+    assert missed["value"] == 0.1 and missed["note"] == "the target is out of reach"
+
+
+def test_a_flow_at_equal_error(monkeypatch):
+    monkeypatch.setattr(flow, "T1", 1.0)
+    monkeypatch.setattr(flow, "exact", flow.exact.__wrapped__)
+    case = flow.Case("tiny", 16, 1e-3)
+    names = ("jaxflow fixed", "numpy", "torchdiffeq")
+    rows = flow.contest(case, {name: flow.RIVALS[name] for name in names}, (1, 1))
+    rows = {row["rival"]: row for row in rows}
+    assert all(rows[name]["error"] <= 1e-3 and rows[name]["ms"] > 0 for name in names[:2])
+    # Euler is of order one: fewer evaluations would not do.
+    assert rows["numpy"]["evaluations"] > rows["jaxflow fixed"]["evaluations"]
+    assert ("ms" in rows["torchdiffeq"]) == (importlib.util.find_spec("torchdiffeq") is not None)
+
+
+# ------------------------------------------------------------------ derivatives
+
+
+def test_blocks_of_rows_agree_with_the_definition():
+    n = 2 * derivatives.ROWS
+    x, _, g = (a.astype(np.float32) for a in derivatives.draw(derivatives.Case("", n, "")))
+    found = jax.vjp(derivatives.reverse_only, x, x, x)
+    expected = jax.vjp(derivatives.naive, x, x, x)
+    # Sums of 512 terms in float32.
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    for a, b in zip(found[1](g), expected[1](g), strict=True):
+        np.testing.assert_allclose(a, b, atol=512 * 6e-8 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("mode", derivatives.MODES)
+def test_derivatives_of_the_operation(mode):
+    case = derivatives.Case("operation", 32, mode)
+    rows = derivatives.contest(case, tuple(derivatives.RIVALS), (1, 1))
+    rows = {row["rival"]: row for row in rows}
+    assert all(rows[name]["error"] < 1e-5 and rows[name]["ms"] > 0 for name in ("jaxflow", "jnp"))
+    refused = "custom_vjp" in rows["custom_vjp"].get("note", "")
+    assert refused == (mode == "tangent")
+
+
+def test_derivative_of_a_flow():
+    case = derivatives.Case("flow", 16, "tangent")
+    (row,) = derivatives.contest(case, ("jaxflow",), (1, 1))
+    assert row["error"] < 1e-5 and row["ms"] > 0
+
+
+# ------------------------------------------------------------------ scaling
+
+
+def test_exponents_are_those_of_a_power_law():
+    rows = [
+        {"mode": "forward", "rival": "a", "n": n, "ms": 3 * n**2 if n > 100 else 1.0, "peak_mib": n}
+        for n in (10, 100, 1000, 10000, 100000)
+    ]
+    (fit,) = scaling.fits([*rows, {"mode": "forward", "rival": "b", "n": 10, "note": "absent"}])
+    assert fit["from_n"] == 1000
+    assert fit["time_exponent"] == pytest.approx(2) and fit["memory_exponent"] == pytest.approx(1)
+
+
+def test_scaling_measures_every_size(monkeypatch):
+    monkeypatch.setattr(scaling, "sizes", lambda platform, quick: {"forward": (32, 64)})
+    monkeypatch.setattr(scaling, "peak", lambda suite, case, run: {"peak_mib": 2.0 * case["n"]})
+    monkeypatch.setattr(scaling, "RIVALS", ("jaxflow",))
+    report = scaling.run(ONCE, timing.Watch())
+    assert [(row["n"], row["peak_mib"]) for row in report["rows"]] == [(32, 64.0), (64, 128.0)]
+    assert all(row["error"] < 1e-5 and row["ms"] > 0 for row in report["rows"])
+    assert report["fits"][0]["memory_exponent"] == pytest.approx(1)
+
+
+# ------------------------------------------------------------------ compile
+
+
+@pytest.mark.parametrize("fn", (compile.operation, compile.flow))
+def test_new_numbers_are_no_new_program(fn, monkeypatch):
+    monkeypatch.setattr(compile, "N", 16)
+    row = compile.stages(fn)
+    assert row["traces"] == 1 and row["programs_again"] == 0
+    assert all(row[name] > 0 for name in ("trace_s", "lower_s", "compile_s"))
+
+
+def test_a_baked_in_number_is_a_new_program(monkeypatch):
+    monkeypatch.setattr(compile, "N", 16)
+    baked = lambda x, *values: jax.jit(lambda x: sum(values) * x)(x)
+    assert compile.later(baked, compile.points())["programs_again"] == len(compile.VALUES) - 1
+
+
+def test_every_case_to_compile_has_a_rival():
+    cases = compile.cases(("blocked",))
+    assert len(cases) == 4 * 3
+    x = jnp.ones((2, 3))
+    named = {(case.what, case.rival): case.fn for case in cases}
+    values = compile.VALUES[0]
+    ours = named["operation", "jaxflow blocked"](x, *values)
+    np.testing.assert_allclose(ours, named["operation", "jnp"](x, *values), atol=1e-6)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_table_has_a_line_for_each_row(report):
+    shown = table(report["rows"])
+    assert shown.row_count == len(report["rows"])
+    assert "vs_best" in [c.header for c in shown.columns]
+    assert "evaluations" not in [c.header for c in shown.columns]
+
+
+def test_every_suite_has_a_budget():
+    for name in benchmarks.SUITES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        assert module.BUDGET_S.keys() == {"quick", "full"} and callable(module.run)
+
+
+def test_command_writes_reports(tmp_path, capsys):
+    main("scaling", quick=True, only="no such case", json_file=tmp_path / "runs" / "r.json")
+    (report,) = json.loads((tmp_path / "runs" / "r.json").read_text())
+    assert report["suite"] == "scaling" and report["rows"] == [] == report["skipped"]
+    assert {"device", "versions", "commit"} <= report.keys()
+    assert "scaling" in capsys.readouterr().out
+
+
+def test_command_refuses_other_suites():
+    with pytest.raises(typer.BadParameter, match="kernels"):
+        main("speed")
+
+
+def test_plots(tmp_path, report):
+    pytest.importorskip("matplotlib")
+    grown = [
+        {"mode": "forward", "rival": rival, "n": n, "ms": n**2 / 1e6, "peak_mib": n / 1e3}
+        for rival in ("jaxflow", "torch")
+        for n in (1024, 4096)
+    ]
+    reports = [
+        device.provenance() | {"suite": "kernels"} | report,
+        device.provenance() | {"suite": "scaling", "rows": grown, "fits": scaling.fits(grown)},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(reports))
+    assert len(plots.draw(tmp_path / "r.json")) == 2
+    for name in ("r-roofline.png", "r-scaling.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

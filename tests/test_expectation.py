@@ -25,7 +25,12 @@ class Backend:
         return self.name if self.tiles is None else f"{self.name}-{self.tiles}"
 
 
-BACKENDS = [Backend("blocked"), Backend("blocked", (8, 5)), Backend("reference")]
+BACKENDS = [
+    Backend("blocked"),
+    Backend("blocked", (8, 5)),
+    Backend("reference"),
+    Backend("pallas_gpu:interpret"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +319,7 @@ def test_select_backend():
     assert select_backend(x, x, x) == "blocked"
     assert select_backend(x, x, x, backend="reference") == "reference"
     with pytest.raises(
-        ValueError, match="backend must be one of reference, blocked or None.*'cud'"
+        ValueError, match="backend must be one of reference, blocked, .* or None.*'cud'"
     ):
         softmax_expectation(x, x, x, backend="cud")
 

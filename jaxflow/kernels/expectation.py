@@ -20,8 +20,11 @@ JAX code. Taking du = d(scale q) outside leaves the derivative in `scale` to JAX
 at scale = 0.
 """
 
+import dataclasses
+import importlib
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +35,13 @@ from jaxtyping import Array, Float
 
 from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
 from . import blocked, reference
-from .reference import Band
+from .reference import Band, Problem
 
-BACKENDS = ("reference", "blocked")
+BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn")
+# The platform of the backends that have one, and the order in which a platform tries them.
+PLATFORMS = {"pallas_gpu": "cuda", "cudnn": "cuda", "pallas_tpu": "tpu"}
+PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", "blocked")}
+INTERPRET = ":interpret"
 Window = int | tuple[int, int] | None
 
 
@@ -70,8 +77,9 @@ def softmax_expectation(
       at the top left, as in `jax.nn.dot_product_attention`).
     - `window`: `(left, right)`: query i sees the keys i - left <= j <= i + right. An integer w is
       `(w, w)`, as `local_window_size` in `jax.nn.dot_product_attention`.
-    - `backend`: a name in `jaxflow.kernels.BACKENDS`, or `None` for the best on the platform
-      (see [`jaxflow.kernels.select_backend`][]).
+    - `backend`: a name in `jaxflow.kernels.BACKENDS`, or `None` for the best on the platform that
+      the program is compiled for (see [`jaxflow.kernels.select_backend`][]). A Pallas backend
+      with ":interpret" behind its name runs anywhere, slowly, in Pallas's interpreter.
 
     **Returns:**
 
@@ -81,14 +89,18 @@ def softmax_expectation(
 
     **Raises:**
 
-    `ValueError` for wrong shapes, windows or an unknown backend, `TypeError` for wrong dtypes.
+    `ValueError` for wrong shapes, windows or an unknown backend, `TypeError` for wrong dtypes,
+    `NotImplementedError` with the reason where a backend asked for by name cannot do it.
     """
+    problem = _problem(log_weights, scale, causal, window)
     q, k, v, b = _operands(q, k, v, log_weights)
     scale = _scale(scale, b.dtype)
-    params = {"band": band(causal, window)}
-    if select_backend(q, k, v, causal=causal, window=window, backend=backend) == "reference":
-        return reference.forward(q, k, v, b, scale, **params)
-    mean, log_partition = forward_p.bind(q, k, v, b, scale, **params)
+    if backend is not None:
+        _check_backend(backend, q, k, v, problem)
+    if backend == "reference":
+        return reference.forward(q, k, v, b, scale, band=problem.band)
+    operands = q, k, v, b, scale
+    mean, log_partition = forward_p.bind(*operands, problem=problem, backend=backend)
     return mean, log_partition
 
 
@@ -96,28 +108,86 @@ def select_backend(
     q: ArrayLike | jax.ShapeDtypeStruct,
     k: ArrayLike | jax.ShapeDtypeStruct,
     v: ArrayLike | jax.ShapeDtypeStruct,
+    log_weights: ArrayLike | jax.ShapeDtypeStruct | None = None,
     *,
+    scale: ScalarLike = 1.0,
     causal: bool = False,
     window: Window = None,
     backend: str | None = None,
     platform: str | None = None,
+    mode: str = "forward",
 ) -> str:
     """The name of the backend that `softmax_expectation` runs for these operands.
 
-    **Arguments:** as [`jaxflow.softmax_expectation`][] (only shapes and dtypes matter), and
-    `platform`: "cpu", "cuda" or "tpu"; JAX's default platform if `None`.
+    **Arguments:** as [`jaxflow.softmax_expectation`][] (only shapes and dtypes matter; leading
+    axes are a batch), and
 
-    **Raises:** `ValueError` for an unknown backend.
+    - `platform`: "cpu", "cuda" or "tpu"; JAX's default platform if `None`.
+    - `mode`: "forward", or a derivative's kernel: "tangent" or "cotangent".
+
+    **Raises:** `ValueError` for an unknown backend, `NotImplementedError` with the reason where
+    the backend asked for by name cannot run on the platform or on these operands.
     """
-    del q, k, v, causal, window, platform  # One portable backend serves every case so far.
+    if platform is None:
+        platform = _default_platform()
+    problem = _problem(log_weights, scale, causal, window)
+    if backend is not None:
+        _check_backend(backend, q, k, v, problem)
+    return _select(mode, platform, q, k, v, problem, backend)
+
+
+def _problem(log_weights, scale, causal, window) -> Problem:
+    constant = float(scale) if isinstance(scale, int | float | np.number) else None
+    return Problem(band(causal, window), log_weights is not None, constant)
+
+
+def _select(mode: str, platform: str, q, k, v, problem: Problem, backend: str | None) -> str:
     if backend is None:
-        return "blocked"
-    if backend not in BACKENDS:
+        names = PREFERENCE.get(platform, ("blocked",))
+        return next(name for name in names if _refusal(name, mode, q, k, v, problem) is None)
+    home = PLATFORMS.get(backend, platform)
+    if home != platform:
+        interpreted = f", or {backend + INTERPRET!r} for a slow run" * backend.startswith("pallas")
+        raise NotImplementedError(
+            f"the backend {backend!r} runs on {home}, and this program is compiled for {platform}. "
+            f"Leave backend None to take the best for the platform{interpreted}."
+        )
+    return backend
+
+
+def _check_backend(backend: str, q, k, v, problem: Problem):
+    """Whether a backend asked for by name can run these operands on its platform."""
+    name = backend.removesuffix(INTERPRET)
+    interpret = name != backend
+    if name not in BACKENDS or (interpret and not name.startswith("pallas")):
         raise ValueError(
             f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}. "
             "Leave it None to take the best for the platform."
         )
-    return backend
+    for mode in () if interpret else ("forward", "tangent", "cotangent"):
+        reason = _refusal(name, mode, q, k, v, problem)
+        if reason is not None:
+            raise NotImplementedError(
+                f"the backend {name!r} cannot do this ({mode}): {reason}. "
+                "Leave backend None to take one that can."
+            )
+
+
+def _refusal(name: str, mode: str, q, k, v, problem: Problem) -> str | None:
+    """Why a backend cannot run these operands; None if it can."""
+    if name in ("reference", "blocked"):
+        return None
+    return _module(name).refusal(mode, q, k, v, problem)
+
+
+def _module(name: str) -> ModuleType:
+    """The backend's module; Pallas takes long to import, so only those in use are."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _default_platform() -> str:
+    platform = jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
 
 
 # ------------------------------------------------------------------ checks
@@ -231,6 +301,7 @@ def _linear_jvp(primitive: Primitive, portable: Callable):
     """The jvp of a primitive f(residuals; linear)."""
 
     def rule(primals, tangents, **params):
+        band = params["problem"].band
         residuals, linear = primals[:RESIDUALS], primals[RESIDUALS:]
         dresiduals, dlinear = tangents[:RESIDUALS], tangents[RESIDUALS:]
         outs = primitive.bind(*primals, **params)
@@ -240,7 +311,7 @@ def _linear_jvp(primitive: Primitive, portable: Callable):
             parts.append(primitive.bind(*residuals, *dlinear, **params))
         if not all(isinstance(t, ad.Zero) for t in dresiduals):
             dresiduals = tuple(map(ad.instantiate_zeros, dresiduals))
-            fn = lambda *residuals: tuple(portable(*residuals, *linear, **params, unrolled=True))
+            fn = lambda *residuals: tuple(portable(*residuals, *linear, band=band, unrolled=True))
             parts.append(jax.jvp(fn, residuals, dresiduals)[1])
         if not parts:
             zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
@@ -250,17 +321,24 @@ def _linear_jvp(primitive: Primitive, portable: Callable):
     return rule
 
 
-def _linear_transpose(transposed: Primitive):
+def _tangent_transpose(cotangents, *operands, problem, backend):
+    # A log-partition that nothing depends on lets cuDNN in.
+    mean_only = isinstance(cotangents[1], ad.Zero)
+    problem = dataclasses.replace(problem, mean_only=mean_only)
+    return _transpose(cotangent_p, cotangents, operands, problem=problem, backend=backend)
+
+
+def _cotangent_transpose(cotangents, *operands, **params):
+    return _transpose(tangent_p, cotangents, operands, **params)
+
+
+def _transpose(transposed: Primitive, cotangents, operands, **params):
     """The transpose of a primitive f(residuals; linear) in its linear operands."""
-
-    def rule(cotangents, *operands, **params):
-        residuals, linear = operands[:RESIDUALS], operands[RESIDUALS:]
-        cotangents = map(ad.instantiate_zeros, cotangents)
-        outs = transposed.bind(*residuals, *cotangents, **params)
-        outs = [o if ad.is_undefined_primal(x) else None for o, x in zip(outs, linear, strict=True)]
-        return [None] * RESIDUALS + outs
-
-    return rule
+    residuals, linear = operands[:RESIDUALS], operands[RESIDUALS:]
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    outs = transposed.bind(*residuals, *cotangents, **params)
+    outs = [o if ad.is_undefined_primal(x) else None for o, x in zip(outs, linear, strict=True)]
+    return [None] * RESIDUALS + outs
 
 
 def _batch(primitive: Primitive, args, dims, **params):
@@ -272,7 +350,7 @@ def _batch(primitive: Primitive, args, dims, **params):
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     batched = {i for i, d in enumerate(dims) if d is not None}
     rows = ROW_OPERANDS.get(primitive, set())
-    if params["band"] == (None, None) and batched <= rows:
+    if params["problem"].band == (None, None) and batched <= rows:
         nbatch = args[4].ndim
         args = list(args)
         for i in rows:
@@ -293,26 +371,42 @@ def _to_front(a, dim, size):
     return jnp.moveaxis(a, dim, 0)
 
 
-def _define(primitive: Primitive, avals: Callable, implementation: Callable):
+def _run(mode: str, platform: str, *operands, problem: Problem, backend: str | None):
+    """One of the three functions, by the backend that the platform selects."""
+    if backend is not None and backend.endswith(INTERPRET):
+        module = _module(backend.removesuffix(INTERPRET))
+        return getattr(module, mode)(*operands, problem=problem, interpret=True)
+    q, k, v, *_ = operands
+    name = _select(mode, platform, q, k, v, problem, backend)
+    if name == "blocked":
+        return getattr(blocked, mode)(*operands, band=problem.band)
+    return getattr(_module(name), mode)(*operands, problem=problem)
+
+
+def _define(mode: str, primitive: Primitive, avals: Callable):
     primitive.multiple_results = True
     # Outside jit the primitive compiles itself: platforms choose their lowering there.
-    compiled = jax.jit(lambda *args, band: primitive.bind(*args, band=band), static_argnames="band")
+    bind = lambda *args, **params: primitive.bind(*args, **params)
+    compiled = jax.jit(bind, static_argnames=("problem", "backend"))
 
-    def evaluate(*args, band):
-        eager = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
-        return (implementation if eager else compiled)(*args, band=band)
+    def evaluate(*args, **params):
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return _run(mode, _default_platform(), *args, **params)
+        return compiled(*args, **params)
 
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(avals)
-    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+    for platform in (None, "cuda", "tpu"):
+        run = partial(_run, mode, platform or "cpu")
+        mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True), platform)
     batching.primitive_batchers[primitive] = partial(_batch, primitive)
 
 
-_define(forward_p, _forward_avals, blocked.forward)
-_define(tangent_p, _tangent_avals, blocked.tangent)
-_define(cotangent_p, _cotangent_avals, blocked.cotangent)
+_define("forward", forward_p, _forward_avals)
+_define("tangent", tangent_p, _tangent_avals)
+_define("cotangent", cotangent_p, _cotangent_avals)
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = _linear_jvp(tangent_p, blocked.tangent)
 ad.primitive_jvps[cotangent_p] = _linear_jvp(cotangent_p, blocked.cotangent)
-ad.primitive_transposes[tangent_p] = _linear_transpose(cotangent_p)
-ad.primitive_transposes[cotangent_p] = _linear_transpose(tangent_p)
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+ad.primitive_transposes[cotangent_p] = _cotangent_transpose

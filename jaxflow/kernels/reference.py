@@ -7,6 +7,8 @@
 It materialises the m x n scores and may be differentiated to any order.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -15,6 +17,16 @@ from .._types import Keys, Queries, Scalar, Values
 
 # Keys j with i - left <= j <= i + right are visible to query i; None is no limit.
 Band = tuple[int | None, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a kernel is compiled for, beside shapes and dtypes."""
+
+    band: Band = (None, None)
+    weighted: bool = True  # without, b = 0
+    constant_scale: float | None = None  # the scale where it is a Python number
+    mean_only: bool = False  # the log-partition has no cotangent
 
 
 def visible(

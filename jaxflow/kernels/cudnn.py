@@ -1,0 +1,96 @@
+"""cuDNN's fused attention, as JAX ships it, behind the contract of the other backends.
+
+Forward and, where only the mean has a cotangent, backward are cuDNN's. It has no tangent and takes
+no cotangent of the log-partition h: those are `pallas_gpu`'s kernels, on the same residuals.
+
+Why the private module: `jax.nn.dot_product_attention` rounds the log-partition to the operands' 16
+bits, and the weights exp(s - log_partition) of the derivatives would be wrong by per cents.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as fused
+
+from . import pallas_gpu
+from .reference import Problem
+
+DTYPES = ("bfloat16", "float16")
+
+
+def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
+    """Why cuDNN cannot run these operands; None if it can."""
+    if mode == "tangent":
+        return pallas_gpu.refusal(mode, q, k, v, problem)
+    if (name := jnp.dtype(q.dtype).name) not in DTYPES:
+        return f"it takes {' and '.join(DTYPES)}, got {name}"
+    if problem.weighted:
+        return "its bias is an array of all n^2 scores, so log_weights are not for it"
+    if not problem.constant_scale:
+        return "it takes the scale as a constant of the program, a Python number other than 0"
+    p, r = q.shape[-1], v.shape[-1]
+    if p != r or p % 8 or p > 256:
+        return f"it takes head dimensions that are equal multiples of 8 up to 256, got {p} and {r}"
+    left, right = problem.band
+    if right not in (None, 0) or (left is not None and right is None):
+        return f"of windows it takes causal ones, got keys from i - {left} to i + {right}"
+    if right == 0 and q.shape[-2] != k.shape[-2]:
+        return f"causal takes as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}"
+    return _absent(p)
+
+
+def _absent(head_dimension: int) -> str | None:
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+        fused.check_cudnn_version()
+    except RuntimeError:
+        return "there is no CUDA device with cuDNN on this machine"
+    capability = float(device.compute_capability)
+    if capability < 8.0:
+        return f"it needs compute capability 8.0, the device has {capability}"
+    if head_dimension > 128 and capability < 9.0:
+        return f"head dimension {head_dimension} needs compute capability 9.0, got {capability}"
+    return None
+
+
+def forward(q, k, v, b, scale, *, problem: Problem):
+    del b
+    batch = scale.shape
+    mean, lse = _attend(problem, *(_heads(a, batch) for a in (q, k, v)))
+    return mean.reshape(*batch, *mean.shape[1::2]), lse.reshape(*batch, -1)
+
+
+def tangent(*operands, problem: Problem):
+    return pallas_gpu.tangent(*operands, problem=problem)
+
+
+def cotangent(q, k, v, b, scale, mean, lse, g, h, *, problem: Problem):
+    if not problem.mean_only:
+        return pallas_gpu.cotangent(q, k, v, b, scale, mean, lse, g, h, problem=problem)
+    batch = scale.shape
+    heads = (_heads(a, batch) for a in (q, k, v))
+    # The same call as the forward pass, which XLA therefore runs once.
+    (_, lse), pullback = jax.vjp(partial(_attend, problem), *heads)
+    gq, gk, gv = pullback((_heads(g, batch), jnp.zeros_like(lse)))
+    gu = gq.reshape(q.shape).astype(b.dtype) / problem.constant_scale
+    return gu, gk.reshape(k.shape), gv.reshape(v.shape), jnp.zeros_like(b)
+
+
+def _attend(problem: Problem, q, k, v):
+    left, right = problem.band
+    return fused.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=problem.constant_scale,
+        mask_type=fused.MaskType.NO_MASK if right is None else fused.MaskType.CAUSAL,
+        sliding_window_length=None if left is None else left + 1,
+        return_residual=True,
+    )
+
+
+def _heads(a, batch):
+    """(*batch, tokens, channels) as cuDNN's (batch, tokens, heads, channels)."""
+    return a.reshape(math.prod(batch), a.shape[-2], 1, a.shape[-1])

@@ -1,0 +1,111 @@
+"""Kernels for NVIDIA GPUs, in Pallas: three families behind one contract.
+
+| module         | operands                                                       | device      |
+|----------------|----------------------------------------------------------------|-------------|
+| `particles`    | float32, at most 16 channels, no band: one head, many tokens   | any         |
+| `hopper`       | bfloat16 and float16 at the head dimensions of language models | Hopper      |
+| `tensor_cores` | what the others refuse                                         | from Ampere |
+
+JAX has deprecated Pallas on Triton since 0.11 and will remove it, so what runs on Hopper and later
+is built on Mosaic GPU, and Triton serves older devices and shapes that the Mosaic kernels refuse.
+JAX 0.10 and 0.11 take different compilers by default: every call names its own by compiler_params.
+
+Operands are those of `blocked`, with any number of leading batch axes.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ..reference import Problem
+from . import hopper, particles, tensor_cores
+from .configs import Config, tuned
+
+CHANNELS = {"float32": 128, "bfloat16": 256, "float16": 256}  # that registers hold
+FEW = 16  # up to here the particles' kernels win
+HOPPER = (9, 0)
+# Kinds before Hopper, by what their names contain: for programs lowered without a device.
+OLDER = ("A100", "A10", "A30", "A40", "L4", "RTX")
+
+
+def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
+    """Why these operands cannot be run; None if they can."""
+    del mode, k, problem
+    if (name := jnp.dtype(q.dtype).name) not in CHANNELS:
+        return f"its kernels are for {', '.join(CHANNELS)}, got {name}"
+    if (channels := max(q.shape[-1], v.shape[-1])) > CHANNELS[name]:
+        return f"its kernels hold at most {CHANNELS[name]} channels of {name}, got {channels}"
+    return None
+
+
+def family(mode: str, q, k, v, problem: Problem, capability: tuple[int, int]) -> str:
+    """The name of the module that runs these operands on a device of this compute capability."""
+    channels, band, weighted = max(q.shape[-1], v.shape[-1]), problem.band, problem.weighted
+    if jnp.dtype(q.dtype).itemsize >= 4 and channels <= FEW and band == (None, None):
+        return "particles"
+    if capability == HOPPER:
+        if hopper.refusal(q, k, v, band=band, weighted=weighted, mode=mode) is None:
+            return "hopper"
+    return "tensor_cores"
+
+
+def forward(q, k, v, b, scale, *, problem: Problem, config: Config = None, interpret: bool = False):
+    return _run("forward", (q, k, v, b, scale), problem, config, interpret)
+
+
+def tangent(
+    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, problem: Problem, config: Config = None,
+    interpret: bool = False,
+):  # fmt: skip
+    operands = q, k, v, b, scale, mean, lse, du, dk, dv, db
+    return _run("tangent", operands, problem, config, interpret)
+
+
+def cotangent(
+    q, k, v, b, scale, mean, lse, g, h, *, problem: Problem, config: Config = None,
+    interpret: bool = False,
+):  # fmt: skip
+    return _run("cotangent", (q, k, v, b, scale, mean, lse, g, h), problem, config, interpret)
+
+
+def _run(mode: str, operands, problem: Problem, config: Config, interpret: bool):
+    """Flattens the batch axes and calls the family's function."""
+    batch = operands[4].shape
+    flat = tuple(a.reshape((math.prod(batch), *a.shape[len(batch) :])) for a in operands)
+    q, k, v = flat[:3]
+    # The interpreter runs the kernels for older devices: the newer ones' copies are not for it.
+    capability = (8, 0) if interpret else compute_capability()
+    name = family(mode, q, k, v, problem, capability)
+    if config is None and not interpret:
+        config = tuned(_device_kind(), name, mode, q.dtype, max(q.shape[-1], v.shape[-1]))
+    options = {"weighted": problem.weighted, "config": config, "interpret": interpret}
+    if name == "particles":
+        outs = getattr(particles, mode)(*flat, **options, mosaic=capability >= HOPPER)
+    else:
+        module = hopper if name == "hopper" else tensor_cores
+        outs = getattr(module, mode)(*flat, **options, band=problem.band)
+    return tuple(a.reshape((*batch, *a.shape[1:])) for a in outs)
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of the device that a program is lowered for; Hopper's where none is at hand or named."""
+    if (named := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return (8, 0) if any(kind in named.device_kind for kind in OLDER) else HOPPER
+    if (device := _local_device()) is None:
+        return HOPPER
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def _device_kind() -> str:
+    if (named := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return named.device_kind
+    return "" if (device := _local_device()) is None else device.device_kind
+
+
+def _local_device():
+    try:
+        return jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return None

@@ -1,0 +1,389 @@
+"""Few channels, many tokens: kernels on the ordinary floating-point pipe.
+
+Every kernel here is one fold over the pairs (row i, column j),
+
+    out_i = sum_j f(row_i, column_j)        or the maximum over j,
+
+with a few float32 channels a row and a column. With t_ij = <u_i, k_j> and u = scale log2(e) q,
+
+    maximum    t_ij + b_j
+    forward    e_ij (v_j, w_j),   e_ij = 2^(t_ij - shift_i)
+    tangent    p_ij (dv_j + ds_ij v_j, ds_ij),   ds_ij = <du_i, k_j> + <u_i, dk_j> + db_j
+    rows       w_ij k_j,   w_ij = p_ij (<g_i, v_j> - centre_i)            of the cotangent
+    columns    (w_ij u_i, p_ij g_i, w_ij), rows and columns exchanged     of the cotangent
+
+Why like this: for d = 3 a pair costs 3 fused multiply-adds for its score, one exp2 and 4 more to
+add it up. At 16 exp2 and 128 lanes a clock and multiprocessor both limits are 8 issue slots, so
+each further instruction a pair is lost speed. A thread therefore keeps a private accumulator for
+each of its pairs of a tile (rows x keys) and sums across threads once, at the end; the shift is a
+bound known beforehand where that is safe (the pass for the maximum then returns at once); and no
+dimension is padded. Columns travel through shared memory, channel after channel.
+
+Two lowerings of the same fold: Mosaic GPU from Hopper on, where the tile has the layout of a
+warpgroup's accumulators, and Triton for older devices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import triton
+from jaxtyping import Array
+
+LOG2E = math.log2(math.e)
+CHUNK = 256  # columns of one copy into shared memory: the most that the copy engine takes
+THREADS = 128  # of a block: one warpgroup
+BLOCKS = 2048  # to fill a device: some five times what runs at once
+LOWEST = -1e30  # a finite start of a maximum: -inf - -inf is no number
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The tile of pairs that a block of 128 threads holds in registers."""
+
+    rows: int
+    keys: int = 8
+    unroll: int = 1
+    stages: int = 2  # copies in flight
+
+
+class Arithmetic(NamedTuple):
+    """What a tile computes with: Triton on XLA contracts nothing, so it is told by assembly."""
+
+    fma: Callable[[Array, Array, Array], Array]
+    exp2: Callable[[Array], Array]
+
+
+PLAIN = Arithmetic(lambda x, y, z: x * y + z, jnp.exp2)
+
+
+def _assembly(instruction: str) -> Callable[..., Array]:
+    def apply(*args):
+        (out,) = triton.elementwise_inline_asm(
+            f"{instruction} {', '.join(f'${i}' for i in range(len(args) + 1))};",
+            args=args,
+            constraints=",".join(["=f", *(["f"] * len(args))]),
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
+        )
+        return out
+
+    return apply
+
+
+ASSEMBLY = Arithmetic(_assembly("fma.rn.f32"), _assembly("ex2.approx.ftz.f32"))
+
+
+# ------------------------------------------------------------------ the folds
+
+Tile = Sequence[Array]  # one array (rows, keys) a channel
+
+
+def _inner(a: Arithmetic, x: Tile, y: Tile, start: Array) -> Array:
+    for xc, yc in zip(x, y, strict=True):
+        start = a.fma(xc, yc, start)
+    return start
+
+
+def _maximum(a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+    *k, b = columns
+    return [jnp.maximum(totals[0], _inner(a, rows, k, b))]
+
+
+def _forward(p: int, biased: bool, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+    (*u, shift), k, (*v, last) = rows, columns[:p], columns[p:]
+    # The last channel is b, or without weights 1 (0 for padding), which costs nothing.
+    e = a.exp2(_inner(a, u, k, last - shift if biased else -shift))
+    z = totals[-1] + e if biased else a.fma(e, last, totals[-1])
+    return [*(a.fma(e, vc, t) for vc, t in zip(v, totals[:-1], strict=True)), z]
+
+
+def _tangent(p: int, r: int, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+    u, du, (lse,) = _split(rows, p, p, 1)
+    k, dk, v, dv, (b, db) = _split(columns, p, p, r, r, 2)
+    weight = a.exp2(_inner(a, u, k, b - lse))
+    moved = weight * _inner(a, u, dk, _inner(a, du, k, db))
+    sums = [a.fma(weight, dc, t) for dc, t in zip(dv, totals[:-1], strict=True)]
+    return [*(a.fma(moved, vc, t) for vc, t in zip(v, sums, strict=True)), totals[-1] + moved]
+
+
+def _rows(p: int, r: int, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+    u, g, (lse, centre) = _split(rows, p, r, 2)
+    k, v, (b,) = _split(columns, p, r, 1)
+    w = a.exp2(_inner(a, u, k, b - lse)) * _inner(a, g, v, -centre)
+    return [a.fma(w, kc, t) for kc, t in zip(k, totals, strict=True)]
+
+
+def _columns(p: int, r: int, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+    k, v, (b,) = _split(rows, p, r, 1)
+    u, g, (lse, centre) = _split(columns, p, r, 2)
+    weight = a.exp2(_inner(a, u, k, b - lse))
+    w = weight * _inner(a, g, v, -centre)
+    gk, gv, (gb,) = _split(totals, p, r, 1)
+    gk = [a.fma(w, uc, t) for uc, t in zip(u, gk, strict=True)]
+    gv = [a.fma(weight, gc, t) for gc, t in zip(g, gv, strict=True)]
+    return [*gk, *gv, gb + w]
+
+
+def _split(channels: Sequence[Array], *sizes: int) -> list[list[Array]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(channels[start : start + size]))
+        start += size
+    return parts
+
+
+# ------------------------------------------------------------------ the operation
+
+
+def forward(q, k, v, b, scale, *, weighted, config=None, mosaic=True, interpret=False):
+    fold = partial(_fold, mosaic=mosaic, interpret=interpret, config=config)
+    p, dtype = q.shape[-1], b.dtype
+    u, k, v, b2 = _base2(q, scale), k.astype(dtype), v.astype(dtype), LOG2E * b[..., None]
+    shift, safe = _known_bound(u, k, b2[..., 0])
+    exact = fold(_maximum, [u], [(k, None), (b2, None)], 1, skip=safe)
+    shift = jnp.where(safe[:, None, None], shift[..., None], exact)
+    last = (b2, -jnp.inf) if weighted else (jnp.ones_like(b2), 0.0)
+    tile = partial(_forward, p, weighted)
+    totals = fold(tile, [u, shift], [(k, None), (v, 0.0), last], v.shape[-1] + 1)
+    z = totals[..., -1:]
+    empty = z == 0
+    z = jnp.where(empty, 1, z)
+    lse = jnp.where(empty, -jnp.inf, shift / LOG2E + jnp.log(z))
+    return (totals[..., :-1] / z).astype(v.dtype), lse[..., 0]
+
+
+def tangent(
+    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, weighted, config=None, mosaic=True,
+    interpret=False,
+):  # fmt: skip
+    fold = partial(_fold, mosaic=mosaic, interpret=interpret, config=config)
+    p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
+    k, v, dk, dv, mean = (a.astype(dtype) for a in (k, v, dk, dv, mean))
+    # A key of weight zero moves nothing.
+    db = jnp.where(jnp.isneginf(b), 0, db)[..., None]
+    rows = [_base2(q, scale), du, LOG2E * _finite(lse)[..., None]]
+    # The scores are in base 2 and their derivative is not, so dk takes the factor that u has.
+    columns = [(k, None), (dk / LOG2E, 0.0), (v, 0.0), (dv, 0.0), (LOG2E * b[..., None], -jnp.inf)]
+    totals = fold(partial(_tangent, p, r), rows, [*columns, (db, 0.0)], r + 1)
+    dlse = totals[..., -1:]
+    return totals[..., :-1] - dlse * mean, dlse[..., 0]
+
+
+def cotangent(
+    q, k, v, b, scale, mean, lse, g, h, *, weighted, config=None, mosaic=True, interpret=False
+):
+    fold = partial(_fold, mosaic=mosaic, interpret=interpret, config=config)
+    p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
+    k, v, g, mean = (a.astype(dtype) for a in (k, v, g, mean))
+    u, b2, lse = _base2(q, scale), LOG2E * b[..., None], LOG2E * lse[..., None]
+    centre = ((g * mean).sum(axis=-1) - h)[..., None]
+    columns = [(k, None), (v, 0.0), (b2, -jnp.inf)]
+    gu = fold(partial(_rows, p, r), [u, g, _finite(lse), centre], columns, p)
+    # A query without a visible key weighs nothing, like padding.
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+    columns = [(u, 0.0), (g, 0.0), (lse, jnp.inf), (centre, 0.0)]
+    sums = fold(partial(_columns, p, r), [k, v, b2], columns, p + r + 1)
+    gk, gv, gb = jnp.split(sums, [p, p + r], axis=-1)
+    return gu, gk / LOG2E, gv, gb[..., 0]
+
+
+def _base2(q, scale):
+    return (LOG2E * scale)[:, None, None] * q.astype(scale.dtype)
+
+
+def _finite(x):
+    return jnp.where(jnp.isneginf(x), 0, x)
+
+
+def _known_bound(u, k, b):
+    """|u_i| max|k| + max b >= t_ij + b_j, and whether no 2^(t + b - bound) can underflow."""
+    lengths, longest = jnp.linalg.norm(u, axis=-1), jnp.linalg.norm(k, axis=-1).max(axis=-1)
+    top = b.max(axis=-1)
+    bottom = jnp.where(jnp.isneginf(b), top[:, None], b).min(axis=-1)
+    span = 2 * lengths.max(axis=-1) * longest + top - bottom
+    bound = lengths * longest[:, None] + top[:, None]
+    return bound, jnp.isfinite(top) & (span < -0.9 * math.log2(jnp.finfo(b.dtype).tiny))
+
+
+# ------------------------------------------------------------------ the fold
+
+
+def _fold(
+    tile: Callable[..., Tile],
+    rows: Sequence[Array],
+    columns: Sequence[tuple[Array, float | None]],
+    outputs: int,
+    *,
+    skip: Array | None = None,
+    config: Config | None,
+    mosaic: bool,
+    interpret: bool,
+) -> Array:
+    """sum_j tile(row_i, column_j), shape (batch, m, outputs); with `skip`, max_j instead, where
+    batches to skip hold anything.
+
+    `rows` are (batch, m, channels) each, `columns` (batch, n, channels) with what pads them
+    (None: the last column again).
+    """
+    (batch, m, _), n = rows[0].shape, columns[0][0].shape[1]
+    channels = sum(a.shape[-1] for a in rows), sum(a.shape[-1] for a, _ in columns)
+    config = default_config(m, *channels, outputs) if config is None else config
+    blocks = -(-m // config.rows)
+    segments, length = _segments(blocks * batch, n)
+    x = jnp.concatenate([_padded(a, blocks * config.rows, 0) for a in rows], axis=-1)
+    y = jnp.concatenate([_padded(a, segments * length, fill) for a, fill in columns], axis=-1)
+    largest = skip is not None
+    skip = skip.astype(jnp.int32) if largest else jnp.zeros(batch, jnp.int32)
+    options = {"outputs": outputs, "segments": segments, "largest": largest}
+    run = partial(_mosaic if mosaic else _triton, tile, config=config, interpret=interpret)
+    out = run(jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2), skip, **options)
+    out = out.max(axis=1) if largest else out.sum(axis=1)
+    return jnp.swapaxes(out, 1, 2)[:, :m]
+
+
+def _padded(a, length, fill):
+    widths = [(0, 0), (0, length - a.shape[1]), (0, 0)]
+    if fill is None:
+        return jnp.pad(a, widths, mode="edge")
+    return jnp.pad(a, widths, constant_values=fill)
+
+
+def _segments(blocks: int, n: int) -> tuple[int, int]:
+    """(segments, columns of one): blocks fill the device, and no float32 sum grows long."""
+    most, least = -(-n // 1024), -(-n // 2**17)
+    count = max(least, min(most, -(-BLOCKS // blocks)))
+    length = CHUNK * -(-n // (CHUNK * count))
+    return -(-n // length), length
+
+
+def default_config(m: int, row_channels: int, column_channels: int, outputs: int) -> Config:
+    """The tallest tile whose registers, roughly counted, leave room for three blocks."""
+    keys = 8  # as few as the layout of a warpgroup's accumulators allows
+
+    def registers(height):
+        pairs = height * keys // THREADS
+        return pairs * (outputs + 2) + height // 32 * row_channels + column_channels
+
+    heights = [h for h in (256, 128) if registers(h) <= 150 and h < 2 * m]
+    return Config(rows=max(heights, default=64), keys=keys)
+
+
+def candidates() -> list[Config | None]:
+    """What a tuner should try, the default first."""
+    sizes = [(rows, keys) for rows in (64, 128, 192, 256) for keys in (8, 16)]
+    return [
+        None,
+        *(
+            Config(*size, unroll, stages)
+            for size in sizes
+            for unroll in (1, 2)
+            for stages in (2, 4)
+        ),
+    ]
+
+
+def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, interpret):
+    (batch, height, m), (_, width, n) = rows.shape, columns.shape
+    block, shape = config.rows, (config.rows, config.keys)
+    layout = plgpu.Layout.WGMMA
+
+    def load(ref, index, axis):
+        part = ref[index] if interpret else plgpu.load(ref, index, layout=layout.reduce(1 - axis))
+        return jax.lax.broadcast_in_dim(part, shape, (axis,))
+
+    def constant(value):
+        full = jnp.full(shape, value, rows.dtype)
+        return full if interpret else plgpu.layout_cast(full, layout)
+
+    def kernel(rows_gmem, columns_gmem, skip_gmem, out_gmem, rows_smem, out_smem, arrived):
+        i, segment, system = (jax.lax.axis_index(name) for name in ("i", "segment", "system"))
+        block_of = pl.ds(i * block, block)
+
+        @pl.when(skip_gmem[system] == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(rows_gmem.at[system, :, block_of], rows_smem, arrived)
+            plgpu.barrier_wait(arrived)
+            x = [load(rows_smem, (c,), 0) for c in range(height)]
+
+            def chunk(_, columns_smem, totals):
+                def strip(j, totals):
+                    part = pl.ds(j * config.keys, config.keys)
+                    y = [load(columns_smem, (0, c, part), 1) for c in range(width)]
+                    return tuple(tile(PLAIN, x, y, totals))
+
+                strips = CHUNK // config.keys
+                return jax.lax.fori_loop(0, strips, strip, totals, unroll=config.unroll)
+
+            chunks = n // segments // CHUNK
+            pipeline = plgpu.emit_pipeline(
+                chunk,
+                grid=(chunks,),
+                in_specs=[
+                    plgpu.BlockSpec((1, width, CHUNK), lambda j: (system, 0, segment * chunks + j))
+                ],
+                max_concurrent_steps=min(config.stages, chunks),
+                init_carry=(constant(LOWEST if largest else 0),) * outputs,
+            )
+            for c, total in enumerate(pipeline(columns_gmem)):
+                out_smem[c] = total.max(axis=1) if largest else total.sum(axis=1)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[system, segment, :, block_of])
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((batch, segments, outputs, m), rows.dtype),
+        scratch_types=[
+            plgpu.SMEM((height, block), rows.dtype),
+            plgpu.SMEM((outputs, block), rows.dtype),
+            plgpu.Barrier(),
+        ],
+        grid=(m // block, segments, batch),
+        grid_names=("i", "segment", "system"),
+        # Shared memory is written by the copy engine only, and read behind its barriers.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )(rows, columns, skip)
+
+
+def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, interpret):
+    (batch, height, m), (_, width, n) = rows.shape, columns.shape
+    block, shape = config.rows, (config.rows, config.keys)
+    length, arithmetic = n // segments, PLAIN if interpret else ASSEMBLY
+
+    def kernel(rows_ref, columns_ref, skip_ref, out_ref):
+        @pl.when(skip_ref[0] == 0)
+        def _():
+            spread = lambda a, axis: jax.lax.broadcast_in_dim(a, shape, (axis,))
+            x = [spread(rows_ref[0, c, :], 0) for c in range(height)]
+
+            def strip(j, totals):
+                part = pl.ds(j * config.keys, config.keys)
+                y = [spread(columns_ref[0, c, part], 1) for c in range(width)]
+                return tuple(tile(arithmetic, x, y, totals))
+
+            start = (jnp.full(shape, LOWEST if largest else 0, rows.dtype),) * outputs
+            totals = jax.lax.fori_loop(0, length // config.keys, strip, start)
+            for c, total in enumerate(totals):
+                out_ref[0, 0, c, :] = total.max(axis=1) if largest else total.sum(axis=1)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(m // block, segments, batch),
+        in_specs=[
+            pl.BlockSpec((1, height, block), lambda i, s, b: (b, 0, i)),
+            pl.BlockSpec((1, width, length), lambda i, s, b: (b, 0, s)),
+            pl.BlockSpec((1,), lambda i, s, b: (b,)),
+        ],
+        out_specs=pl.BlockSpec((1, 1, outputs, block), lambda i, s, b: (b, s, 0, i)),
+        out_shape=jax.ShapeDtypeStruct((batch, segments, outputs, m), rows.dtype),
+        compiler_params=triton.CompilerParams(num_warps=THREADS // 32, num_stages=1),
+        interpret=interpret,
+    )(rows, columns, skip)

@@ -1,0 +1,357 @@
+"""Many channels: kernels on the tensor cores of any NVIDIA GPU since Ampere, by Triton.
+
+With t_ij = log2(e) s_ij over the visible pairs and p_ij = 2^(t_ij - lse_i) from the log-partition,
+
+    forward    a fold over key blocks of (shift, sum_j 2^(t_ij - shift), sum_j 2^(t_ij - shift) v_j)
+    tangent    sum_j p_ij (dv_j + ds_ij v_j),  sum_j p_ij ds_ij,   ds = <du, k> + <u, dk> + db
+    rows       gu_i = sum_j w_ij k_j,   w_ij = p_ij (<g_i, v_j> - centre_i)
+    columns    gk_j = sum_i w_ij u_i,  gv_j = sum_i p_ij g_i,  gb_j = sum_i w_ij
+
+as FlashAttention-2 (Dao 2023) does it: a block of queries stays in registers while blocks of keys
+pass (for `columns` the other way round), weights are rounded to the operands' dtype between two
+products, sums are float32. A float32 product is three TF32 products, which keep about 21 bits.
+
+Blocks of pairs outside the band are never visited; only blocks on its rim are masked. JAX has
+deprecated Pallas on Triton since 0.11: this file serves what the Mosaic GPU kernels refuse and goes
+with it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from ..._types import accumulation_dtype
+from ..reference import Band
+from .particles import ASSEMBLY
+
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Queries and keys of a tile of scores, warps of a block, loads in flight."""
+
+    rows: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of an m x n matrix of scores that a kernel visits, all but the rim unmasked."""
+
+    m: int
+    n: int
+    band: Band
+    config: Config
+    interpret: bool
+
+    def mask(self, row, column, scores):
+        """Scores of the tile that starts at (row, column), -inf outside the band."""
+        i = row + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        j = column + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        keep = j < self.n
+        left, right = self.band
+        if left is not None:
+            keep &= j >= i - left
+        if right is not None:
+            keep &= j <= i + right
+        return jnp.where(keep, scores, -jnp.inf)
+
+    def over_keys(self, row, step: Callable, init):
+        """Folds step(column, masked, carry) over the key blocks that the queries from `row` see."""
+        left, right = self.band
+        first = None if left is None else row - left
+        last = None if right is None else row + self.config.rows - 1 + right
+        # Every query of the block sees the keys from `whole` to `until`.
+        whole = None if left is None else row + self.config.rows - 1 - left
+        until = None if right is None else row + right
+        return _sweep(self.config.keys, self.n, first, whole, until, last, step, init)
+
+    def over_queries(self, column, step: Callable, init):
+        """Folds step(row, masked, carry) over the query blocks that see the keys from `column`."""
+        left, right = self.band
+        first = None if right is None else column - right
+        last = None if left is None else column + self.config.keys - 1 + left
+        whole = None if right is None else column + self.config.keys - 1 - right
+        until = None if left is None else column + left
+        return _sweep(self.config.rows, self.m, first, whole, until, last, step, init)
+
+    def exp2(self, x):
+        """Without assembly Triton's exp2 spends three more instructions on subnormal numbers."""
+        return jnp.exp2(x) if self.interpret else ASSEMBLY.exp2(x)
+
+    def dot(self, x, y, axes: tuple[int, int]):
+        """The product of two blocks over these axes, accumulated in float32."""
+        precision = None if x.dtype.itemsize == 2 else jax.lax.Precision.HIGHEST
+        if x.dtype == jnp.float32 and not self.interpret:
+            precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        return jax.lax.dot_general(
+            x,
+            y,
+            ((axes[:1], axes[1:]), ((), ())),
+            precision=precision,
+            preferred_element_type=accumulation_dtype(x.dtype),
+        )
+
+
+def _sweep(block, length, first, whole, until, last, step, init):
+    """Blocks that touch [first, last], unmasked where they lie in [whole, until]."""
+    blocks, complete = -(-length // block), length // block
+    start = 0 if first is None else jnp.clip(first // block, 0, blocks)
+    stop = blocks if last is None else jnp.clip(last // block + 1, 0, blocks)
+    inner = start if whole is None else jnp.clip(-(-whole // block), start, stop)
+    outer = complete
+    if until is not None:
+        outer = jnp.clip(jnp.minimum((until + 1) // block, complete), inner, stop)
+    elif whole is not None:
+        outer = jnp.maximum(complete, inner)
+    run = lambda masked: lambda j, carry: step(j * block, masked, carry)
+    if whole is not None:
+        init = jax.lax.fori_loop(start, inner, run(True), init)
+    init = jax.lax.fori_loop(inner, outer, run(False), init)
+    if until is not None or complete != blocks:
+        init = jax.lax.fori_loop(outer, stop, run(True), init)
+    return init
+
+
+# ------------------------------------------------------------------ the kernels
+# References to arrays by name; b and db are absent where no key has a weight.
+
+
+def _scores(tiles, masked, row, column, q, k, b, scale):
+    s = scale * tiles.dot(q, k, axes=(1, 1))
+    if b is not None:
+        s += b[None, :]
+    return tiles.mask(row, column, s) if masked else s
+
+
+def _keys(tiles, column, *refs):
+    part = pl.ds(column, tiles.config.keys)
+    return [None if ref is None else ref[0, part] for ref in refs]
+
+
+def _forward_kernel(tiles, *, q, k, v, scale, mean, lse, b=None):
+    rows, dtype = tiles.config.rows, lse.dtype
+    row, queries, beta = pl.program_id(0) * rows, q[0], scale[0]
+
+    def step(column, masked, carry):
+        shift, z, total = carry
+        kj, vj, bj = _keys(tiles, column, k, v, b)
+        s = _scores(tiles, masked, row, column, queries, kj, bj, beta)
+        new = jnp.maximum(shift, s.max(axis=1))
+        finite = jnp.where(new == -jnp.inf, 0, new)
+        weights = tiles.exp2(s - finite[:, None])
+        old = tiles.exp2(shift - finite)
+        total = total * old[:, None] + tiles.dot(weights.astype(vj.dtype), vj, axes=(1, 0))
+        return new, z * old + weights.sum(axis=1), total
+
+    start = jnp.zeros((rows, v.shape[2]), dtype)
+    init = jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), start
+    shift, z, total = tiles.over_keys(row, step, init)
+    empty = z == 0
+    z = jnp.where(empty, 1, z)
+    mean[0] = (total / z[:, None]).astype(mean.dtype)
+    lse[0] = jnp.where(empty, -jnp.inf, (shift + jnp.log2(z)) / LOG2E)
+
+
+def _tangent_kernel(tiles, *, q, du, lse, k, dk, v, dv, scale, total, dlse, b=None, db=None):
+    rows, dtype = tiles.config.rows, lse.dtype
+    row, queries, moves, shift = pl.program_id(0) * rows, q[0], du[0], lse[0][:, None]
+    beta = scale[0]
+
+    def step(column, masked, carry):
+        sums, dz = carry
+        kj, dkj, vj, dvj, bj, dbj = _keys(tiles, column, k, dk, v, dv, b, db)
+        p = tiles.exp2(_scores(tiles, masked, row, column, queries, kj, bj, beta) - shift)
+        ds = (beta / LOG2E) * tiles.dot(queries, dkj, axes=(1, 1))
+        ds += tiles.dot(moves, kj, axes=(1, 1))
+        if dbj is not None:
+            ds += dbj[None, :]
+        pds = p * ds
+        sums += tiles.dot(p.astype(vj.dtype), dvj, axes=(1, 0))
+        sums += tiles.dot(pds.astype(vj.dtype), vj, axes=(1, 0))
+        return sums, dz + pds.sum(axis=1)
+
+    init = jnp.zeros((rows, v.shape[2]), dtype), jnp.zeros(rows, dtype)
+    total[0], dlse[0] = tiles.over_keys(row, step, init)
+
+
+def _rows_kernel(tiles, *, q, g, lse, centre, k, v, scale, gu, b=None):
+    row, queries, cotangents = pl.program_id(0) * tiles.config.rows, q[0], g[0]
+    shift, middle, beta = lse[0][:, None], centre[0][:, None], scale[0]
+
+    def step(column, masked, total):
+        kj, vj, bj = _keys(tiles, column, k, v, b)
+        p = tiles.exp2(_scores(tiles, masked, row, column, queries, kj, bj, beta) - shift)
+        w = p * (tiles.dot(cotangents, vj, axes=(1, 1)) - middle)
+        return total + tiles.dot(w.astype(kj.dtype), kj, axes=(1, 0))
+
+    gu[0] = tiles.over_keys(row, step, jnp.zeros(gu.shape[1:], gu.dtype))
+
+
+def _columns_kernel(tiles, *, q, g, lse, centre, k, v, scale, gk, gv, gb, b=None):
+    column, kj, vj = pl.program_id(0) * tiles.config.keys, k[0], v[0]
+    bj, beta, dtype = None if b is None else b[0], scale[0], lse.dtype
+
+    def step(row, masked, carry):
+        sum_k, sum_v, sum_b = carry
+        part = pl.ds(row, tiles.config.rows)
+        queries, cotangents = q[0, part], g[0, part]
+        s = _scores(tiles, masked, row, column, queries, kj, bj, beta)
+        p = tiles.exp2(s - lse[0, part][:, None])
+        w = p * (tiles.dot(cotangents, vj, axes=(1, 1)) - centre[0, part][:, None])
+        sum_k += tiles.dot(w.astype(kj.dtype), queries, axes=(0, 0))
+        sum_v += tiles.dot(p.astype(vj.dtype), cotangents, axes=(0, 0))
+        return sum_k, sum_v, sum_b + w.sum(axis=0)
+
+    init = tuple(jnp.zeros(ref.shape[1:], dtype) for ref in (gk, gv, gb))
+    sum_k, sum_v, gb[0] = tiles.over_queries(column, step, init)
+    gk[0] = ((beta / LOG2E) * sum_k).astype(gk.dtype)
+    gv[0] = sum_v.astype(gv.dtype)
+
+
+# ------------------------------------------------------------------ the operation
+
+Options = dict  # band, weighted, config, interpret
+
+
+def forward(q, k, v, b, scale, *, band, weighted, config=None, interpret=False):
+    outs = {"mean": ("m", v.shape[-1], v.dtype), "lse": ("m", None, b.dtype)}
+    keys = {"k": (k, 0), "v": (v, 0)} | _weights(weighted, b)
+    call = partial(_call, "forward", band=band, config=config, interpret=interpret)
+    return call(_forward_kernel, {"q": (q, 0)}, keys, scale, outs)
+
+
+def tangent(
+    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band, weighted, config=None, interpret=False
+):
+    # A key of weight zero moves nothing.
+    db = jnp.where(jnp.isneginf(b), 0, db)
+    rows = {"q": (q, 0), "du": (du.astype(k.dtype), 0), "lse": (LOG2E * _finite(lse), 0)}
+    keys = {"k": (k, 0), "dk": (dk, 0), "v": (v, 0), "dv": (dv, 0)} | _weights(weighted, b)
+    if weighted:
+        keys["db"] = db, 0
+    outs = {"total": ("m", v.shape[-1], b.dtype), "dlse": ("m", None, b.dtype)}
+    call = partial(_call, "tangent", band=band, config=config, interpret=interpret)
+    total, dlse = call(_tangent_kernel, rows, keys, scale, outs)
+    return (total - dlse[..., None] * mean.astype(b.dtype)).astype(v.dtype), dlse
+
+
+def cotangent(q, k, v, b, scale, mean, lse, g, h, *, band, weighted, config=None, interpret=False):
+    dtype = b.dtype
+    centre = (g.astype(dtype) * mean.astype(dtype)).sum(axis=-1) - h
+    # A query without a visible key weighs nothing, like padding; its rows are all masked.
+    away = jnp.where(jnp.isneginf(lse), jnp.inf, LOG2E * lse)
+    rows = {"q": (q, 0), "g": (g, 0), "lse": (LOG2E * _finite(lse), 0), "centre": (centre, 0)}
+    keys = {"k": (k, 0), "v": (v, 0)} | _weights(weighted, b)
+    call = partial(_call, "cotangent", band=band, config=config, interpret=interpret)
+    (gu,) = call(_rows_kernel, rows, keys, scale, {"gu": ("m", q.shape[-1], dtype)})
+    outs = {"gk": ("n", *k.shape[-1:], k.dtype), "gv": ("n", *v.shape[-1:], v.dtype)}
+    outs["gb"] = "n", None, dtype
+    gk, gv, gb = call(_columns_kernel, rows | {"lse": (away, jnp.inf)}, keys, scale, outs)
+    return gu, gk, gv, gb
+
+
+def _weights(weighted, b):
+    return {"b": (LOG2E * b, -jnp.inf)} if weighted else {}
+
+
+def _finite(x):
+    return jnp.where(jnp.isneginf(x), 0, x)
+
+
+def _call(mode, kernel, rows, keys, scale, outs, *, band, config, interpret):
+    """Runs a kernel on a grid over blocks of what its outputs run over: "m" queries or "n" keys.
+
+    `rows` and `keys` hold operands (batch, tokens[, channels]) with what pads their tokens, `outs`
+    the outputs' tokens, channels and dtype.
+    """
+    q, k, r = rows["q"][0], keys["k"][0], keys["v"][0].shape[-1]
+    (batch, m, p), n = q.shape, k.shape[1]
+    config = default_config(mode, m, n, max(p, r), q.dtype) if config is None else config
+    lengths = {"m": _up(m, config.rows), "n": _up(n, config.keys)}
+    blocks = {"m": config.rows, "n": config.keys}
+    (over,) = {axis for axis, _, _ in outs.values()}
+    tiles = Tiles(lengths["m"], n, band, config, interpret)
+
+    def spec(axis, channels):
+        whole = () if channels is None else (channels,)
+        tail = (0,) * len(whole)
+        if axis == over:
+            return pl.BlockSpec((1, blocks[axis], *whole), lambda i, b: (b, i, *tail))
+        return pl.BlockSpec((1, lengths[axis], *whole), lambda i, b: (b, 0, *tail))
+
+    operands, specs = {}, {}
+    for axis, named in (("m", rows), ("n", keys)):
+        for name, (a, fill) in named.items():
+            operands[name] = _padded(a, lengths[axis], fill)
+            specs[name] = spec(axis, *operands[name].shape[2:] or (None,))
+    operands["scale"], specs["scale"] = LOG2E * scale, pl.BlockSpec((1,), lambda i, b: (b,))
+    names = [*operands, *outs]
+    widths = {name: () if c is None else (_power_of_two(c),) for name, (_, c, _) in outs.items()}
+    found = pl.pallas_call(
+        lambda *refs: kernel(tiles, **dict(zip(names, refs, strict=True))),
+        grid=(lengths[over] // blocks[over], batch),
+        in_specs=[specs[name] for name in operands],
+        out_specs=[spec(axis, *widths[name] or (None,)) for name, (axis, _, _) in outs.items()],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, lengths[over], *widths[name]), dtype)
+            for name, (_, _, dtype) in outs.items()
+        ],
+        compiler_params=triton.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        interpret=interpret,
+        name=f"jaxflow{kernel.__name__}",
+    )(*operands.values())
+    tokens = {"m": m, "n": n}[over]
+    cut = lambda a, c: a[:, :tokens] if c is None else a[:, :tokens, :c]
+    return [cut(a, c) for a, (_, c, _) in zip(found, outs.values(), strict=True)]
+
+
+def _padded(a, length, fill):
+    widths = [(0, 0), (0, length - a.shape[1])]
+    if a.ndim == 3:
+        widths.append((0, _power_of_two(a.shape[2]) - a.shape[2]))
+    return jnp.pad(a, widths, constant_values=fill)
+
+
+def _power_of_two(size: int) -> int:
+    """Triton's tiles are powers of two, and a tensor core takes 16 channels at least."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _up(length: int, block: int) -> int:
+    return block * -(-length // block)
+
+
+# Rows, keys and warps by the bytes of an operand and the channels up to a limit: the largest tiles
+# whose registers ptxas does not spill (compute capability 8.0 and 9.0).
+TILES = {
+    ("forward", 2): {128: (128, 64, 8), 256: (32, 32, 4)},
+    ("tangent", 2): {64: (128, 64, 8), 128: (64, 32, 4), 256: (32, 32, 4)},
+    ("cotangent", 2): {256: (64, 32, 4)},
+    ("forward", 4): {16: (64, 64, 4), 64: (64, 32, 4), 128: (32, 32, 4)},
+    ("tangent", 4): {16: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 4)},
+    ("cotangent", 4): {16: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 4)},
+}
+
+
+def default_config(mode: str, m: int, n: int, channels: int, dtype) -> Config:
+    tiles = TILES[mode, min(jnp.dtype(dtype).itemsize, 4)]
+    rows, keys, warps = tiles[min((c for c in tiles if channels <= c), default=max(tiles))]
+    return Config(min(rows, _power_of_two(m)), min(keys, _power_of_two(n)), warps)
+
+
+def candidates(mode: str, m: int, n: int, channels: int, dtype) -> list[Config]:
+    """What a tuner should try, the default first."""
+    default = default_config(mode, m, n, channels, dtype)
+    shapes = [(r, c) for r in (32, 64, 128) for c in (16, 32, 64, 128)]
+    tries = [Config(r, c, w, s) for r, c in shapes for w in (4, 8) for s in (2, 3)]
+    return [default, *(c for c in tries if c != default)]

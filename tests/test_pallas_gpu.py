@@ -1,0 +1,248 @@
+"""The kernels for NVIDIA GPUs: lowering and choice anywhere, values on a device where there is one.
+
+Their conformance in Pallas's interpreter is part of test_expectation.py; here is what it leaves out:
+the Mosaic GPU form of the particles' kernels, which has an interpreter of its own.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxflow.kernels import blocked, cudnn, pallas_gpu, select_backend, softmax_expectation
+from jaxflow.kernels.pallas_gpu import particles, tensor_cores
+from jaxflow.kernels.reference import Problem
+
+CAUSAL = (None, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    family: str
+    dtype: str
+    n: int
+    d: int
+    batch: int = 1
+    causal: bool = False
+    weighted: bool = False
+    device: str = "NVIDIA H100 80GB HBM3"
+
+    def __str__(self):
+        masks = "-causal" * self.causal + "-weighted" * self.weighted
+        return f"{self.family}-{self.dtype}-{self.batch}-{self.n}-{self.d}{masks}-{self.device[7:11]}"
+
+    @property
+    def mosaic(self):
+        return self.family != "tensor_cores" and "H100" in self.device
+
+    def operands(self):
+        rng = np.random.default_rng(self.n + self.d)
+        q, k, v = rng.standard_normal((3, self.batch, self.n, self.d), np.float32)
+        return *(jnp.asarray(a, self.dtype) for a in (q, k, v)), jnp.asarray(k[..., 0])
+
+    def call(self, backend=None):
+        def fn(q, k, v, b):
+            options = {"scale": self.d**-0.5, "causal": self.causal, "backend": backend}
+            return softmax_expectation(q, k, v, b if self.weighted else None, **options)
+
+        return jax.vmap(fn)
+
+
+A100 = "NVIDIA A100-SXM4-80GB"
+CASES = [
+    Case("particles", "float32", 20000, 3, weighted=True),
+    Case("particles", "float32", 4096, 16, batch=2),
+    Case("particles", "float32", 4096, 3, device=A100),
+    Case("hopper", "bfloat16", 4096, 64, batch=8, causal=True),
+    Case("hopper", "float16", 4096, 128, batch=2, weighted=True),
+    Case("tensor_cores", "float32", 2048, 64, batch=2, causal=True),
+    Case("tensor_cores", "bfloat16", 2048, 64, batch=2, causal=True, device=A100),
+    Case("tensor_cores", "float16", 1000, 128, weighted=True, device=A100),
+    Case("tensor_cores", "bfloat16", 2048, 256, device=A100),
+    Case("tensor_cores", "bfloat16", 777, 20, causal=True),
+]
+
+
+def derivatives(fn, operands):
+    """The forward, tangent and cotangent of the operation, with a cotangent for both results."""
+    directions = tuple(jnp.cos(a) for a in operands)
+    outs, moved = jax.jvp(fn, operands, directions)
+    pulled = jax.vjp(fn, *operands)[1](tuple(jnp.sin(o) for o in outs))
+    return outs, moved, pulled
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lowers_for_cuda(case, abstract_device):
+    """One program for the forward, tangent and cotangent kernels, on a machine without a GPU."""
+    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), case.operands())
+    with abstract_device(case.device):
+        traced = jax.jit(lambda *a: derivatives(case.call(), a)).trace(*operands)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text) == case.mosaic
+    assert ("xla.gpu.triton" in text) != case.mosaic
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_family(case):
+    q, k, v, _ = case.operands()
+    problem = Problem(band=CAUSAL if case.causal else (None, None), weighted=case.weighted)
+    capability = (9, 0) if "H100" in case.device else (8, 0)
+    for mode in ("forward", "tangent", "cotangent"):
+        assert pallas_gpu.family(mode, q, k, v, problem, capability) == case.family
+
+
+def test_selection_by_platform():
+    few, heads = jnp.zeros((64, 3)), jnp.zeros((64, 64), jnp.bfloat16)
+    double = np.zeros((64, 3))
+    assert select_backend(few, few, few, platform="cuda") == "pallas_gpu"
+    assert select_backend(heads, heads, heads, platform="cuda", mode="tangent") != "blocked"
+    assert select_backend(double, double, double, platform="cuda") == "blocked"
+    assert select_backend(few, few, few, platform="cpu") == "blocked"
+    with pytest.raises(NotImplementedError, match=r"'pallas_gpu'.*float32.*got float64.*None"):
+        select_backend(double, double, double, platform="cuda", backend="pallas_gpu")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a device")
+def test_a_named_backend_does_not_fall_back():
+    x = jnp.zeros((64, 3))
+    with pytest.raises(NotImplementedError, match="runs on cuda.*compiled for cpu.*interpret"):
+        softmax_expectation(x, x, x, backend="pallas_gpu")
+    wide = jnp.zeros((4, 300))
+    with pytest.raises(NotImplementedError, match="at most 128 channels of float32.*got 300"):
+        softmax_expectation(wide, wide, wide, backend="pallas_gpu")
+
+
+# ------------------------------------------------------------------ Mosaic GPU, interpreted
+
+
+@pytest.fixture
+def interpreter():
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return plgpu.InterpretGPUParams(detect_races=True)
+    # JAX 0.10 has it, but not in a public place yet.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(detect_races=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighted", [True, False])
+def test_particles_on_mosaic(weighted, interpreter):
+    m, n, p, r = 70, 300, 3, 2
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal((2, *shape)), jnp.float32)
+    q, k, v, b = draw(m, p), draw(n, p), draw(n, r), draw(n) * weighted
+    b = b.at[0, 5].set(-jnp.inf) if weighted else b
+    # The bound on the scores is safe for the first system, not for the second.
+    scale = jnp.array([0.7, 40.0])
+    options = {"weighted": weighted, "interpret": interpreter, "config": particles.Config(64)}
+    mean, lse = blocked.forward(q, k, v, b, scale, band=(None, None))
+    found = particles.forward(q, k, v, b, scale, **options)
+    # Scores reach 400, where a float32 is known to 400 * 2^-24 = 2e-5, and so is its exponential.
+    _assert_close(found, (mean, lse), 1e-4)
+    linear = draw(m, p), draw(n, p), draw(n, r), draw(n)
+    operands = q, k, v, b, scale, mean, lse
+    found = particles.tangent(*operands, *linear, **options)
+    _assert_close(found, blocked.tangent(*operands, *linear, band=(None, None)), 1e-4)
+    linear = draw(m, r), draw(m)
+    found = particles.cotangent(*operands, *linear, **options)
+    _assert_close(found, blocked.cotangent(*operands, *linear, band=(None, None)), 1e-4)
+
+
+def _assert_close(found, expected, tolerance):
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        f, e = np.asarray(f, np.float64), np.asarray(e, np.float64)
+        assert np.abs(f - e).max() <= tolerance * (1 + np.abs(e).max())
+
+
+# ------------------------------------------------------------------ tiles
+
+
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (5, 3), (None, -2), (3, None)], ids=str)
+def test_unmasked_tiles_are_whole(band):
+    """Every visible pair is in a visited tile, and no invisible one in an unmasked tile."""
+    m, n, config = 70, 100, tensor_cores.Config(16, 8)
+    tiles = tensor_cores.Tiles(m, n, band, config, interpret=True)
+    left, right = band
+    i, j = np.arange(m)[:, None], np.arange(n)[None, :]
+    visible = np.ones((m, n), bool)
+    visible &= True if left is None else j >= i - left
+    visible &= True if right is None else j <= i + right
+    seen = {"keys": np.zeros((m, n), int), "queries": np.zeros((m, n), int)}
+
+    def visit(name, row, column, masked):
+        part = np.s_[int(row) : int(row) + config.rows, int(column) : int(column) + config.keys]
+        seen[name][part] += 1
+        assert masked or visible[part].all()
+        assert masked or name == "queries" or int(column) + config.keys <= n
+
+    with jax.disable_jit():
+        for row in range(0, m, config.rows):
+            step = lambda column, masked, _, row=row: visit("keys", row, column, masked)
+            tiles.over_keys(row, step, None)
+        for column in range(0, n, config.keys):
+            step = lambda row, masked, _, column=column: visit("queries", row, column, masked)
+            tiles.over_queries(column, step, None)
+    for counts in seen.values():
+        assert counts.max() == 1 and (counts[visible] == 1).all()
+
+
+# ------------------------------------------------------------------ cuDNN
+
+HEADS = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "shapes, problem, reason",
+    [
+        ((HEADS,) * 3, Problem(weighted=False, constant_scale=0.1), None),
+        ((HEADS,) * 3, Problem(CAUSAL, weighted=False, constant_scale=0.1), None),
+        ((HEADS,) * 3, Problem((7, 0), weighted=False, constant_scale=0.1), None),
+        ((HEADS,) * 3, Problem(weighted=True, constant_scale=0.1), "log_weights"),
+        ((HEADS,) * 3, Problem(weighted=False), "constant of the program"),
+        ((HEADS,) * 3, Problem((7, 7), weighted=False, constant_scale=1.0), "causal ones"),
+        ((HEADS.update(dtype=jnp.float32),) * 3, Problem(), "bfloat16 and float16, got float32"),
+        (
+            (HEADS.update(shape=(9, 20)),) * 3,
+            Problem(weighted=False, constant_scale=1.0),
+            "multiples of 8",
+        ),
+    ],
+)
+def test_cudnn_refuses_by_name(shapes, problem, reason, monkeypatch):
+    monkeypatch.setattr(cudnn, "_absent", lambda head_dimension: None)
+    found = cudnn.refusal("forward", *shapes, problem)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a device")
+def test_cudnn_needs_a_device():
+    with pytest.raises(NotImplementedError, match="'cudnn'.*no CUDA device"):
+        softmax_expectation(*[jnp.zeros((8, 64), jnp.bfloat16)] * 3, backend="cudnn")
+
+
+# ------------------------------------------------------------------ on a device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["pallas_gpu", "cudnn", None])
+@pytest.mark.parametrize("case", [c for c in CASES if c.device != A100], ids=str)
+def test_against_blocked_on_the_device(case, backend):
+    operands = case.operands()
+    try:
+        found = jax.jit(lambda *a: derivatives(case.call(backend), a))(*operands)
+    except NotImplementedError as e:
+        assert backend == "cudnn"
+        pytest.skip(str(e))
+    exact = tuple(a.astype(jnp.float32) for a in operands)
+    expected = jax.jit(lambda *a: derivatives(case.call("blocked"), a))(*exact)
+    # Rounding of the operands between two products, relative to the largest entry; float32 sums of
+    # 20,000 terms, or products of three TF32 parts.
+    tolerance = {"float32": 5e-5, "float16": 4e-3, "bfloat16": 3e-2}[case.dtype]
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        f, e = np.asarray(f, np.float64), np.asarray(e, np.float64)
+        assert np.isfinite(f).all()
+        assert np.abs(f - e).max() <= tolerance * np.abs(e).max()

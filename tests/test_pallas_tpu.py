@@ -1,0 +1,210 @@
+"""The TPU kernels: numbers by interpretation, compilation as far as Mosaic's input.
+
+Truth is the reference and JAX's own derivatives of it, in float64 on the same rounded operands.
+"""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxflow.kernels import pallas_tpu, reference
+from jaxflow.kernels.reference import Band
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    m: int = 150
+    n: int = 300
+    p: int = 3
+    r: int = 2
+    band: Band = (None, None)
+    batch: tuple[int, ...] = ()
+    masked: tuple[int, ...] = ()
+    weighted: bool = True
+
+    def __str__(self):
+        return self.name
+
+
+CASES = [
+    # Keys in whole blocks without weights: nothing is added to the scores.
+    Case("plain", n=256, weighted=False),
+    Case("one", m=1, n=1, p=1, r=1),
+    Case("padded", weighted=False),
+    # More channels than the vector unit takes, and than fit six times into a pass.
+    Case("wide", p=24, r=7, masked=(0, 7, 299)),
+    Case("causal", m=300, p=9, r=5, band=(None, 0)),
+    Case("lookahead", m=300, band=(3, None)),
+    Case("window", m=270, n=520, band=(30, 40), masked=(5, 6)),
+    # The rows from 134 on see no key at all.
+    Case("empty-rows", m=400, n=130, band=(4, 2)),
+    Case("nothing", masked=tuple(range(300))),
+    Case("batched", m=140, n=140, band=(None, 0), batch=(2, 2), masked=(3,)),
+]
+
+
+def drawn(case, dtype):
+    """Operands, directions of the tangent and cotangents, as the kernels take them."""
+    keys = iter(jax.random.split(jax.random.key(5), 10))
+
+    def normal(*shape, dtype=dtype):
+        draw = jax.random.normal(next(keys), (*case.batch, *shape), jnp.float32)
+        return draw.astype(dtype)
+
+    m, n, p, r = case.m, case.n, case.p, case.r
+    vector = partial(normal, dtype=jnp.float32)
+    q, k, v = normal(m, p), normal(n, p), normal(n, r)
+    b = vector(n) if case.weighted else jnp.zeros((*case.batch, n), jnp.float32)
+    b = b.at[..., jnp.array(case.masked, int)].set(-jnp.inf)
+    scale = vector() + jnp.float32(0.5)
+    return (
+        (q, k, v, b, scale),
+        (vector(m, p), normal(n, p), normal(n, r), vector(n)),
+        (
+            normal(m, r),
+            vector(m),
+        ),
+    )
+
+
+def truth(case, operands, directions, cotangents):
+    wide = partial(jax.tree.map, lambda a: a.astype(jnp.float64))
+
+    def one(q, k, v, b, scale, directions, cotangents):
+        fn = lambda u, k, v, b: reference.forward(u, k, v, b, jnp.ones(()), band=case.band)
+        at = scale * q, k, v, b
+        outputs, pullback = jax.vjp(fn, *at)
+        return outputs, jax.jvp(fn, at, directions)[1], pullback(cotangents)
+
+    for _ in case.batch:
+        one = jax.vmap(one)
+    return jax.jit(one)(*wide(operands), wide(directions), wide(cotangents))
+
+
+def kernels(case, operands, directions, cotangents, residuals):
+    def run(mode, *args):
+        options = {"band": case.band, "weighted": case.weighted, "interpret": True}
+        return getattr(pallas_tpu, mode)(*operands, *args, **options)
+
+    return (
+        run("forward"),
+        run("tangent", *residuals, *directions),
+        run("cotangent", *residuals, *cotangents),
+    )
+
+
+def assert_close(actual, expected, tolerance):
+    a, e = np.asarray(actual, np.float64), np.asarray(expected)
+    finite = np.isfinite(e)
+    np.testing.assert_array_equal(a[~finite], e[~finite])
+    scale = 1 + np.abs(e[finite]).max(initial=0)
+    assert np.abs(a[finite] - e[finite]).max(initial=0) <= tolerance * scale
+
+
+# Scores of size 20 are rounded at 20 * 2^-24 = 1.2e-6, and so are the weights: a few of these.
+# Bfloat16 rounds weights, tangents and results at 2^-9 each; the log-partition only sums.
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 4e-6), ("bfloat16", 4 * 2**-9)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_reference(case, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "ROWS", 128)
+    monkeypatch.setattr(pallas_tpu, "KEYS", 128)
+    operands, directions, cotangents = drawn(case, jnp.dtype(dtype))
+    expected = truth(case, operands, directions, cotangents)
+    mean, lse = expected[0]
+    residuals = mean.astype(dtype), lse.astype(jnp.float32)
+    run = jax.jit(partial(kernels, case))
+    actual = run(operands, directions, cotangents, residuals)
+    jax.tree.map(partial(assert_close, tolerance=tolerance), actual, expected)
+    assert_close(actual[0][1], lse, 4e-6)
+    narrow, sums = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+    dtypes = ((narrow, sums), (narrow, sums), (sums, narrow, narrow, sums))
+    assert jax.tree.map(lambda a: a.dtype, actual) == dtypes
+
+
+@pytest.mark.parametrize("mode", ["forward", "tangent", "cotangent"])
+def test_a_query_that_is_not_finite_spoils_its_own_row(mode):
+    case = Case("nan", m=20, n=20)
+    operands, directions, cotangents = drawn(case, jnp.dtype("float32"))
+    outputs = pallas_tpu.forward(*operands, band=case.band, interpret=True)
+    spoiled = (operands[0].at[3, 0].set(jnp.nan), *operands[1:])
+    extra = {
+        "forward": (),
+        "tangent": (*outputs, *directions),
+        "cotangent": (*outputs, *cotangents),
+    }
+    run = partial(getattr(pallas_tpu, mode), band=case.band, interpret=True)
+    rows = np.asarray(run(*spoiled, *extra[mode])[0])
+    assert np.isnan(rows[3]).all()
+    assert np.isfinite(np.delete(rows, 3, axis=0)).all()
+
+
+def abstract(mode, m, n, p, r, dtype, batch=()):
+    of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((*batch, *shape), jnp.dtype(dtype))
+    vector = partial(of, dtype=jnp.float32)
+    operands = of(m, p), of(n, p), of(n, r), vector(n), vector()
+    residuals = of(m, r), vector(m)
+    return {
+        "forward": operands,
+        "tangent": (*operands, *residuals, vector(m, p), of(n, p), of(n, r), vector(n)),
+        "cotangent": (*operands, *residuals, of(m, r), vector(m)),
+    }[mode]
+
+
+SHAPES = {
+    "language": ((4096, 4096, 64, 64, "bfloat16", (2,)), {"band": (None, 0), "weighted": False}),
+    "particles": ((16384, 16384, 3, 3, "float32"), {"band": (None, None), "weighted": True}),
+    "heads": ((1000, 700, 64, 128, "float32", (2, 3)), {"band": (100, 20), "weighted": True}),
+    "one": ((1, 1, 1, 1, "bfloat16"), {"band": (0, 0), "weighted": True}),
+}
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["forward", "tangent", "cotangent"])
+def test_lowers_for_tpu(mode, shape, x64):
+    sizes, options = SHAPES[shape]
+    args = abstract(mode, *sizes)
+    assert pallas_tpu.refusal(*args[:3], **options, mode=mode) is None
+    with jax.enable_x64(x64):
+        fn = jax.jit(partial(getattr(pallas_tpu, mode), **options))
+        text = fn.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == (2 if mode == "cotangent" else 1)
+
+
+def test_a_window_visits_no_more_blocks_than_it_sees():
+    """A fixed window costs O(n): the grid has as many key steps as a row block can see."""
+    args = abstract("forward", 2**15, 2**15, 64, 64, "bfloat16")
+    run = lambda band: jax.make_jaxpr(partial(pallas_tpu.forward, band=band))(*args)
+    grid = lambda jaxpr: next(
+        e.params["grid_mapping"].grid for e in jaxpr.eqns if e.primitive.name == "pallas_call"
+    )
+    blocks = 2**15 // pallas_tpu.KEYS
+    assert grid(run((None, 0))) == (1, 2**15 // pallas_tpu.ROWS, blocks)
+    # 512 rows and 256 keys on either side lie in at most 3 blocks of 1024, whatever their place.
+    assert grid(run((256, 256)))[2] <= 3
+
+
+@pytest.mark.parametrize(
+    "dtype, width, message",
+    [
+        ("float64", 3, "no float64.*float32 or bfloat16"),
+        ("float16", 64, "no float16"),
+        ("float32", 2000, "at most 1024 channels.*got 2000"),
+        ("float32", 1024, None),
+        ("bfloat16", 64, None),
+    ],
+)
+def test_refusal(dtype, width, message):
+    x = jax.ShapeDtypeStruct((2, 100, width), jnp.dtype(dtype))
+    reason = pallas_tpu.refusal(x, x, x, band=(None, 0), weighted=True, mode="tangent")
+    if message is None:
+        assert reason is None
+    else:
+        assert reason is not None and re.search(message, reason)
