@@ -117,7 +117,7 @@ def with_diffrax(
     return solve
 
 
-def with_torchdiffeq(x0: np.ndarray) -> Solve:
+def with_torchdiffeq(x0: np.ndarray, *, threads: int | None = None) -> Solve:
     torch, odeint = rivals.module("torch"), rivals.module("torchdiffeq").odeint
     attend = torch.nn.functional.scaled_dot_product_attention
     (points,) = rivals.to_torch([x0])
@@ -133,7 +133,8 @@ def with_torchdiffeq(x0: np.ndarray) -> Solve:
             return mean - (mean * x).sum(-1, keepdim=True) * x
 
         with torch.inference_mode():
-            last = odeint(velocity, points, times, rtol=setting, atol=setting)[-1]
+            solved = partial(odeint, velocity, points, times, rtol=setting, atol=setting)
+            last = rivals.with_threads(threads, solved)[-1]
         if points.is_cuda:
             torch.cuda.synchronize()
         return last, evaluations
@@ -166,13 +167,16 @@ RIVALS = {
     "torchdiffeq": Rival(with_torchdiffeq, "rtol", TOLERANCES),
     "numpy": Rival(with_numpy, "dt", tuple(0.1 / 2**k for k in range(10))),
 }
+ONE_THREAD = {
+    "torchdiffeq 1 thread": Rival(partial(with_torchdiffeq, threads=1), "rtol", TOLERANCES)
+}
 
 
 def competitors(backends: Sequence[str]) -> dict[str, Rival]:
     """The rivals, and adaptive solves with named backends of jaxflow."""
     make = lambda backend: partial(ours, fixed=False, backend=backend)
     names = {f"jaxflow adaptive {b}": Rival(make(b), "rtol", TOLERANCES) for b in backends}
-    return RIVALS | names
+    return RIVALS | (ONE_THREAD if jax.default_backend() == "cpu" else {}) | names
 
 
 # ------------------------------------------------------------------ the suite

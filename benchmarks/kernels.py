@@ -31,12 +31,13 @@ from .timing import (
     relative_error,
 )
 
-BUDGET_S = {"quick": 60, "full": 220}
+BUDGET_S = {"quick": 75, "full": 220}
 CHECKED_ROWS = 1024  # of a forward or a tangent; a gradient is checked whole
 CHECK_BLOCK = 2**26  # scores at a time in the check
 MEASURE_PEAK_FROM = 16384  # tokens
 
 RIVALS = {"jaxflow": MODES, "jnp": MODES, "torch": ("forward", "gradient"), "keops": ("forward",)}
+CPU_RIVALS = {"torch 1 thread": ("forward", "gradient")}
 GPU_RIVALS = {
     "jax.nn cudnn": ("forward", "gradient"),
     "jax.nn xla": MODES,
@@ -85,10 +86,11 @@ TRANSFORMS = {
 
 def prepare(name: str, shape: Shape, mode: str, operands: Operands) -> Runner:
     """Compiles one of the rivals, or "jaxflow NAME" for the backend NAME."""
-    if name == "torch":
-        return _in_torch(rivals.torch_attention, shape, mode, operands)
     if name == "keops":
         return _in_torch(rivals.keops_attention, shape, mode, operands)
+    if name.startswith("torch"):
+        threads = rivals.torch_threads(name)
+        return _in_torch(rivals.torch_attention, shape, mode, operands, threads)
     if name in ("jnp", "jax.nn xla"):
         refuse_scores(shape.batch * shape.n**2)
     if name.endswith("cudnn") and (shape.dtype == "float32" or shape.d % 8):
@@ -99,7 +101,9 @@ def prepare(name: str, shape: Shape, mode: str, operands: Operands) -> Runner:
     return compiled(partial(TRANSFORMS[mode], partial(attend, shape=shape)), operands)
 
 
-def _in_torch(attention, shape: Shape, mode: str, operands: Operands) -> Runner:
+def _in_torch(
+    attention, shape: Shape, mode: str, operands: Operands, threads: int | None = None
+) -> Runner:
     attend = attention(shape)
     torch, o = rivals.module("torch"), Operands(*rivals.to_torch(operands))
 
@@ -110,7 +114,7 @@ def _in_torch(attention, shape: Shape, mode: str, operands: Operands) -> Runner:
         leaves = [a.detach().requires_grad_() for a in (o.q, o.k, o.v)]
         return torch.autograd.grad(attend(*leaves), leaves, o.g)
 
-    return rivals.torch_runner(launch)
+    return rivals.torch_runner(launch, threads=threads)
 
 
 # ------------------------------------------------------------------ the check
@@ -156,7 +160,7 @@ def run(options: Options, watch: Watch) -> dict:
     """Ceilings, and one row for each shape, mode and rival."""
     platform = jax.default_backend()
     named = shapes.chosen(platform, quick=options.quick, only=options.only)
-    competitors = RIVALS if platform == "cpu" else RIVALS | GPU_RIVALS
+    competitors = RIVALS | (CPU_RIVALS if platform == "cpu" else GPU_RIVALS)
     competitors = {f"jaxflow {name}": MODES for name in options.backends} | competitors
     return contest(named, competitors, options, watch)
 

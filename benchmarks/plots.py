@@ -134,7 +134,8 @@ def scaling(report: dict):
                 slope = fits.get((mode, name), {}).get(KEYS[key][1])
                 label = name if slope is None else f"{name}: slope {slope:.2f}"
                 axis.plot(*zip(*points, strict=True), label=label, **look)
-        axis.set(xscale="log", yscale="log", xlabel="particles n")
+        axis.set_xscale("log", base=2)
+        axis.set(yscale="log", xlabel="particles n")
         axis.set_ylabel(KEYS[key][0])
         axis.set_title(mode)
         if axis.lines:

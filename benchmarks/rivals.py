@@ -167,22 +167,42 @@ def to_torch(arrays: Iterable[np.ndarray]) -> list:
     return [place(a).to(dtypes.get(a.dtype.name, torch.float32)) for a in arrays]
 
 
-def torch_runner(launch: Callable) -> Runner:
-    cuda = module("torch").cuda
+def torch_runner(launch: Callable, *, threads: int | None = None) -> Runner:
+    torch = module("torch")
     if torch_device() == "cpu":
-        return Runner(launch)
+        return Runner(partial(with_threads, threads, launch))
 
     def finish(outs):
-        cuda.synchronize()
+        torch.cuda.synchronize()
         return outs
 
     def memory() -> float:
-        before = cuda.memory_allocated()
-        cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         finish(launch())
-        return (cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     return Runner(launch, finish, memory)
+
+
+def with_threads(threads: int | None, call: Callable):
+    """call() with so many threads of torch, or as many as torch likes.
+
+    They spin while they wait: where other programs share the cores, one can be many times faster
+    than all.
+    """
+    torch = module("torch")
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads or usual)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(usual)
+
+
+def torch_threads(name: str) -> int | None:
+    """1 for a rival whose name ends in "1 thread"; None leaves the choice to torch."""
+    return 1 if name.endswith("1 thread") else None
 
 
 def from_torch(outs: Iterable[Any]) -> list[np.ndarray]:

@@ -35,9 +35,11 @@ def sizes(platform: str, quick: bool) -> dict[str, tuple[int, ...]]:
 
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
+    platform = jax.default_backend()
     names = (*RIVALS, *(f"jaxflow {name}" for name in options.backends))
+    names += tuple(kernels.CPU_RIVALS) if platform == "cpu" else ()
     rows = []
-    for mode, ns in sizes(jax.default_backend(), options.quick).items():
+    for mode, ns in sizes(platform, options.quick).items():
         upper = upper_half(ns)
         label = lambda n, mode=mode: f"particles-{n}-3 {mode}"
         chosen = [n for n in ns if label(n).startswith(options.only)]
@@ -47,7 +49,8 @@ def run(options: Options, watch: Watch) -> dict:
 
 
 def upper_half(ns: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(ns))[(len(ns) - 1) // 2 :]
+    first = max(0, min(len(ns) // 2, len(ns) - 2))  # a slope needs two
+    return tuple(sorted(ns))[first:]
 
 
 def contest(

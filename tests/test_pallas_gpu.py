@@ -1,7 +1,7 @@
 """The kernels for NVIDIA GPUs: lowering and choice anywhere, values on a device where there is one.
 
-Their conformance in Pallas's interpreter is part of test_expectation.py; here is what it leaves out:
-the Mosaic GPU form of the particles' kernels, which has an interpreter of its own.
+Their conformance in Pallas's interpreter is part of test_expectation.py; here is what it leaves
+out: the Mosaic GPU form of the particles' kernels, which has an interpreter of its own.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ class Case:
 
     def __str__(self):
         masks = "-causal" * self.causal + "-weighted" * self.weighted
-        return f"{self.family}-{self.dtype}-{self.batch}-{self.n}-{self.d}{masks}-{self.device[7:11]}"
+        sizes = f"{self.batch}-{self.n}-{self.d}"
+        return f"{self.family}-{self.dtype}-{sizes}{masks}-{self.device[7:11]}"
 
     @property
     def mosaic(self):
@@ -120,8 +121,8 @@ def test_a_named_backend_does_not_fall_back():
 
 @pytest.fixture
 def interpreter():
-    if hasattr(plgpu, "InterpretGPUParams"):
-        return plgpu.InterpretGPUParams(detect_races=True)
+    if public := getattr(plgpu, "InterpretGPUParams", None):
+        return public(detect_races=True)
     # JAX 0.10 has it, but not in a public place yet.
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
@@ -214,7 +215,8 @@ HEADS = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16)
 )
 def test_cudnn_refuses_by_name(shapes, problem, reason, monkeypatch):
     monkeypatch.setattr(cudnn, "_absent", lambda head_dimension: None)
-    found = cudnn.refusal("forward", *shapes, problem)
+    q, k, v = shapes
+    found = cudnn.refusal("forward", q, k, v, problem)
     assert found is None if reason is None else reason in found
 
 

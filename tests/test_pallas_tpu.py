@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxflow.kernels import pallas_tpu, reference
-from jaxflow.kernels.reference import Band
+from jaxflow.kernels.reference import Band, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ CASES = [
 
 def drawn(case, dtype):
     """Operands, directions of the tangent and cotangents, as the kernels take them."""
-    keys = iter(jax.random.split(jax.random.key(5), 10))
+    keys = iter(jax.random.split(jax.random.key(5), 11))
 
     def normal(*shape, dtype=dtype):
         draw = jax.random.normal(next(keys), (*case.batch, *shape), jnp.float32)
@@ -89,7 +89,7 @@ def truth(case, operands, directions, cotangents):
 
 def kernels(case, operands, directions, cotangents, residuals):
     def run(mode, *args):
-        options = {"band": case.band, "weighted": case.weighted, "interpret": True}
+        options = {"problem": Problem(case.band, case.weighted), "interpret": True}
         return getattr(pallas_tpu, mode)(*operands, *args, **options)
 
     return (
@@ -132,14 +132,14 @@ def test_against_the_reference(case, dtype, tolerance, monkeypatch):
 def test_a_query_that_is_not_finite_spoils_its_own_row(mode):
     case = Case("nan", m=20, n=20)
     operands, directions, cotangents = drawn(case, jnp.dtype("float32"))
-    outputs = pallas_tpu.forward(*operands, band=case.band, interpret=True)
+    outputs = pallas_tpu.forward(*operands, problem=Problem(case.band), interpret=True)
     spoiled = (operands[0].at[3, 0].set(jnp.nan), *operands[1:])
     extra = {
         "forward": (),
         "tangent": (*outputs, *directions),
         "cotangent": (*outputs, *cotangents),
     }
-    run = partial(getattr(pallas_tpu, mode), band=case.band, interpret=True)
+    run = partial(getattr(pallas_tpu, mode), problem=Problem(case.band), interpret=True)
     rows = np.asarray(run(*spoiled, *extra[mode])[0])
     assert np.isnan(rows[3]).all()
     assert np.isfinite(np.delete(rows, 3, axis=0)).all()
@@ -158,10 +158,10 @@ def abstract(mode, m, n, p, r, dtype, batch=()):
 
 
 SHAPES = {
-    "language": ((4096, 4096, 64, 64, "bfloat16", (2,)), {"band": (None, 0), "weighted": False}),
-    "particles": ((16384, 16384, 3, 3, "float32"), {"band": (None, None), "weighted": True}),
-    "heads": ((1000, 700, 64, 128, "float32", (2, 3)), {"band": (100, 20), "weighted": True}),
-    "one": ((1, 1, 1, 1, "bfloat16"), {"band": (0, 0), "weighted": True}),
+    "language": ((4096, 4096, 64, 64, "bfloat16", (2,)), Problem((None, 0), weighted=False)),
+    "particles": ((16384, 16384, 3, 3, "float32"), Problem()),
+    "heads": ((1000, 700, 64, 128, "float32", (2, 3)), Problem((100, 20))),
+    "one": ((1, 1, 1, 1, "bfloat16"), Problem((0, 0))),
 }
 
 
@@ -169,11 +169,12 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", ["forward", "tangent", "cotangent"])
 def test_lowers_for_tpu(mode, shape, x64):
-    sizes, options = SHAPES[shape]
+    sizes, problem = SHAPES[shape]
     args = abstract(mode, *sizes)
-    assert pallas_tpu.refusal(*args[:3], **options, mode=mode) is None
+    q, k, v, *_ = args
+    assert pallas_tpu.refusal(mode, q, k, v, problem) is None
     with jax.enable_x64(x64):
-        fn = jax.jit(partial(getattr(pallas_tpu, mode), **options))
+        fn = jax.jit(partial(getattr(pallas_tpu, mode), problem=problem))
         text = fn.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == (2 if mode == "cotangent" else 1)
 
@@ -181,7 +182,7 @@ def test_lowers_for_tpu(mode, shape, x64):
 def test_a_window_visits_no_more_blocks_than_it_sees():
     """A fixed window costs O(n): the grid has as many key steps as a row block can see."""
     args = abstract("forward", 2**15, 2**15, 64, 64, "bfloat16")
-    run = lambda band: jax.make_jaxpr(partial(pallas_tpu.forward, band=band))(*args)
+    run = lambda band: jax.make_jaxpr(partial(pallas_tpu.forward, problem=Problem(band)))(*args)
     grid = lambda jaxpr: next(
         e.params["grid_mapping"].grid for e in jaxpr.eqns if e.primitive.name == "pallas_call"
     )
@@ -203,7 +204,7 @@ def test_a_window_visits_no_more_blocks_than_it_sees():
 )
 def test_refusal(dtype, width, message):
     x = jax.ShapeDtypeStruct((2, 100, width), jnp.dtype(dtype))
-    reason = pallas_tpu.refusal(x, x, x, band=(None, 0), weighted=True, mode="tangent")
+    reason = pallas_tpu.refusal("tangent", x, x, x, Problem((None, 0)))
     if message is None:
         assert reason is None
     else:

@@ -9,10 +9,12 @@ bits, and the weights exp(s - log_partition) of the derivatives would be wrong b
 
 import math
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
+from jaxtyping import Array
 
 from . import pallas_gpu
 from .reference import Problem
@@ -72,15 +74,16 @@ def cotangent(q, k, v, b, scale, mean, lse, g, h, *, problem: Problem):
     batch = scale.shape
     heads = (_heads(a, batch) for a in (q, k, v))
     # The same call as the forward pass, which XLA therefore runs once.
-    (_, lse), pullback = jax.vjp(partial(_attend, problem), *heads)
-    gq, gk, gv = pullback((_heads(g, batch), jnp.zeros_like(lse)))
+    outs, pullback = jax.vjp(partial(_attend, problem), *heads)
+    gq, gk, gv = cast(tuple, pullback((_heads(g, batch), jnp.zeros_like(outs[1]))))
     gu = gq.reshape(q.shape).astype(b.dtype) / problem.constant_scale
     return gu, gk.reshape(k.shape), gv.reshape(v.shape), jnp.zeros_like(b)
 
 
-def _attend(problem: Problem, q, k, v):
+def _attend(problem: Problem, q, k, v) -> tuple[Array, Array]:
     left, right = problem.band
-    return fused.dot_product_attention(
+    assert problem.constant_scale is not None  # or the operands are refused
+    outs: Any = fused.dot_product_attention(
         q,
         k,
         v,
@@ -89,6 +92,7 @@ def _attend(problem: Problem, q, k, v):
         sliding_window_length=None if left is None else left + 1,
         return_residual=True,
     )
+    return outs
 
 
 def _heads(a, batch):

@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from .reference import Band
+from .reference import Band, Problem
 
 # The most rows and keys of a tile: the largest that compile for every generation from v4 (16 MiB
 # of VMEM) on. The schedules of larger tiles need fewer cycles a pair.
@@ -45,9 +45,9 @@ Operands = tuple[Array, ...]
 Named = dict[str, Array]
 
 
-def refusal(q, k, v, *, band: Band, weighted: bool, mode: str) -> str | None:
+def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
     """Why the kernels cannot run these operands; None if they can."""
-    del k, band, weighted, mode  # All modes serve every band and any weights.
+    del mode, k, problem  # All modes serve every band and any weights.
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU compiler has no {q.dtype} vectors: use float32 or bfloat16"
     widest = max(q.shape[-1], v.shape[-1])
@@ -56,11 +56,11 @@ def refusal(q, k, v, *, band: Band, weighted: bool, mode: str) -> str | None:
     return None
 
 
-def forward(q, k, v, b, scale, *, band: Band, weighted=True, interpret=False) -> Operands:
+def forward(q, k, v, b, scale, *, problem: Problem, interpret=False) -> Operands:
     """mean (m, r) and log_partition (m,)."""
-    tiles = _Tiles.of(q, k, v, band)
+    tiles = _Tiles.of(q, k, v, problem.band)
     rows = tiles.queries(q, scale)
-    keys = tiles.keys(k, b, weighted) | {"v": tiles.pad_keys(v)}
+    keys = tiles.keys(k, b, problem.weighted) | {"v": tiles.pad_keys(v)}
 
     def step(rows, keys, sums, mask):
         top, total, z = sums
@@ -85,14 +85,14 @@ def forward(q, k, v, b, scale, *, band: Band, weighted=True, interpret=False) ->
 
 
 def tangent(
-    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band: Band, weighted=True, interpret=False
+    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, problem: Problem, interpret=False
 ) -> Operands:
     """dmean (m, r) and dlog_partition (m,): linear in (du, dk, dv, db)."""
-    tiles = _Tiles.of(q, k, v, band)
+    tiles = _Tiles.of(q, k, v, problem.band)
     # A key of weight zero moves nothing.
     db = jnp.where(jnp.isneginf(b), 0, db)
     rows = tiles.queries(q, scale, lse) | {"du": tiles.pad_rows(du.astype(q.dtype))}
-    keys = tiles.keys(k, b, weighted) | {
+    keys = tiles.keys(k, b, problem.weighted) | {
         "v": tiles.pad_keys(v),
         "dk": tiles.pad_keys(dk),
         "dv": tiles.pad_keys(dv),
@@ -115,18 +115,16 @@ def tangent(
     return dmean.astype(v.dtype), dlse[..., 0]
 
 
-def cotangent(
-    q, k, v, b, scale, mean, lse, g, h, *, band: Band, weighted=True, interpret=False
-) -> Operands:
+def cotangent(q, k, v, b, scale, mean, lse, g, h, *, problem: Problem, interpret=False) -> Operands:
     """gu (m, p), gk (n, p), gv (n, r), gb (n,): linear in (g, h)."""
-    tiles = _Tiles.of(q, k, v, band)
+    tiles = _Tiles.of(q, k, v, problem.band)
     dtype = b.dtype
     centre = (g.astype(dtype) * mean.astype(dtype)).sum(axis=-1) - h
     rows = tiles.queries(q, scale, lse) | {
         "g": tiles.pad_rows(g),
         "centre": tiles.pad_rows(centre[..., None]),
     }
-    keys = tiles.keys(k, b, weighted) | {"v": tiles.pad_keys(v)}
+    keys = tiles.keys(k, b, problem.weighted) | {"v": tiles.pad_keys(v)}
 
     def weights(rows, keys, mask):
         p = jnp.exp(_scores(rows, keys, mask) - rows["lse"])
@@ -251,9 +249,10 @@ class _Tiles:
 
     @staticmethod
     def of(q, k, v, band: Band) -> "_Tiles":
-        # Wide operands leave room for smaller tiles only.
-        share = pl.cdiv(max(q.shape[-1], v.shape[-1]), 128)
-        most = lambda size: max(LANES, size // share)
+        # Each doubling of a row over 256 bytes halves the tile: v4 has no more than 16 MiB.
+        width = max(q.shape[-1], v.shape[-1]) * q.dtype.itemsize
+        halvings = ((width - 1) // 256).bit_length()
+        most = lambda size: max(LANES, size >> halvings)
         return _Tiles(_Axis.of(q.shape[-2], most(ROWS)), _Axis.of(k.shape[-2], most(KEYS)), band)
 
     def queries(self, q, scale, lse=None) -> Named:

@@ -75,13 +75,13 @@ def _run(mode: str, operands, problem: Problem, config: Config, interpret: bool)
     flat = tuple(a.reshape((math.prod(batch), *a.shape[len(batch) :])) for a in operands)
     q, k, v = flat[:3]
     # The interpreter runs the kernels for older devices: the newer ones' copies are not for it.
-    capability = (8, 0) if interpret else compute_capability()
+    capability: tuple[int, int] = (8, 0) if interpret else compute_capability()
     name = family(mode, q, k, v, problem, capability)
     if config is None and not interpret:
         config = tuned(_device_kind(), name, mode, q.dtype, max(q.shape[-1], v.shape[-1]))
     options = {"weighted": problem.weighted, "config": config, "interpret": interpret}
     if name == "particles":
-        outs = getattr(particles, mode)(*flat, **options, mosaic=capability >= HOPPER)
+        outs = getattr(particles, mode)(*flat, **options, mosaic=capability[0] >= HOPPER[0])
     else:
         module = hopper if name == "hopper" else tensor_cores
         outs = getattr(module, mode)(*flat, **options, band=problem.band)

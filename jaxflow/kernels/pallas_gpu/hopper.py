@@ -40,12 +40,16 @@ ROWS = 64  # of one compute warpgroup: the M of every WGMMA instruction
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDEST = 256  # head dimension; wider sums leave the registers
 TINY = 1e-37
+SHARED_BYTES = 226 * 1024  # of a block, less the barriers
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # one number a row of a tile
 COLUMN = TILE.reduce(0)
 
 # Until jax 0.11, plgpu.load takes an index beside the reference.
 NO_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+# Where plgpu.store exists, plain assignment refuses rows of a 16-bit tile in device memory.
+STORE = getattr(plgpu, "store", None)
 
 # Registers a thread of (compute, memory) warpgroups, by the number of the former; 512 in all.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
@@ -140,6 +144,9 @@ def cotangent(
         outs=((q.shape[2:], b.dtype),),
         band=band,
     )
+    if interpret:
+        # The interpreter has one shared memory for all kernels: they must not run at once.
+        k, gu = lax.optimization_barrier((k, gu))
     of_scores = (k.shape[2:], k.dtype), ((), b.dtype)
     of_values = ((v.shape[2:], v.dtype),)
     # Sums of more than 256 columns do not fit the registers: gk and gv then take a pass each.
@@ -152,11 +159,11 @@ def cotangent(
             streamed=(((q, 0), (_base2(lse), math.inf)), ((g, 0), (centre, 0))),
             direct=(b * LOG2E,),
             outs=of_scores * scores + of_values * values,
-            band=band[::-1],
+            band=(band[1], band[0]),
         )
         for scores, values in ([(True, True)] if together else [(True, False), (False, True)])
     ]
-    gk, gb, gv = sum(parts, ())
+    gk, gb, gv = (a for part in parts for a in part)
     return _unflat(batch, (gu, gk, gv, gb if weighted else jnp.zeros_like(b)))
 
 
@@ -382,7 +389,11 @@ class _Group:
         return plgpu.load(ref, *NO_INDEX, layout=layout, optimized=False)
 
     def write(self, i, x, *columns):
-        self.outs[i].at[(*self.at, *columns)][...] = x.astype(self.outs[i].dtype)
+        ref = self.outs[i].at[(*self.at, *columns)]
+        if STORE is not None and not self.interpret:
+            STORE(ref, x.astype(ref.dtype), optimized=False)
+        else:
+            ref[...] = x.astype(ref.dtype)
 
     def column(self, ref):
         """One number a column, over the rows."""
@@ -413,7 +424,9 @@ class _Group:
                     plgpu.wgmma(ref, a, b.transpose((1, 0)) if p.transposed else b)
             then()
 
-        return pl.run_state(issue)(tuple(plgpu.ACC.init(self._total(p)) for p in products))
+        return pl.run_state(issue)(
+            tuple(plgpu.WGMMAAccumulatorRef.init(self._total(p)) for p in products)
+        )
 
     def _total(self, p: _Product):
         return self.zeros(ROWS, self.columns) if p.total is None else p.total
@@ -439,6 +452,7 @@ class _Ring:
     full: tuple
     empty: tuple
     config: Config
+    interpret: Any
 
     def slot(self, step):
         return lax.rem(step, jnp.int32(self.config.stages))
@@ -476,6 +490,9 @@ class _Tiles:
         return [buffer.at[self.slot] for buffer in self.ring.buffers[packet]]
 
     def free(self, packet):
+        if self.ring.interpret:
+            # Reads by WGMMA need no fence before the next copy; the plain reads in its place do.
+            plgpu.commit_smem()
         plgpu.barrier_arrive(self.ring.empty[packet].at[self.slot])
 
     def visible(self, x):
@@ -572,7 +589,7 @@ def _stream(
         if band[0] is None and band[1] is not None:
             first = rows - block - first  # The longest first: they end together.
         masked, steps, tile = extent.order(first)
-        ring = _Ring(ring_refs, tiles, full, empty, config)
+        ring = _Ring(ring_refs, tiles, full, empty, config, interpret)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == config.groups)
@@ -686,4 +703,42 @@ def default(kernel: str, q, v) -> Config:
         return Config(128) if width <= 128 else Config(64)
     if width <= 128:
         return Config(64)
-    return Config(32, 1) if kernel == "tangent" else Config(32)
+    return Config(32, groups=1) if kernel == "tangent" and width > 192 else Config(32)
+
+
+def candidates(mode: str, q, v) -> list:
+    """What a tuner should try: values of `config`, the default first."""
+    tiles = [Config(c, s, g) for c in (128, 64, 32) for s in (2, 3) for g in (2, 3, 1)]
+    fitting = {
+        kernel: [default(kernel, q, v)]
+        + [c for c in tiles if _fits(kernel, c, q, v) and c != default(kernel, q, v)]
+        for kernel in ("forward", "tangent", "gu", "gk")
+    }
+    if mode != "cotangent":
+        return fitting[mode]
+    first = fitting["gu"][0], fitting["gk"][0]
+    return [
+        first,
+        *((c, first[1]) for c in fitting["gu"][1:]),
+        *((first[0], c) for c in fitting["gk"][1:]),
+    ]
+
+
+def _fits(kernel: str, config: Config, q, v) -> bool:
+    """Whether tiles and sums leave room in shared memory and in the registers."""
+    p, r = q.shape[-1], v.shape[-1]
+    fixed, streamed = {
+        "forward": (p, p + r),
+        "tangent": (2 * p, 2 * (p + r)),
+        "gu": (p + r, p + r),
+        "gk": (p + r, p + r),
+    }[kernel]
+    shared = 2 * (ROWS * config.groups * fixed + config.stages * config.columns * (streamed + 4))
+    products, sums = {
+        "forward": (1, r),
+        "tangent": (3, r),
+        "gu": (2, p),
+        "gk": (2, p + r if p + r <= WIDEST else max(p, r)),
+    }[kernel]
+    registers = (products * config.columns + sums) // 2
+    return shared <= SHARED_BYTES and registers <= REGISTERS.get(config.groups, (240, 0))[0] - 60

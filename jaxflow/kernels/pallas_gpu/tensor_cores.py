@@ -20,6 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def _scores(tiles, masked, row, column, q, k, b, scale):
     return tiles.mask(row, column, s) if masked else s
 
 
-def _keys(tiles, column, *refs):
+def _keys(tiles, column, *refs) -> list[Any]:
     part = pl.ds(column, tiles.config.keys)
     return [None if ref is None else ref[0, part] for ref in refs]
 

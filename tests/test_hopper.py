@@ -1,0 +1,150 @@
+"""The Hopper kernels: numbers by Mosaic GPU's interpreter, lowering for CUDA, a real device."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxflow.kernels import blocked
+from jaxflow.kernels.pallas_gpu import hopper
+from jaxflow.kernels.pallas_gpu.hopper import Config
+
+MODES = ("forward", "tangent", "cotangent")
+PUBLIC = getattr(plgpu, "InterpretGPUParams", None)
+
+
+def interpreter():
+    if PUBLIC:
+        return PUBLIC(detect_races=True)
+    # jax 0.10 has the interpreter, but no public name for it; its race detector does not end.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    m: int
+    n: int
+    p: int = 16
+    r: int = 16
+    band: tuple = (None, None)
+    weighted: bool = False
+    masked: tuple = ()
+    batch: tuple = ()
+    sign: float = 1.0
+    config: Config = Config(64, groups=1)
+
+    def __str__(self):
+        return self.name
+
+    def operands(self, mode, dtype=jnp.bfloat16):
+        m, n, p, r, f = self.m, self.n, self.p, self.r, jnp.float32
+        keys = iter(jax.random.split(jax.random.key(5), 11))
+        normal = lambda *shape: jax.random.normal(next(keys), (*self.batch, *shape))
+        low = lambda *shape: normal(*shape).astype(dtype)
+        b = jnp.where(self.weighted, normal(n), 0).astype(f)
+        b = b.at[..., jnp.array(self.masked, int)].set(-jnp.inf)
+        scale = jnp.full(self.batch, self.sign * 0.2, f)
+        primal = low(m, p), low(n, p), low(n, r), b, scale
+        if mode == "forward":
+            return primal
+        residuals = *primal, *blocked.forward(*primal, band=self.band)
+        if mode == "cotangent":
+            return *residuals, low(m, r), normal(m)
+        db = jnp.where(self.weighted, normal(n), 0).astype(f)
+        return *residuals, normal(m, p), low(n, p), low(n, r), db
+
+
+CASES = [
+    Case("plain", 64, 150, r=32),
+    Case("negative-scale", 64, 64, sign=-1.0),
+    Case("causal", 150, 100, band=(None, 0), weighted=True, masked=(0, 1, 99)),
+    Case("window", 100, 150, band=(20, 10), batch=(2,)),
+    # The rows past 66 see no key.
+    Case("empty-rows", 130, 64, band=(2, 2), config=Config(64)),
+]
+
+
+def check(case, mode, dtype, interpret, config):
+    operands = case.operands(mode, dtype)
+    kernel = partial(getattr(hopper, mode), weighted=case.weighted, config=config)
+    actual = jax.jit(partial(kernel, band=case.band, interpret=interpret))(*operands)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
+    if mode != "forward":
+        exact = *exact[:5], *blocked.forward(*exact[:5], band=case.band), *exact[7:]
+    expected = getattr(blocked, mode)(*exact, band=case.band)
+    if mode == "cotangent" and not case.weighted:
+        actual, expected = actual[:3], expected[:3]
+    # Products of factors rounded to 8 bits, relative to the largest entry: a few 2^-8.
+    for a, e in zip(actual, expected, strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        finite = np.isfinite(e)
+        np.testing.assert_array_equal(a[~finite], e[~finite])
+        assert np.abs(a - e)[finite].max() <= 2e-2 * np.abs(e[finite]).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreter(case, mode):
+    config = (case.config, case.config) if mode == "cotangent" else case.config
+    check(case, mode, jnp.bfloat16, interpreter(), config)
+
+
+def test_interpreter_of_one_case():
+    check(CASES[0], "forward", jnp.bfloat16, interpreter(), CASES[0].config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_device(case, width, mode, dtype):
+    case = dataclasses.replace(case, m=3 * case.m, n=3 * case.n, p=width, r=width)
+    check(case, mode, jnp.dtype(dtype), False, None)
+
+
+def shapes(mode, width, dtype, n=4096, batch=(8,)):
+    matrix = jax.ShapeDtypeStruct((*batch, n, width), dtype)
+    vector = jax.ShapeDtypeStruct((*batch, n), jnp.float32)
+    primal = [matrix] * 3 + [vector, jax.ShapeDtypeStruct(batch, jnp.float32)]
+    du = matrix.update(dtype=jnp.float32)
+    rest = {"forward": [], "tangent": [du, matrix, matrix, vector], "cotangent": [matrix, vector]}
+    return primal + ([matrix, vector] if mode != "forward" else []) + rest[mode]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [64, 128])
+def test_lowers_for_cuda(width, mode, dtype):
+    kernel = jax.jit(partial(getattr(hopper, mode), band=(None, 0), weighted=True))
+    traced = kernel.trace(*shapes(mode, width, jnp.dtype(dtype)))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_refusal():
+    refusal = partial(hopper.refusal, band=(None, None), weighted=False, mode="forward")
+    good, bad, odd = (
+        jax.ShapeDtypeStruct((64, width), dtype)
+        for width, dtype in ((128, jnp.bfloat16), (128, jnp.float32), (24, jnp.bfloat16))
+    )
+    assert refusal(good, good, good) is None
+    assert "float32" in (refusal(bad, bad, bad) or "")
+    assert "24" in (refusal(odd, odd, good) or "")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_candidates_begin_with_the_default(mode):
+    q = jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)
+    options = hopper.candidates(mode, q, q)
+    kernels = {"cotangent": ("gu", "gk")}.get(mode, (mode,))
+    first = tuple(hopper.default(kernel, q, q) for kernel in kernels)
+    assert options[0] == (first if mode == "cotangent" else first[0])
+    assert len(set(options)) == len(options) > 1
