@@ -144,9 +144,6 @@ def cotangent(
         outs=((q.shape[2:], b.dtype),),
         band=band,
     )
-    if interpret:
-        # The interpreter has one shared memory for all kernels: they must not run at once.
-        k, gu = lax.optimization_barrier((k, gu))
     of_scores = (k.shape[2:], k.dtype), ((), b.dtype)
     of_values = ((v.shape[2:], v.dtype),)
     # Sums of more than 256 columns do not fit the registers: gk and gv then take a pass each.
