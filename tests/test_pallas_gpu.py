@@ -126,7 +126,7 @@ def interpreter():
     # JAX 0.10 has it, but not in a public place yet.
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    return InterpretGPUParams(detect_races=True)
+    return InterpretGPUParams()
 
 
 @pytest.mark.slow

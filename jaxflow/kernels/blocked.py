@@ -14,7 +14,11 @@ With s_ij = <u_i, k_j> + b_j, u = scale q, p_ij = exp(s_ij - log_partition_i):
 The cotangent follows from the tangent by exchanging the sums in <g, dmean> + h dlog_partition.
 
 Where |s_ij| <= |u_i| max|k| + max b is known not to underflow, that bound replaces the running
-maximum. Each function takes and returns arrays with any number of leading batch axes (the same on
+maximum. Biases and shifts enter the scores as channels of keys and queries:
+
+    s_ij - shift_i = <(u_i, 1, -shift_i), (k_j, b_j, 1)>
+
+so that a tile is one matrix product, one pass of exp and one more product. Each function takes and returns arrays with any number of leading batch axes (the same on
 all of them). `unrolled=True` gives the same numbers by loops of static length, which JAX can
 differentiate in both modes: the derivative rules of second and higher order use it.
 """
@@ -33,13 +37,27 @@ from .reference import Band, inner_products, visible
 # A tile of scores is about this many rows times this many keys. Tuned on two Zen 3 cores with
 # 0.5 MiB of L2 each: tiles of 256 rows lose a third, larger tiles fall out of the cache.
 ROWS, KEYS = 2048, 512
+# Under a band, a system of one tile is cut into up to four strips of at least this many rows, so
+# that fewer of the pairs outside the band are computed.
+STRIP = 64
+
+# A masked key: in a matrix product -inf would become nan where the platform splits its operands.
+MASKED = -1e30
 
 Operands = tuple[Array, ...]
 
 
 def forward(q, k, v, b, scale, *, band: Band, unrolled: bool = False) -> Operands:
     """mean (m, r) and log_partition (m,)."""
-    return _over_batch(partial(_forward, band=band, unrolled=unrolled), (q, k, v, b, scale))
+    fn = partial(_forward, band=band, unrolled=unrolled)
+    operands = (q, k, v, b, scale)
+    if unrolled:
+        return _over_batch(fn, operands)
+    # One choice for the whole batch: a batched `cond` would compute both sides.
+    shift, safe = _known_bound(q, k, b, scale)
+    return jax.lax.cond(
+        safe, lambda: _over_batch(fn, (*operands, shift)), lambda: _over_batch(fn, operands)
+    )
 
 
 def tangent(
@@ -61,101 +79,98 @@ def cotangent(
 # ------------------------------------------------------------------ one system of m x n pairs
 
 
-def _forward(q, k, v, b, scale, *, band, unrolled):
+def _forward(q, k, v, b, scale, shift=None, *, band, unrolled):
     dtype = b.dtype
-    loops = _Loops(q.shape[0], k.shape[0], band, unrolled)
+    loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
     u, k = scale * q.astype(dtype), k.astype(dtype)
     # The column of ones sums the weights within the product that sums the values.
-    keys = loops.pad_keys((k, _with_column(v.astype(dtype), 1), b), (0, 0, -jnp.inf))
+    keys = loops.pad_keys((loops.keys_of(k, b), _with_columns(v.astype(dtype), 1)))
     width = v.shape[1] + 1
 
     def online(offset, u):
-        def step(carry, column, k, values, b):
+        def step(carry, column, k, values):
             shift, total = carry
-            s = loops.scores(u, k, b, offset, column)
+            s = loops.scores(u, k, offset, column)
             new = jnp.maximum(shift, s.max(axis=1))
             finite = _finite(new)
-            weights = jnp.exp(s - finite[:, None])
-            total = total * jnp.exp(shift - finite)[:, None] + _matmul(weights, values)
+            weights = loops.exp(s - finite[:, None])
+            total = total * loops.exp(shift - finite)[:, None] + _matmul(weights, values)
             return new, total
 
         rows = u.shape[0]
         init = jnp.full(rows, -jnp.inf, dtype), jnp.zeros((rows, width), dtype)
         shift, total = loops.fold_keys(step, init, keys, offset)
-        return _normalise(_finite(shift), total)
+        return _normalise(_finite(shift) / loops.unit, total)
 
     def bounded(offset, u, shift):
-        def step(total, column, k, values, b):
-            s = loops.scores(u, k, b, offset, column)
-            return total + _matmul(jnp.exp(s - shift[:, None]), values)
+        def step(total, column, k, values):
+            return total + _matmul(loops.exp(loops.scores(u, k, offset, column)), values)
 
         init = jnp.zeros((u.shape[0], width), dtype)
         return _normalise(shift, loops.fold_keys(step, init, keys, offset))
 
-    if unrolled or loops.one_tile:
-        mean, lse = loops.map_rows(online, (u,), (0,))
+    if shift is None:
+        mean, lse = loops.map_rows(online, (_with_columns(u, 1, 0),))
     else:
-        shift, safe = _known_bound(u, k, b)
-        mean, lse = jax.lax.cond(
-            safe,
-            lambda: loops.map_rows(bounded, (u, shift), (0, 0)),
-            lambda: loops.map_rows(online, (u,), (0,)),
-        )
+        mean, lse = loops.map_rows(bounded, (_with_columns(u, 1, -shift), shift))
     return mean.astype(v.dtype), lse
 
 
 def _tangent(q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band, unrolled):
     dtype = b.dtype
-    loops = _Loops(q.shape[0], k.shape[0], band, unrolled)
-    width = q.shape[1]
-    # <du, k> + <u, dk> is one product of twice the width. A key of weight zero moves nothing.
-    u2 = jnp.concatenate([scale * q.astype(dtype), du], axis=1)
-    k2 = jnp.concatenate([dk.astype(dtype), k.astype(dtype)], axis=1)
+    loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
+    u, k, dk = scale * q.astype(dtype), k.astype(dtype), dk.astype(dtype)
+    # <u, dk> + <du, k> + db is one product. A key of weight zero moves nothing.
     db = jnp.where(jnp.isneginf(b), 0, db)
-    values, dvalues = _with_column(v.astype(dtype), 1), _with_column(dv.astype(dtype), 0)
-    keys = loops.pad_keys((k2, values, dvalues, b, db), (0, 0, 0, -jnp.inf, 0))
+    k2, u2 = _with_columns(dk, k, db), _with_columns(u, du, 1)
+    values, dvalues = _with_columns(v.astype(dtype), 1), _with_columns(dv.astype(dtype), 0)
+    keys = loops.pad_keys((loops.keys_of(k, b), k2, values, dvalues))
 
-    def rows_tangent(offset, u2, mean, lse):
-        def step(total, column, k2, values, dvalues, b, db):
-            s = loops.scores(u2[:, :width], k2[:, width:], b, offset, column)
-            p = jnp.exp(s - lse[:, None])
-            ds = inner_products(u2, k2) + db[None, :]
+    def rows_tangent(offset, u, u2, mean):
+        def step(total, column, k, k2, values, dvalues):
+            p = loops.exp(loops.scores(u, k, offset, column))
+            ds = inner_products(u2, k2)
             return total + _matmul(p, dvalues) + _matmul(p * ds, values)
 
-        init = jnp.zeros((u2.shape[0], values.shape[1]), dtype)
+        init = jnp.zeros((u.shape[0], values.shape[1]), dtype)
         total = loops.fold_keys(step, init, keys, offset)
         dlse = total[:, -1]
         return total[:, :-1] - dlse[:, None] * mean, dlse
 
-    rows = (u2, mean.astype(dtype), _finite(lse))
-    dmean, dlse = loops.map_rows(rows_tangent, rows, (0, 0, jnp.inf))
+    rows = (_with_columns(u, 1, -_finite(lse)), u2, mean.astype(dtype))
+    dmean, dlse = loops.map_rows(rows_tangent, rows)
     return dmean.astype(v.dtype), dlse
 
 
 def _cotangent(q, k, v, b, scale, mean, lse, g, h, *, band, unrolled):
     dtype = b.dtype
-    loops = _Loops(q.shape[0], k.shape[0], band, unrolled)
-    g = g.astype(dtype)
+    loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
+    u, g, k, v1 = scale * q.astype(dtype), g.astype(dtype), k.astype(dtype), v.astype(dtype)
     centre = (g * mean.astype(dtype)).sum(axis=1) - h
-    keys = loops.pad_keys((k.astype(dtype), v.astype(dtype), b), (0, 0, -jnp.inf))
+    keys = loops.pad_keys((loops.keys_of(k, b), _with_columns(v.astype(dtype), 1)))
+    # Tiles have keys as rows here: then all products but one sum over the last axis of a tile,
+    # and that one takes the keys transposed. Libraries are slow with a transposed tile.
+    transposed = loops.pad_keys((k,))[0].T
 
-    def rows_cotangent(sums, offset, u, g, centre, lse):
-        def step(carry, column, k, v, b):
+    def rows_cotangent(sums, offset, u, u1, g, g1):
+        def step(carry, column, k, v1):
             gu, sums = carry
-            s = loops.scores(u, k, b, offset, column)
-            p = jnp.exp(s - lse[:, None])
-            w = p * (inner_products(g, v) - centre[:, None])
-            parts = _matmul(w.T, u), _matmul(p.T, g), w.sum(axis=0)
-            return gu + _matmul(w, k), jax.tree.map(partial(_add_at, column), sums, parts)
+            p = loops.exp(loops.scores(u, k, offset, column, transposed=True))
+            w = p * inner_products(v1, g1)
+            # The column of ones beside u sums w to the gradient in b.
+            parts = _matmul(w, u1), _matmul(p, g)
+            part = _matmul(jax.lax.dynamic_slice_in_dim(transposed, column, len(k), 1), w)
+            return gu + part, jax.tree.map(partial(_add_at, column), sums, parts)
 
-        gu, sums = loops.fold_keys(step, (jnp.zeros_like(u), sums), keys, offset)
-        return sums, gu
+        init = jnp.zeros((transposed.shape[0], u.shape[0]), dtype), sums
+        gu, sums = loops.fold_keys(step, init, keys, offset)
+        return sums, (gu.T,)
 
-    rows = (scale * q.astype(dtype), g, centre, _finite(lse))
-    sums = jax.tree.map(jnp.zeros_like, keys)
-    sums, (gu,) = loops.scan_rows(rows_cotangent, sums, rows, (0, 0, 0, jnp.inf))
-    gk, gv, gb = (a[: k.shape[0]] for a in sums)
-    return gu, gk.astype(k.dtype), gv.astype(v.dtype), gb
+    rows = _with_columns(u, 1, -_finite(lse)), _with_columns(u, 1), g, _with_columns(g, -centre)
+    sums = tuple(jnp.zeros((transposed.shape[1], a.shape[1]), dtype) for a in rows[1:3])
+    (gk, gv), (gu,) = loops.scan_rows(rows_cotangent, sums, rows)
+    gk, gv = gk[: k.shape[0]], gv[: k.shape[0]]
+    return gu, gk[:, :-1].astype(k.dtype), gv.astype(v.dtype), gk[:, -1]
 
 
 # ------------------------------------------------------------------ loops over tiles
@@ -169,6 +184,7 @@ class _Loops:
     n: int
     band: Band
     unrolled: bool
+    dtype: jnp.dtype
 
     @property
     def one_tile(self) -> bool:
@@ -177,31 +193,58 @@ class _Loops:
     @property
     def rows(self) -> tuple[int, int]:
         """(rows in a block, number of blocks)."""
-        return _blocks(self.m, self.m if self.one_tile else max(ROWS, ROWS * KEYS // self.n))
+        if not self.one_tile:
+            return _blocks(self.m, max(ROWS, ROWS * KEYS // self.n))
+        strips = 1 if self.band == (None, None) else 4
+        return _blocks(self.m, max(STRIP, -(-self.m // strips)))
 
     @property
     def keys(self) -> tuple[int, int]:
         return _blocks(self.n, self.n if self.one_tile else max(KEYS, ROWS * KEYS // self.m))
 
-    def scores(self, u, k, b, row, column):
-        s = inner_products(u, k) + b[None, :]
+    @property
+    def fast(self) -> bool:
+        return self.dtype == jnp.float32 and not self.unrolled
+
+    @property
+    def unit(self) -> float:
+        """Scores are kept times this factor: powers of two are the faster ones."""
+        return math.log2(math.e) if self.fast else 1.0
+
+    def exp(self, x):
+        """The exponential of scores in that unit."""
+        return _exp2(x) if self.fast else jnp.exp(x)
+
+    def keys_of(self, k, b):
+        k, b = (
+            *self.pad_keys((k,)),
+            *self.pad_keys((jnp.where(jnp.isneginf(b), MASKED, b),), MASKED),
+        )
+        return self.unit * _with_columns(k, b, 1)
+
+    def scores(self, u, k, row, column, transposed=False):
         rows, columns = row + jnp.arange(u.shape[0]), column + jnp.arange(k.shape[0])
-        mask = visible(rows, columns, self.band)
+        band = self.band
+        if transposed:
+            u, k, rows, columns, band = k, u, columns, rows, band[::-1]
+        s, mask = inner_products(u, k), visible(rows, columns, band)
         return s if mask is None else jnp.where(mask, s, -jnp.inf)
 
-    def pad_keys(self, operands: Operands, fills) -> Operands:
-        return _pad(operands, fills, math.prod(self.keys))
+    def pad_keys(self, operands: Operands, fill=0) -> Operands:
+        return _pad(operands, math.prod(self.keys), fill)
 
     def fold_keys(self, step: Callable, init, keys: Operands, offset):
         """carry = step(carry, column, *key block) over the key blocks that a row can see."""
         block, count = self.keys
-        if count == 1:
-            return step(init, 0, *keys)
-        left, right = (None, None) if self.unrolled else self.band
+        left, right = self.band
+        if self.one_tile:
+            first = 0 if left is None else min(max(offset - left, 0), self.n - 1)
+            last = self.n if right is None else min(offset + self.rows[0] + right, self.n)
+            return step(init, first, *_slice(keys, first, max(last - first, 1)))
         first, last = 0, count
-        if left is not None:
+        if left is not None and not self.unrolled:
             first = jnp.clip((offset - left) // block, 0, count)
-        if right is not None:
+        if right is not None and not self.unrolled:
             last = jnp.clip((offset + self.rows[0] - 1 + right) // block + 1, 0, count)
 
         def body(j, carry):
@@ -209,23 +252,27 @@ class _Loops:
 
         return jax.lax.fori_loop(first, last, self._remat(body), init)
 
-    def scan_rows(self, fn: Callable, carry, rows: Operands, fills):
-        """carry, out = fn(carry, offset, *row block) over the row blocks."""
+    def scan_rows(self, fn: Callable, carry, rows: Operands):
+        """carry, outs = fn(carry, offset, *row block) over the row blocks."""
         height, count = self.rows
-        if count == 1:
-            carry, out = fn(carry, 0, *rows)
-            return carry, (out,) if isinstance(out, jax.Array) else out
-        rows = _pad(rows, fills, height * count)
+        rows = _pad(rows, height * count)
 
         def body(carry, i):
             return fn(carry, i * height, *_slice(rows, i * height, height))
 
-        carry, outs = jax.lax.scan(self._remat(body), carry, jnp.arange(count))
-        join = lambda a: a.reshape((height * count, *a.shape[2:]))[: self.m]
-        return carry, tuple(join(a) for a in jax.tree.leaves(outs))
+        if self.one_tile:
+            blocks = []
+            for i in range(count):
+                carry, outs = body(carry, i)
+                blocks.append(outs)
+            outs = tuple(jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
+        else:
+            carry, outs = jax.lax.scan(self._remat(body), carry, jnp.arange(count))
+            outs = tuple(a.reshape((height * count, *a.shape[2:])) for a in outs)
+        return carry, tuple(a[: self.m] for a in outs)
 
-    def map_rows(self, fn: Callable, rows: Operands, fills) -> Operands:
-        return self.scan_rows(lambda _, *args: (None, fn(*args)), None, rows, fills)[1]
+    def map_rows(self, fn: Callable, rows: Operands) -> Operands:
+        return self.scan_rows(lambda _, *args: (None, fn(*args)), None, rows)[1]
 
     def _remat(self, step: Callable) -> Callable:
         """Keeps what a differentiated loop saves to its carries."""
@@ -238,14 +285,12 @@ def _blocks(length: int, most: int) -> tuple[int, int]:
     return -(-length // count), count
 
 
-def _pad(operands: Operands, fills, length: int) -> Operands:
-    def pad(a, fill):
+def _pad(operands: Operands, length: int, fill=0) -> Operands:
+    def pad(a):
         widths = [(0, length - a.shape[0])] + [(0, 0)] * (a.ndim - 1)
         return jnp.pad(a, widths, constant_values=fill)
 
-    if operands[0].shape[0] == length:
-        return operands
-    return tuple(pad(a, fill) for a, fill in zip(operands, fills, strict=True))
+    return operands if operands[0].shape[0] == length else tuple(map(pad, operands))
 
 
 def _slice(operands: Operands, start, size: int) -> Operands:
@@ -283,13 +328,35 @@ def _matmul(x, y):
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _with_column(a, value):
-    return jnp.concatenate([a, jnp.full((a.shape[0], 1), value, a.dtype)], axis=1)
+def _exp2(x):
+    """2^x for float32 x < 127 within 2 units of rounding, and 0 below -127.
+
+    2^x = 2^n 2^f, n = round(x). Adding 1.5 * 2^23 leaves n in the last bits of the sum, cheaper than
+    rounding and converting. 2^f is the polynomial of degree 5 that is 1 at 0 and has the least
+    relative error, 9e-8, on |f| <= 1/2.
+    """
+    x = jnp.where(x < -127.0, -127.0, x)  # Unlike a maximum this is one instruction and keeps nan.
+    n = jax.lax.bitcast_convert_type(x + 12582912.0, jnp.int32) - 0x4B400000
+    f = x - n.astype(jnp.float32)
+    y = 0.0013264699 * f + 0.0096715335
+    for coefficient in (0.05550734, 0.24022242, 0.693147, 1.0):
+        y = y * f + coefficient
+    return y * jax.lax.bitcast_convert_type((n + 127) << 23, jnp.float32)
+
+
+def _with_columns(a, *columns):
+    """The columns, arrays or constants, to the right of a matrix."""
+
+    def matrix(c):
+        c = jnp.asarray(c, a.dtype)
+        return c if c.ndim == 2 else jnp.broadcast_to(c.reshape(-1, 1), (len(a), 1))
+
+    return jnp.concatenate([a, *map(matrix, columns)], axis=1)
 
 
 def _finite(x):
     """A row without a visible key has log-partition -inf and only zero weights."""
-    return jnp.where(jnp.isneginf(x), 0, x)
+    return jnp.where(x < MASKED / 2, 0, x)
 
 
 def _normalise(shift, total):
@@ -299,12 +366,13 @@ def _normalise(shift, total):
     return total[:, :-1] / z[:, None], jnp.where(empty, -jnp.inf, jnp.log(z) + shift)
 
 
-def _known_bound(u, k, b):
+def _known_bound(q, k, b, scale):
     """|u_i| max|k| + max b >= s_ij, and whether no weight can underflow under it."""
-    longest = jnp.sqrt((k * k).sum(axis=1).max())
-    lengths = jnp.sqrt((u * u).sum(axis=1))
-    top = b.max()
-    bottom = jnp.where(jnp.isneginf(b), top, b).min()
-    span = 2 * lengths.max() * longest + top - bottom
-    safe = jnp.isfinite(top) & (span < -0.9 * math.log(jnp.finfo(b.dtype).tiny))
-    return lengths * longest + top, safe
+    dtype = b.dtype
+    length = lambda x: jnp.sqrt((x.astype(dtype) ** 2).sum(axis=-1))
+    most = lambda x: x.max(axis=-1, keepdims=True)
+    lengths = jnp.abs(scale)[..., None] * length(q)
+    longest, top = most(length(k)), most(b)
+    span = 2 * most(lengths) * longest + top + most(jnp.where(jnp.isneginf(b), -top, -b))
+    safe = jnp.isfinite(top) & (span < -0.9 * math.log(jnp.finfo(dtype).tiny))
+    return lengths * longest + top, safe.all()
