@@ -290,7 +290,7 @@ def _pad(operands: Operands, length: int, fill=0) -> Operands:
         widths = [(0, length - a.shape[0])] + [(0, 0)] * (a.ndim - 1)
         return jnp.pad(a, widths, constant_values=fill)
 
-    return operands if operands[0].shape[0] == length else tuple(map(pad, operands))
+    return tuple(a if a.shape[0] == length else pad(a) for a in operands)
 
 
 def _slice(operands: Operands, start, size: int) -> Operands:
