@@ -135,7 +135,7 @@ def test_particles_on_mosaic(weighted, interpreter):
     m, n, p, r = 70, 300, 3, 2
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal((2, *shape)), jnp.float32)
-    q, k, v, b = draw(m, p), draw(n, p), draw(n, r), draw(n) * weighted
+    q, k, v, b = draw(m, p), draw(n, p), draw(n, r), draw(n) * float(weighted)
     b = b.at[0, 5].set(-jnp.inf) if weighted else b
     # The bound on the scores is safe for the first system, not for the second.
     scale = jnp.array([0.7, 40.0])

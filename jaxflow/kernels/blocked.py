@@ -18,8 +18,10 @@ maximum. Biases and shifts enter the scores as channels of keys and queries:
 
     s_ij - shift_i = <(u_i, 1, -shift_i), (k_j, b_j, 1)>
 
-so that a tile is one matrix product, one pass of exp and one more product. Each function takes and returns arrays with any number of leading batch axes (the same on
-all of them). `unrolled=True` gives the same numbers by loops of static length, which JAX can
+so that a tile is one matrix product, one pass of exp and one more product.
+
+Each function takes and returns arrays with any number of leading batch axes (the same on all of
+them). `unrolled=True` gives the same numbers by loops of static length, which JAX can
 differentiate in both modes: the derivative rules of second and higher order use it.
 """
 
@@ -145,12 +147,12 @@ def _tangent(q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band, unrolled):
 def _cotangent(q, k, v, b, scale, mean, lse, g, h, *, band, unrolled):
     dtype = b.dtype
     loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
-    u, g, k, v1 = scale * q.astype(dtype), g.astype(dtype), k.astype(dtype), v.astype(dtype)
+    u, g = scale * q.astype(dtype), g.astype(dtype)
     centre = (g * mean.astype(dtype)).sum(axis=1) - h
-    keys = loops.pad_keys((loops.keys_of(k, b), _with_columns(v.astype(dtype), 1)))
+    keys = loops.pad_keys((loops.keys_of(k.astype(dtype), b), _with_columns(v.astype(dtype), 1)))
     # Tiles have keys as rows here: then all products but one sum over the last axis of a tile,
     # and that one takes the keys transposed. Libraries are slow with a transposed tile.
-    transposed = loops.pad_keys((k,))[0].T
+    transposed = loops.pad_keys((k.astype(dtype),))[0].T
 
     def rows_cotangent(sums, offset, u, u1, g, g1):
         def step(carry, column, k, v1):
@@ -216,17 +218,16 @@ class _Loops:
         return _exp2(x) if self.fast else jnp.exp(x)
 
     def keys_of(self, k, b):
-        k, b = (
-            *self.pad_keys((k,)),
-            *self.pad_keys((jnp.where(jnp.isneginf(b), MASKED, b),), MASKED),
-        )
+        """(k_j, b_j, 1), padded with masked keys."""
+        (k,) = self.pad_keys((k,))
+        (b,) = self.pad_keys((jnp.where(jnp.isneginf(b), MASKED, b),), MASKED)
         return self.unit * _with_columns(k, b, 1)
 
     def scores(self, u, k, row, column, transposed=False):
         rows, columns = row + jnp.arange(u.shape[0]), column + jnp.arange(k.shape[0])
         band = self.band
         if transposed:
-            u, k, rows, columns, band = k, u, columns, rows, band[::-1]
+            u, k, rows, columns, band = k, u, columns, rows, (band[1], band[0])
         s, mask = inner_products(u, k), visible(rows, columns, band)
         return s if mask is None else jnp.where(mask, s, -jnp.inf)
 
@@ -331,9 +332,9 @@ def _matmul(x, y):
 def _exp2(x):
     """2^x for float32 x < 127 within 2 units of rounding, and 0 below -127.
 
-    2^x = 2^n 2^f, n = round(x). Adding 1.5 * 2^23 leaves n in the last bits of the sum, cheaper than
-    rounding and converting. 2^f is the polynomial of degree 5 that is 1 at 0 and has the least
-    relative error, 9e-8, on |f| <= 1/2.
+    2^x = 2^n 2^f, n = round(x). Adding 1.5 * 2^23 leaves n in the last bits of the sum, cheaper
+    than rounding and converting. 2^f is the polynomial of degree 5 that is 1 at 0 and has the
+    least relative error, 9e-8, on |f| <= 1/2.
     """
     x = jnp.where(x < -127.0, -127.0, x)  # Unlike a maximum this is one instruction and keeps nan.
     n = jax.lax.bitcast_convert_type(x + 12582912.0, jnp.int32) - 0x4B400000

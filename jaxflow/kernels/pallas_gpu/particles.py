@@ -27,7 +27,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +224,7 @@ def _fold(
     skip: Array | None = None,
     config: Config | None,
     mosaic: bool,
-    interpret: bool,
+    interpret: Any,
 ) -> Array:
     """sum_j tile(row_i, column_j), shape (batch, m, outputs); with `skip`, max_j instead, where
     batches to skip hold anything.
