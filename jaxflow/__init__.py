@@ -7,26 +7,39 @@ The map, in reading order:
     measure      mu                    Measure, and samplers in `jaxflow.measure`
     geometry     where tokens live     Sphere, Euclidean
     field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b
+    time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
     flow         X -> mu(T)            flow(field, mu0, t1=...)
     observables  functions of (t, mu)  `jaxflow.observables`
+    models       embed, flow, read out `jaxflow.models`, trained by `jaxflow.training`
     pictures     `jaxflow.viz`
 
 All attention runs through one operation, `softmax_expectation`.
 """
 
-from . import measure, observables, solvers, viz
+from . import measure, models, observables, solvers, training, viz
 from .fields import (
     AbstractField,
+    Constant,
     FeedForward,
+    Fourier,
     Hardmax,
+    HyperNetwork,
+    LayerNorm,
+    Legendre,
     Linear,
     LinearDrift,
     MultiHeadAttention,
+    PeriNorm,
+    PiecewiseConstant,
+    PiecewiseLinear,
+    PreNorm,
+    RMSNorm,
     Scaled,
     SelfAttention,
     Sinkhorn,
     Softmax,
     Sum,
+    TimeDependent,
     Unnormalised,
     divergence,
 )
@@ -39,29 +52,42 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AbstractField",
+    "Constant",
     "Euclidean",
     "FeedForward",
     "FlowError",
     "FlowSolution",
+    "Fourier",
     "Hardmax",
+    "HyperNetwork",
+    "LayerNorm",
+    "Legendre",
     "Linear",
     "LinearDrift",
     "Measure",
     "MultiHeadAttention",
+    "PeriNorm",
+    "PiecewiseConstant",
+    "PiecewiseLinear",
+    "PreNorm",
+    "RMSNorm",
     "Scaled",
     "SelfAttention",
     "Sinkhorn",
     "Softmax",
     "Sphere",
     "Sum",
+    "TimeDependent",
     "Unnormalised",
     "divergence",
     "flow",
     "measure",
     "memory_estimate",
+    "models",
     "observables",
     "select_backend",
     "softmax_expectation",
     "solvers",
+    "training",
     "viz",
 ]

@@ -21,9 +21,17 @@ from jaxtyping import Array
 
 from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
 from .fields import AbstractField
+from .fields.time import breakpoints
 from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
-from .solvers import Retracted, evaluations_per_step
+from .solvers import (
+    AbstractSplitting,
+    Frozen,
+    PiecewiseSteps,
+    Retracted,
+    default_adjoint,
+    evaluations_per_step,
+)
 
 Observables = Mapping[str, Callable[[Any, Measure], Any]]
 
@@ -133,7 +141,15 @@ def flow(
     if stepsize_controller is None:
         stepsize_controller = _default_controller(solver, dt0, dtype)
     _check_memory(memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps))
+    stepsize_controller = _at_breakpoints(stepsize_controller, breakpoints(field), adjoint, solver)
+    if adjoint == diffrax.RecursiveCheckpointAdjoint() and isinstance(
+        stepsize_controller, diffrax.StepTo
+    ):
+        adjoint = default_adjoint(len(stepsize_controller.ts) - 1)
     timelike = lambda t: None if t is None else jnp.asarray(t, dtype)
+    if not is_concrete(t0, t1):
+        late = ~(jnp.asarray(t0) <= jnp.asarray(t1))
+        t1 = eqx.error_if(t1, late, "t1 must not be less than t0: flow along -field instead.")
     saveat = jtu.tree_map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, saveat)
     try:
         sol, last, finite = _solve(
@@ -151,10 +167,7 @@ def flow(
         )
     except TypeError as error:
         if "forward-mode" in str(error) and "custom_vjp" in str(error):
-            raise TypeError(
-                f"forward mode does not pass through {type(adjoint).__name__}; pass "
-                "adjoint=diffrax.ForwardMode(), or diffrax.DirectAdjoint() for both modes."
-            ) from error
+            raise TypeError(_without_forward_mode(field, adjoint)) from error
         raise
     return _check_solution(sol, last, finite, field, t1, max_steps) if throw else sol
 
@@ -175,15 +188,17 @@ def _solve(
 ):
     geometry, log_weights = field.geometry, mu0.log_weights
     t0, t1, dt0 = times
-    t1 = eqx.error_if(t1, ~(t0 <= t1), "t1 must not be less than t0: flow along -field instead.")
-    y0 = eqx.error_if(
-        mu0.points,
-        ~geometry.contains(mu0.points).all(),
-        f"the points must lie on {geometry}: retract them first.",
-    )
+    y0 = mu0.points
     # These two run the same solver on an augmented state, or save nothing but the state.
     plain = isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint)
+    if jumps := breakpoints(field):
+        solver = solver if plain else Frozen(solver, jumps)
     if not isinstance(geometry, Euclidean):
+        y0 = eqx.error_if(
+            y0,
+            ~geometry.contains(y0).all(),
+            f"the points must lie on {geometry}: retract them first.",
+        )
         y0 = geometry.retract(y0)
         solver = solver if plain else Retracted(solver, geometry)
     inner = saveat if plain else _saving(saveat, geometry)
@@ -330,6 +345,34 @@ def _default_controller(solver, dt0, dtype):
     return diffrax.ConstantStepSize()
 
 
+def _at_breakpoints(controller, jumps, adjoint, solver):
+    """The controller, made to end a step at each breakpoint of the field."""
+    backsolve = isinstance(adjoint, diffrax.BacksolveAdjoint)
+    if backsolve and isinstance(solver, AbstractSplitting):
+        raise ValueError(
+            "BacksolveAdjoint solves an equation of its own, which cannot be split. Use "
+            "diffrax.RecursiveCheckpointAdjoint() with a splitting method."
+        )
+    if not jumps:
+        return controller
+    if isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
+        return diffrax.ClipStepSizeController(controller, jump_ts=jnp.asarray(jumps))
+    if backsolve:
+        raise ValueError(
+            "BacksolveAdjoint with a field made of pieces needs an adaptive step size, which "
+            "stops before each breakpoint and restarts after it."
+        )
+    if isinstance(controller, diffrax.ConstantStepSize):
+        return PiecewiseSteps(jumps)
+    if isinstance(controller, diffrax.StepTo) and is_concrete(controller.ts):
+        ts = np.asarray(controller.ts)
+        inside = [t for t in jumps if ts[0] < t < ts[-1]]
+        gap = [t for t in inside if np.abs(ts - t).min() > 1e-6 * np.abs(ts).max()]
+        if gap:
+            raise ValueError(f"StepTo(ts) must step to each breakpoint of the field, not to {gap}.")
+    return controller
+
+
 def _traced_tolerances(controller, dtype):
     """Tolerances as arrays: a new value is then no new program."""
     is_pid = lambda x: isinstance(x, diffrax.PIDController)
@@ -379,6 +422,20 @@ def _check_input(field, mu0, t0, t1):
                 f"{where} has length {np.linalg.norm(points[where]):.6g}. Retract them first "
                 "(field.geometry.retract(points)), or pass another geometry to the field."
             )
+
+
+def _without_forward_mode(field, adjoint) -> str:
+    if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint):
+        return (
+            f"forward mode does not pass through {type(adjoint).__name__}; pass "
+            "adjoint=diffrax.ForwardMode(), or diffrax.DirectAdjoint() for both modes."
+        )
+    return (
+        f"forward mode passes through {type(adjoint).__name__}, but not through a jax.custom_vjp "
+        f"function, and one is evaluated inside the solve: look in the field "
+        f"{type(field).__name__}, then in what is observed, saved or an event. Give it a "
+        "jax.custom_jvp rule, which serves both modes, or leave the derivative to JAX."
+    )
 
 
 def _check_solution(sol: FlowSolution, last, finite, field, t1, max_steps) -> FlowSolution:

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._types import ArrayLike, Scalar, ScalarLike, is_concrete
+from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype, is_concrete
 from ..geometry import AbstractGeometry, Euclidean, Sphere
-from ..kernels.expectation import Window
+from ..kernels.expectation import Window, band
 from ..measure import Measure
-from .base import AbstractDivergenceField
+from .base import AbstractDivergenceField, divergence_by_derivatives, visible_log_weights
 from .interactions import AbstractInteraction, Softmax, Tokens
 
 
@@ -98,16 +98,22 @@ class SelfAttention(AbstractDivergenceField):
         force = partial(self._force, mu=mu)
         return _divergence(self.geometry, force, self._trace(x, mu), x)
 
+    def attend(self, t, x, keys_values, index):
+        left = None if self.window is None else band(True, self.window)[0]
+        mu = Measure(keys_values, visible_log_weights(keys_values, index, left))
+        tokens = self.tokens(mu)._replace(causal=False, window=None)
+        return self.geometry.project(x, self._force(x, mu, tokens))
+
     def tokens(self, mu: Measure) -> Tokens:
         """What the interaction sees of mu: Q y, K y, the log-weights and the mask."""
         y = mu.points
         queries, keys = _apply(self.query, y), _apply(self.key, y)
         return Tokens(queries, keys, mu.log_weights, self.causal, self.window, self.backend)
 
-    def _force(self, x, mu):
-        """F(x) = V E_{mu_x}[y]; V acts on whichever is fewer, tokens or queries."""
+    def _force(self, x, mu, tokens=None):
+        """F(x) = V E_{mu_x}[y]; V acts on the queries."""
         _check_query(x, mu)
-        q, tokens = _apply(self.query, x), self.tokens(mu)
+        q, tokens = _apply(self.query, x), tokens or self.tokens(mu)
         mean = self.interaction.expectation(q, tokens, mu.points, self.beta)
         return _apply(self.value, mean)
 
@@ -127,7 +133,11 @@ class MultiHeadAttention(AbstractDivergenceField):
     **Arguments:**
 
     - `dim`: the dimension d of a token; `heads`: H, a divisor of d. The head dimension is p = d/H.
-    - `beta`: default 1/sqrt(p) (Vaswani et al. 2017).
+    - `beta`: a number or array is a parameter; `None` is the constant 1/sqrt(p)
+      (Vaswani et al. 2017).
+    - `rotary`: `None`, or the base of rotary position embeddings, usually 10000 (Su et al., arXiv
+      2104.09864): the query and key of the token with index i are turned by the angles
+      i base^{-2k/p}, k < p/2, in the planes (k, k + p/2).
     - `interaction`, `causal`, `window`, `geometry`, `backend`: as in [`jaxflow.SelfAttention`][].
     - `key`: PRNG key of the parameters: Q, K, V ~ N(0, 1/d), O ~ N(0, 1/d).
 
@@ -138,7 +148,8 @@ class MultiHeadAttention(AbstractDivergenceField):
     key: Float[Array, "H p d"]
     value: Float[Array, "H p d"]
     output: Float[Array, "H d p"]
-    beta: Scalar
+    beta: Scalar | None
+    rotary: float | None = eqx.field(static=True)
     interaction: AbstractInteraction
     causal: bool = eqx.field(static=True)
     window: Window = eqx.field(static=True)
@@ -151,6 +162,7 @@ class MultiHeadAttention(AbstractDivergenceField):
         heads: int,
         *,
         beta: ScalarLike | None = None,
+        rotary: float | None = None,
         interaction: AbstractInteraction = Softmax(),
         causal: bool = False,
         window: Window = None,
@@ -161,13 +173,16 @@ class MultiHeadAttention(AbstractDivergenceField):
         if heads < 1 or dim < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}.")
         p = dim // heads
+        if rotary is not None and p % 2:
+            raise ValueError(f"rotary embeddings need an even head dimension, got {p}.")
         shapes = [(heads, p, dim)] * 3 + [(heads, dim, p)]
         keys = jax.random.split(key, 4)
         matrices = [
             jax.random.normal(k, s) / np.sqrt(dim) for k, s in zip(keys, shapes, strict=True)
         ]
         self.query, self.key, self.value, self.output = matrices
-        self.beta = _temperature(1 / np.sqrt(p) if beta is None else beta)
+        self.beta = None if beta is None else _temperature(beta)
+        self.rotary = rotary
         self.interaction = interaction
         self.causal = causal
         self.window = window
@@ -178,29 +193,71 @@ class MultiHeadAttention(AbstractDivergenceField):
         return self.geometry.project(x, self._force(x, mu))
 
     def divergence(self, t, x, mu):
+        if self.rotary is not None:  # k' depends on the query then
+            return divergence_by_derivatives(self, t, x, mu)
         force = partial(self._force, mu=mu)
         return _divergence(self.geometry, force, self._trace(x, mu), x)
 
-    def _tokens(self, query, key, mu):
-        queries, keys = _apply(query, mu.points), _apply(key, mu.points)
-        return Tokens(queries, keys, mu.log_weights, self.causal, self.window, self.backend)
+    def keys_values(self, t, y, start=0):
+        """K_h y and V_h y, `(n, H, p)` each."""
+        return self._turn(_heads(self.key, y), start), _heads(self.value, y)
+
+    def attend(self, t, x, keys_values, index):
+        keys, values = keys_values
+        left = None if self.window is None else band(True, self.window)[0]
+        log_weights = visible_log_weights(keys, index, left)
+        queries = self._turn(_heads(self.query, x), index)
+        tokens = lambda own, k: Tokens(own, k, log_weights, backend=self.backend)
+        return self.geometry.project(x, self._mean(queries, tokens, keys, values, None))
+
+    @property
+    def _scale(self) -> Scalar:
+        return jnp.asarray(self.query.shape[1] ** -0.5) if self.beta is None else self.beta
+
+    def _turn(self, z, start):
+        """Rotary position embedding of queries or keys (n, H, p)."""
+        if self.rotary is None:
+            return z
+        n, _, p = z.shape
+        rates = self.rotary ** (-2 * np.arange(p // 2) / p)
+        places = (start + jnp.arange(n)).astype(accumulation_dtype(z.dtype))
+        angles = (places[:, None] * jnp.asarray(rates, places.dtype)[None])[:, None, :]
+        cos, sin = jnp.cos(angles).astype(z.dtype), jnp.sin(angles).astype(z.dtype)
+        a, b = z[..., : p // 2], z[..., p // 2 :]
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
     def _force(self, x, mu):
         _check_query(x, mu)
+        queries = self._turn(_heads(self.query, x), 0)
 
-        def head(query, key, value):
-            q, tokens = _apply(query, x), self._tokens(query, key, mu)
-            return self.interaction.expectation(q, tokens, _apply(value, mu.points), self.beta)
+        def tokens(q, k):
+            return Tokens(q, k, mu.log_weights, self.causal, self.window, self.backend)
 
-        means = jax.vmap(head)(self.query, self.key, self.value)
-        return jnp.einsum("hmp,hdp->md", means, self.output.astype(x.dtype), precision="highest")
+        keys, values = self.keys_values(0.0, mu.points)
+        # Sinkhorn attention scores tokens with tokens, so it takes their queries too.
+        own = queries if x is mu.points else self._turn(_heads(self.query, mu.points), 0)
+        return self._mean(queries, tokens, keys, values, own)
+
+    def _mean(self, queries, tokens, keys, values, own):
+        """sum_h O_h E^h[v] from arrays (n, H, p)."""
+
+        def head(q, own, k, v):
+            return self.interaction.expectation(q, tokens(own, k), v, self._scale)
+
+        axes = 1, None if own is None else 1, 1, 1
+        means = jax.vmap(head, in_axes=axes, out_axes=1)(queries, own, keys, values)
+        m, heads, p = means.shape
+        output = self.output.astype(means.dtype).transpose(0, 2, 1).reshape(heads * p, -1)
+        return jnp.matmul(means.reshape(m, heads * p), output, precision="highest")
 
     def _trace(self, x, mu):
         def head(query, key, value, output):
-            q, tokens = _apply(query, x), self._tokens(query, key, mu)
-            slopes = self.beta.astype(x.dtype) * _apply_transpose(query, tokens.keys)
-            values = _apply(output, _apply(value, mu.points))
-            return self.interaction.trace(q, tokens, values, slopes, self.beta)
+            q, y = _apply(query, x), mu.points
+            own, keys = _apply(query, y), _apply(key, y)
+            tokens = Tokens(own, keys, mu.log_weights, self.causal, self.window, self.backend)
+            slopes = self._scale.astype(x.dtype) * _apply_transpose(query, keys)
+            values = _apply(output, _apply(value, y))
+            return self.interaction.trace(q, tokens, values, slopes, self._scale)
 
         return jax.vmap(head)(self.query, self.key, self.value, self.output).sum(axis=0)
 
@@ -223,6 +280,12 @@ def _apply(matrix: Array | None, x: Float[Array, "n d"]):
     if matrix is None:
         return x
     return jnp.matmul(x, matrix.astype(x.dtype).T, precision="highest")
+
+
+def _heads(matrices: Float[Array, "H p d"], x: Float[Array, "n d"]) -> Float[Array, "n H p"]:
+    """x_j -> A_h x_j for each head, as one product."""
+    heads, p, d = matrices.shape
+    return _apply(matrices.reshape(heads * p, d), x).reshape(len(x), heads, p)
 
 
 def _apply_transpose(matrix: Array | None, x: Float[Array, "n p"]):

@@ -7,13 +7,14 @@ are tangent to it.
 
 import abc
 from functools import reduce
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._types import ScalarLike
+from .._types import ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry
 from ..measure import Measure
 
@@ -30,6 +31,20 @@ class AbstractField(eqx.Module):
     @abc.abstractmethod
     def __call__(self, t: ScalarLike, x: Float[Array, "m d"], mu: Measure) -> Float[Array, "m d"]:
         """X_t[mu](x_i) for each row of x."""
+
+    # A causal flow can be continued by one token without moving the others again: a field is the
+    # composition of what it keeps of the tokens and what a query makes of that.
+
+    def keys_values(self, t: ScalarLike, y: Float[Array, "n d"], start: ScalarLike = 0) -> Any:
+        """What the field keeps of tokens, of which `start` is the index of the first: arrays with
+        the tokens along their first axis. By default the tokens themselves."""
+        return y
+
+    def attend(
+        self, t: ScalarLike, x: Float[Array, "1 d"], keys_values: Any, index: ScalarLike
+    ) -> Float[Array, "1 d"]:
+        """X_t[mu](x) of the one query with this index, mu the tokens of `keys_values` up to it."""
+        return self(t, x, Measure(keys_values, visible_log_weights(keys_values, index)))
 
     def __add__(self, other: "AbstractField") -> "Sum":
         return Sum((self, other))
@@ -76,6 +91,13 @@ class Sum(AbstractDivergenceField):
     def __call__(self, t, x, mu):
         return reduce(jnp.add, [field(t, x, mu) for field in self.fields])
 
+    def keys_values(self, t, y, start=0):
+        return tuple(field.keys_values(t, y, start) for field in self.fields)
+
+    def attend(self, t, x, keys_values, index):
+        pairs = zip(self.fields, keys_values, strict=True)
+        return reduce(jnp.add, [field.attend(t, x, kept, index) for field, kept in pairs])
+
     def divergence(self, t, x, mu):
         return reduce(jnp.add, [divergence(field, t, x, mu) for field in self.fields])
 
@@ -98,6 +120,12 @@ class Scaled(AbstractDivergenceField):
 
     def __call__(self, t, x, mu):
         return self.factor.astype(x.dtype) * self.field(t, x, mu)
+
+    def keys_values(self, t, y, start=0):
+        return self.field.keys_values(t, y, start)
+
+    def attend(self, t, x, keys_values, index):
+        return self.factor.astype(x.dtype) * self.field.attend(t, x, keys_values, index)
 
     def divergence(self, t, x, mu):
         return self.factor.astype(x.dtype) * divergence(self.field, t, x, mu)
@@ -134,16 +162,32 @@ def divergence(
         )
     if key is None and isinstance(field, AbstractDivergenceField):
         return field.divergence(t, x, mu)
-    project, velocity = field.geometry.project, lambda x: field(t, x, mu)
-
-    def along(z):
-        """<P z, DX P z>, one row a query."""
-        tangent = project(x, jnp.broadcast_to(z, x.shape))
-        return (tangent * jax.jvp(velocity, (x,), (tangent,))[1]).sum(axis=1)
-
     if key is None:
-        return jax.vmap(along)(jnp.eye(mu.d, dtype=x.dtype)).sum(axis=0)
+        return divergence_by_derivatives(field, t, x, mu)
     if samples < 1:
         raise ValueError(f"Hutchinson's estimate needs at least one sample, got {samples}.")
     z = jax.random.rademacher(key, (samples, *x.shape), x.dtype)
-    return jax.vmap(along)(z).mean(axis=0)
+    return jax.vmap(_derivative_along(field, t, x, mu))(z).mean(axis=0)
+
+
+def divergence_by_derivatives(field: AbstractField, t, x: Float[Array, "m d"], mu: Measure):
+    """The exact divergence of any field, by d forward-mode derivatives."""
+    along = _derivative_along(field, t, x, mu)
+    return jax.vmap(along)(jnp.eye(mu.d, dtype=x.dtype)).sum(axis=0)
+
+
+def _derivative_along(field, t, x, mu):
+    """z -> <P z, DX P z>, one row a query."""
+
+    def along(z):
+        tangent = field.geometry.project(x, jnp.broadcast_to(z, x.shape))
+        return (tangent * jax.jvp(lambda x: field(t, x, mu), (x,), (tangent,))[1]).sum(axis=1)
+
+    return along
+
+
+def visible_log_weights(kept: Array, index: ScalarLike, left: int | None = None):
+    """Log-weights that show a query the tokens up to its index, and `left` before it at most."""
+    j = jnp.arange(len(kept))
+    seen = j <= index if left is None else (j <= index) & (j >= index - left)
+    return jnp.where(seen, 0.0, -jnp.inf).astype(accumulation_dtype(kept.dtype))

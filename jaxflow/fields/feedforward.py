@@ -52,7 +52,16 @@ class FeedForward(AbstractField):
         self.activation = activation
         self.geometry = geometry
 
+    def keys_values(self, t, y, start=0):
+        return None
+
+    def attend(self, t, x, keys_values, index):
+        return self._velocity(x)
+
     def __call__(self, t, x, mu):
+        return self._velocity(x)
+
+    def _velocity(self, x):
         w1, b1, w2, b2 = (
             a.astype(x.dtype)
             for a in (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
@@ -80,7 +89,16 @@ class LinearDrift(AbstractField):
         self.matrix = matrix
         self.geometry = geometry
 
+    def keys_values(self, t, y, start=0):
+        return None
+
+    def attend(self, t, x, keys_values, index):
+        return self._velocity(x)
+
     def __call__(self, t, x, mu):
+        return self._velocity(x)
+
+    def _velocity(self, x):
         matrix = self.matrix.astype(x.dtype)
         if matrix.ndim == 0:
             return self.geometry.project(x, matrix * x)

@@ -1,0 +1,147 @@
+"""The blocks of a model, and the curves that they make."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..fields import (
+    AbstractCurve,
+    AbstractField,
+    AbstractNorm,
+    Constant,
+    FeedForward,
+    HyperNetwork,
+    Legendre,
+    MultiHeadAttention,
+    PeriNorm,
+    PiecewiseConstant,
+    PiecewiseLinear,
+    PreNorm,
+    TimeDependent,
+)
+from ..geometry import Euclidean, Sphere
+from .base import Depth
+
+STD = 0.02  # of the initial weights, as in GPT-2
+
+CurveOf = Callable[[list[AbstractField], float], AbstractCurve]
+
+
+# ------------------------------------------------------------------ curves of L blocks
+
+
+def layered(blocks: list[AbstractField], t1: float) -> PiecewiseConstant:
+    """L blocks one after the other: a transformer."""
+    return PiecewiseConstant(blocks, np.linspace(0, t1, len(blocks) + 1))
+
+
+def shared(blocks: list[AbstractField], t1: float) -> Constant:
+    """The first block at every depth."""
+    return Constant(blocks[0])
+
+
+def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
+    """The blocks at equal distances, and what is linear between them."""
+    if len(blocks) < 2:
+        raise ValueError("interpolation needs at least two blocks.")
+    return PiecewiseLinear(blocks, np.linspace(0, t1, len(blocks)))
+
+
+def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
+    """L Legendre polynomials, at the start of training constant in time: the first block."""
+    nothing = lambda a: 0 * a if eqx.is_inexact_array(a) else a
+    rest = [jax.tree.map(nothing, block) for block in blocks[1:]]
+    return Legendre([blocks[0], *rest], 0.0, t1)
+
+
+def hypernetwork(
+    blocks: list[AbstractField], t1: float, *, width: int = 64, rank: int | None = 8
+) -> HyperNetwork:
+    """One block, moved in time by a network of rank `rank`."""
+    return HyperNetwork(blocks[0], width=width, rank=rank, t1=t1, key=jax.random.key(0))
+
+
+# ------------------------------------------------------------------ one block
+
+
+class Block(eqx.Module):
+    """Makes the field of one block, attention + feed-forward, from a PRNG key."""
+
+    dim: int
+    heads: int
+    width: int
+    activation: Callable
+    placement: str
+    norm: type[AbstractNorm]
+    dtype: Any
+    causal: bool = False
+    rotary: bool = False
+    backend: str | None = None
+
+    def __check_init__(self):
+        if self.placement not in ("pre", "peri", "post"):
+            raise ValueError(f'placement must be "pre", "peri" or "post", got {self.placement!r}.')
+
+    def __call__(self, key: PRNGKeyArray) -> AbstractField:
+        first, second = jax.random.split(key)
+        sphere = self.placement == "post"
+        geometry = Sphere(math.sqrt(self.dim)) if sphere else Euclidean()
+        attention = MultiHeadAttention(
+            self.dim,
+            self.heads,
+            causal=self.causal,
+            rotary=10000.0 if self.rotary else None,
+            geometry=geometry,
+            backend=self.backend,
+            key=first,
+        )
+        if not self.width:
+            return self._normalised(attention)
+        forward = FeedForward(self.dim, self.width, self.activation, geometry=geometry, key=second)
+        return self._normalised(attention) + self._normalised(forward)
+
+    def _normalised(self, field: AbstractField) -> AbstractField:
+        if self.placement == "post":
+            return field
+        field = PreNorm(field, self.norm(self.dim), dtype=self.dtype)
+        return PeriNorm(field, self.norm(self.dim)) if self.placement == "peri" else field
+
+
+def blocks(make, layers, curve, depth: Depth, key) -> TimeDependent:
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}.")
+    blocks = [_small(make(k), layers) for k in jax.random.split(key, layers)]
+    return TimeDependent(curve(blocks, depth.t1))
+
+
+def _small(block: AbstractField, layers: int) -> Any:
+    """GPT-2's initial scale of the weights, with those that end a block over sqrt(2 L)."""
+    ends = ("output", "weight_out")
+
+    def scaled(path, a):
+        if not eqx.is_inexact_array(a) or a.ndim < 2:
+            return a
+        last = getattr(path[-1], "name", "") in ends
+        return a * (STD / jnp.std(a)) / (math.sqrt(2 * layers) if last else 1)
+
+    return jax.tree_util.tree_map_with_path(scaled, block)
+
+
+# ------------------------------------------------------------------ pieces
+
+
+def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch features"]):
+    y = project(x, layer.weight, None)
+    return y if layer.bias is None else y + jnp.broadcast_to(layer.bias, y.shape)
+
+
+def project(x, matrix, dtype):
+    """x R^T, computed in `dtype`, in the dtype of x."""
+    operands = x.astype(dtype or x.dtype), matrix.T.astype(dtype or x.dtype)
+    return jnp.matmul(*operands, precision="highest", preferred_element_type=x.dtype)

@@ -1,0 +1,163 @@
+"""Generation of text, token by token, with keys and values cached per stage of the solver.
+
+A causal flow moves the tokens of a text without regard to those that follow. The stages of the
+solver ask the field for X_t[mu](x) at the same times for every token, so the keys and values of
+each stage are kept, and a new token is integrated alone.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._types import Scalar, is_concrete
+from ..fields.time import frozen
+from ..measure import Measure
+from ..solvers import explicit_step
+
+
+class Chooser(eqx.Module):
+    """Draws a token from logits.
+
+    **Arguments:** `temperature`, `top_k`, `top_p` as in `LanguageModel.generate`.
+    """
+
+    temperature: Scalar
+    top_k: int | None = eqx.field(static=True)
+    top_p: float | None = eqx.field(static=True)
+
+    def __call__(self, logits: Float[Array, " vocabulary"], key) -> Int[Array, ""]:
+        best = jnp.argmax(logits)
+        logits = logits / jnp.where(self.temperature > 0, self.temperature, 1)
+        logits = self._restricted(logits)
+        return jnp.where(self.temperature > 0, jax.random.categorical(key, logits), best)
+
+    def _restricted(self, logits):
+        # Ties at the border are kept.
+        ordered = jnp.sort(logits)[::-1]
+        least = jnp.full((), -jnp.inf, logits.dtype)
+        if self.top_k is not None:
+            least = ordered[min(self.top_k, len(logits)) - 1]
+            ordered = jnp.where(ordered >= least, ordered, -jnp.inf)
+        if self.top_p is not None:
+            before = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
+            kept = jnp.where(before < self.top_p, ordered, jnp.inf)
+            least = jnp.maximum(least, kept.min())
+        return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def check(prompt, length: int, temperature, top_k, top_p, key):
+    if prompt.ndim != 1 or not len(prompt) or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ValueError(
+            f"the prompt must be at least one token, integers of shape (n,); got {prompt.dtype} "
+            f"{prompt.shape}. jax.vmap over prompts makes a batch."
+        )
+    if length < 0:
+        raise ValueError(f"length, the number of tokens to add, must not be negative: {length}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
+    if is_concrete(temperature) and not (0 <= temperature < math.inf):
+        raise ValueError(f"the temperature must be 0 or positive, got {temperature}.")
+    if key is None and not (is_concrete(temperature) and temperature == 0):
+        raise ValueError("drawing tokens needs key=jax.random.key(...); temperature=0 needs none.")
+
+
+# ------------------------------------------------------------------ without a cache
+
+
+@partial(eqx.filter_jit, donate="none")
+def plainly(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys):
+    """Each token by the whole flow of the last `context` tokens."""
+    n, window = len(tokens), min(len(tokens) + length, model.context)
+    room = jnp.concatenate([tokens, jnp.zeros(length, tokens.dtype)])
+
+    def step(i, room):
+        # What lies after token i does not reach it.
+        start = jnp.clip(i + 1 - window, 0, None)
+        seen = jax.lax.dynamic_slice_in_dim(room, start, window)
+        logits = model(seen)[i - start]
+        return room.at[i + 1].set(choose(logits, keys[i + 1 - n]).astype(room.dtype))
+
+    return jax.lax.fori_loop(n - 1, n - 1 + length, step, room)
+
+
+# ------------------------------------------------------------------ with a cache
+
+
+@partial(eqx.filter_jit, donate="none")
+def cached(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys):
+    """Each token by its own flow, past the keys and values that the others left."""
+    n = len(tokens)
+    x, caches = _flow_of_prompt(model, model.embed(tokens).points, n + length)
+    first = choose(_logits(model, x[-1:]), keys[0]).astype(tokens.dtype)
+
+    def step(carry, inputs):
+        token, caches = carry
+        index, key = inputs
+        x, caches = _flow_of_token(model, model.embed_at(token[None], index), caches, index)
+        token = choose(_logits(model, x), key).astype(token.dtype)
+        return (token, caches), token
+
+    inputs = n + jnp.arange(length - 1), keys[1:]
+    _, rest = jax.lax.scan(step, (first, caches), inputs)
+    return jnp.concatenate([tokens, first[None], rest])
+
+
+def _logits(model, x):
+    return model.read_out(Measure(x))[0]
+
+
+def _over_steps(model, step: Callable, y, caches=None):
+    """(y, caches) of step(field, t0, t1, y, cache) over the steps of the depth."""
+    ts = model.depth.times
+
+    def body(y, inputs):
+        t0, t1, cache = inputs
+        return step(frozen(model.field, t0 + 0.5 * (t1 - t0)), t0, t1, y, cache)
+
+    return jax.lax.scan(body, y, (ts[:-1], ts[1:], caches))
+
+
+def _flow_of_prompt(model, x: Float[Array, "n d"], room: int) -> tuple[Array, Any]:
+    """The tokens at time T, and what each stage of each step keeps of them, with room for more."""
+    geometry, solver = model.field.geometry, model.depth.solver
+    pad = lambda a: jnp.pad(a, [(0, room - len(a))] + [(0, 0)] * (a.ndim - 1))
+
+    def step(field, t0, t1, y, _):
+        kept = []
+
+        def evaluate(part, t, z):
+            z = geometry.retract(z)
+            kept.append(jax.tree.map(pad, part.keys_values(t, z)))
+            return part(t, z, Measure(z))
+
+        y = geometry.retract(explicit_step(solver, field, t0, t1, y, evaluate))
+        return y, tuple(kept)
+
+    return _over_steps(model, step, x)
+
+
+def _flow_of_token(model, x: Float[Array, "1 d"], caches, index) -> tuple[Array, Any]:
+    """The token of this index at time T, and the caches with it."""
+    geometry, solver = model.field.geometry, model.depth.solver
+    put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, index, axis=0)
+
+    def step(field, t0, t1, y, cache):
+        kept, stages = [], iter(cache)
+
+        def evaluate(part, t, z):
+            z = geometry.retract(z)
+            kept.append(jax.tree.map(put, next(stages), part.keys_values(t, z, index)))
+            return part.attend(t, z, kept[-1], index)
+
+        y = geometry.retract(explicit_step(solver, field, t0, t1, y, evaluate))
+        return y, tuple(kept)
+
+    return _over_steps(model, step, x, caches)

@@ -1,0 +1,95 @@
+"""The image classifier."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..fields import AbstractField, AbstractNorm, LayerNorm
+from ..measure import Measure
+from .base import AbstractModel, Depth
+from .blocks import STD, Block, CurveOf, blocks, layered, linear
+
+
+class ImageClassifier(AbstractModel):
+    """Attention and feed-forward on the patches of an image (arXiv 2010.11929).
+
+    **Arguments:**
+
+    - `shape`: (height, width, channels) of the images; `classes`; `patch`: the side of a patch, a
+      divisor of height and width.
+    - `dim`, `heads`, `layers`, `width`, `activation`, `curve`, `depth`, `placement`, `norm`,
+      `dtype`, `backend`, `key`: as in [`jaxflow.models.LanguageModel`][]. `width=0` leaves out the
+      feed-forward parts.
+    - `class_token`: read out from a token of its own instead of from the mean of the patches.
+
+    Called with images `(*batch, height, width, channels)` it returns logits `(*batch, classes)`.
+    """
+
+    embedding: eqx.nn.Linear
+    positions: Float[Array, "n d"]
+    class_token: Float[Array, "1 d"] | None
+    field: AbstractField
+    norm: AbstractNorm
+    output: eqx.nn.Linear
+    depth: Depth
+    shape: tuple[int, int, int] = eqx.field(static=True)
+    patch: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        dim: int,
+        heads: int,
+        layers: int,
+        *,
+        patch: int,
+        width: int | None = None,
+        activation: Callable = jax.nn.gelu,
+        curve: CurveOf = layered,
+        depth: Depth | None = None,
+        placement: str = "pre",
+        norm: type[AbstractNorm] = LayerNorm,
+        class_token: bool = False,
+        dtype: Any = None,
+        backend: str | None = None,
+        key: PRNGKeyArray,
+    ):
+        height, wide, channels = shape
+        if patch < 1 or height % patch or wide % patch:
+            raise ValueError(f"patch must divide the image, got {patch} for {height} x {wide}.")
+        keys = jax.random.split(key, 5)
+        n = height // patch * (wide // patch)
+        self.depth = depth or Depth(t1=float(layers), steps=layers)
+        hidden = 4 * dim if width is None else width
+        block = Block(dim, heads, hidden, activation, placement, norm, dtype, backend=backend)
+        self.field = blocks(block, layers, curve, self.depth, keys[0])
+        self.embedding = eqx.nn.Linear(patch * patch * channels, dim, key=keys[1])
+        self.positions = STD * jax.random.normal(keys[2], (n, dim))
+        self.class_token = STD * jax.random.normal(keys[3], (1, dim)) if class_token else None
+        self.norm = norm(dim)
+        self.output = eqx.nn.Linear(dim, classes, key=keys[4])
+        self.shape = shape
+        self.patch = patch
+
+    def embed(self, inputs: Float[Array, "*batch height width channels"]) -> Measure:
+        if inputs.shape[-3:] != self.shape:
+            raise ValueError(f"images must have shape {self.shape}, got {inputs.shape[-3:]}.")
+        batch, (height, wide, channels), p = inputs.shape[:-3], self.shape, self.patch
+        x = inputs.reshape(-1, height // p, p, wide // p, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(*batch, len(self.positions), p * p * channels)
+        x = linear(self.embedding, x)
+        x = x + jnp.broadcast_to(self.positions, x.shape)
+        if self.class_token is not None:
+            first = jnp.broadcast_to(self.class_token, (*batch, *self.class_token.shape))
+            x = jnp.concatenate([first, x], axis=-2)
+        return Measure(self.field.geometry.retract(x))
+
+    def read_out(self, mu: Measure) -> Float[Array, "*batch classes"]:
+        x = self.norm(mu.points)
+        pooled = x.mean(axis=-2) if self.class_token is None else x[..., 0, :]
+        return linear(self.output, pooled)

@@ -1,0 +1,151 @@
+"""The causal language model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._types import ScalarLike
+from ..fields import AbstractField, AbstractNorm, LayerNorm
+from ..measure import Measure
+from ..solvers import is_explicit
+from . import generation
+from .base import AbstractModel, Depth
+from .blocks import STD, Block, CurveOf, blocks, layered, project
+
+
+class LanguageModel(AbstractModel):
+    """A causal language model whose depth is time.
+
+        x_i(0) = E[token_i] + position_i,   logits_i = R N(x_i(T))
+
+    With the default depth it is GPT-2's pre-LN transformer (without biases in attention).
+
+    **Arguments:**
+
+    - `vocab_size`; `dim`: d; `heads`: H; `layers`: L, the number of blocks; `context`: the
+      longest input.
+    - `width`: of the feed-forward layers, default 4 d; `activation`: theirs.
+    - `curve`: makes the parameters' curve from L blocks and t1; see [`jaxflow.models.layered`][].
+    - `depth`: default L steps of length 1.
+    - `placement`: "pre", "peri" or "post", where tokens are normalised
+      (jaxflow/fields/normalisation.py); `norm`: `LayerNorm` or `RMSNorm`.
+    - `rotary`: rotary embeddings of positions instead of learned ones.
+    - `tied`: R = E; else R has weights of its own.
+    - `dtype`: of attention and feed-forward, such as bfloat16; parameters and state are float32.
+    - `backend`: of attention, as in [`jaxflow.softmax_expectation`][].
+    - `key`: PRNG key. Weights are N(0, 0.02^2), those that end a block over sqrt(2 L) (GPT-2).
+
+    Called with tokens `(*batch, n)`, integers, it returns logits `(*batch, n, vocab_size)`.
+    """
+
+    embedding: Float[Array, "vocabulary d"]
+    positions: Float[Array, "context d"] | None
+    field: AbstractField
+    norm: AbstractNorm
+    output: Float[Array, "vocabulary d"] | None
+    depth: Depth
+    context: int = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        heads: int,
+        layers: int,
+        context: int,
+        *,
+        width: int | None = None,
+        activation: Callable = jax.nn.gelu,
+        curve: CurveOf = layered,
+        depth: Depth | None = None,
+        placement: str = "pre",
+        norm: type[AbstractNorm] = LayerNorm,
+        rotary: bool = False,
+        tied: bool = True,
+        dtype: Any = None,
+        backend: str | None = None,
+        key: PRNGKeyArray,
+    ):
+        if min(vocab_size, context) < 1:
+            raise ValueError(
+                f"vocab_size and context must be at least 1, got {vocab_size} and {context}."
+            )
+        keys = jax.random.split(key, 4)
+        self.depth = depth or Depth(t1=float(layers), steps=layers)
+        block = Block(
+            dim, heads, width or 4 * dim, activation, placement, norm, dtype,
+            causal=True, rotary=rotary, backend=backend,
+        )  # fmt: skip
+        self.field = blocks(block, layers, curve, self.depth, keys[0])
+        self.embedding = STD * jax.random.normal(keys[1], (vocab_size, dim))
+        positions = STD * jax.random.normal(keys[2], (context, dim))
+        self.positions = None if rotary else positions
+        self.norm = norm(dim)
+        output = STD * jax.random.normal(keys[3], (vocab_size, dim))
+        self.output = None if tied else output
+        self.context = context
+        self.dtype = dtype
+
+    def embed(self, inputs: Int[Array, "*batch n"]) -> Measure:
+        return Measure(self.embed_at(inputs, 0))
+
+    def embed_at(self, tokens: Int[Array, "*batch n"], start: ScalarLike):
+        """x(0) of tokens, of which `start` is the index of the first."""
+        n = tokens.shape[-1]
+        if self.positions is not None and n > self.context:
+            raise ValueError(
+                f"the model has positions for {self.context} tokens, got {n}. Pass the last "
+                f"{self.context}, or build it with rotary=True."
+            )
+        x = self.embedding[tokens]
+        if self.positions is not None:
+            here = jax.lax.dynamic_slice_in_dim(self.positions, start, n)
+            x = x + jnp.broadcast_to(here, x.shape)
+        return self.field.geometry.retract(x)
+
+    def read_out(self, mu: Measure) -> Float[Array, "*batch n vocabulary"]:
+        matrix = self.embedding if self.output is None else self.output
+        return project(self.norm(mu.points), matrix, self.dtype)
+
+    def generate(
+        self,
+        prompt: Int[Array, " n"],
+        length: int,
+        *,
+        temperature: ScalarLike = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cache: bool = True,
+        key: PRNGKeyArray | None = None,
+    ) -> Int[Array, " n_and_length"]:
+        """The prompt, continued by `length` tokens.
+
+        **Arguments:**
+
+        - `prompt`: at least one token. `length`: the number of tokens to add.
+        - `temperature`: divides the logits; 0 takes the most likely token and needs no key.
+        - `top_k`: draw among the k most likely tokens; `top_p`: among the fewest whose
+          probabilities add up to p (Holtzman et al., arXiv 1904.09751).
+        - `cache`: keep keys and values of each stage of the solver, so that a token costs one
+          column of attention instead of the whole flow; for explicit methods with fixed steps.
+          While the text fits in the context the result is the same without. Beyond, the model
+          sees the last `context` tokens, and each is computed anew.
+        - `key`: PRNG key, unless the temperature is 0.
+        """
+        prompt = jnp.asarray(prompt)
+        generation.check(prompt, length, temperature, top_k, top_p, key)
+        choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
+        keys = jax.random.split(jax.random.key(0) if key is None else key, max(length, 1))
+        tokens, keep = prompt.astype(jnp.int32), 0
+        if cache and self.depth.steps is not None and is_explicit(self.depth.solver):
+            keep = max(0, min(length, self.context - len(tokens)))
+        if keep:
+            tokens = generation.cached(self, tokens, keep, choose, keys[:keep])
+        if length > keep:
+            tokens = generation.plainly(self, tokens, length - keep, choose, keys[keep:])
+        return tokens

@@ -1,0 +1,64 @@
+"""The residual network."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..fields import AbstractField, FeedForward
+from ..measure import Measure
+from .base import AbstractModel, Depth
+from .blocks import CurveOf, blocks, layered, linear
+
+
+class ResidualNetwork(AbstractModel):
+    """A residual network, and the neural ODE of the same block (arXiv 1806.07366).
+
+        x <- x + dt (W2 sigma(W1 x + b1) + b2)    or    dx/dt = W2 sigma(W1 x + b1) + b2
+
+    **Arguments:** `inputs`, `outputs`: the numbers of features; `dim`: of the state; `layers`;
+    `width`: of the hidden layer; `activation`, `curve`, `depth`, `key` as in
+    [`jaxflow.models.LanguageModel`][].
+
+    Called with features `(*batch, inputs)`, or with images of that many pixels `(*batch, height,
+    width, channels)`, it returns `(*batch, outputs)`.
+    """
+
+    embedding: eqx.nn.Linear
+    field: AbstractField
+    output: eqx.nn.Linear
+    depth: Depth
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        dim: int,
+        layers: int,
+        *,
+        width: int,
+        activation: Callable = jax.nn.relu,
+        curve: CurveOf = layered,
+        depth: Depth | None = None,
+        key: PRNGKeyArray,
+    ):
+        keys = jax.random.split(key, 3)
+        self.depth = depth or Depth(t1=1.0, steps=layers)
+        self.embedding = eqx.nn.Linear(inputs, dim, key=keys[0])
+        self.output = eqx.nn.Linear(dim, outputs, key=keys[1])
+        make = lambda key: FeedForward(dim, width, activation, key=key)
+        self.field = blocks(make, layers, curve, self.depth, keys[2])
+
+    def embed(self, inputs: Float[Array, "*batch features"]) -> Measure:
+        """Every sample is a token: the field moves each on its own."""
+        features = self.embedding.in_features
+        if inputs.ndim > 1 and inputs.shape[-1] != features:
+            inputs = inputs.reshape(*inputs.shape[:-3], -1)
+        if inputs.shape[-1] != features:
+            raise ValueError(f"the network takes {features} features, got {inputs.shape}.")
+        return Measure(linear(self.embedding, jnp.atleast_2d(inputs)))
+
+    def read_out(self, mu: Measure) -> Float[Array, "*batch outputs"]:
+        return linear(self.output, mu.points)
