@@ -16,6 +16,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ._types import ScalarLike
 from .fields import AbstractField, Sum
 from .fields.time import frozen
 from .geometry import AbstractGeometry
@@ -105,6 +106,7 @@ class Frozen(AbstractFieldSolver):
     breakpoints: tuple[float, ...] = eqx.field(static=True)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
         args = args._replace(field=frozen(args.field, t0 + 0.5 * (t1 - t0)))
         made_jump = made_jump | (t0 == jnp.asarray(self.breakpoints, t0.dtype)).any()
         return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump)
@@ -201,14 +203,16 @@ class PiecewiseSteps(diffrax.AbstractStepSizeController):
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         if dt0 is None:
             raise ValueError("fixed steps need a value for `dt0`.")
+        t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
         inside = jnp.clip(jnp.asarray(self.breakpoints, t0.dtype), t0, t1)
         edges = jnp.concatenate([t0[None], inside, t1[None]])
         return self._next(edges, dt0, t0), (edges, dt0)
 
     def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, state):
-        return True, t1, self._next(*state, t1), False, state, diffrax.RESULTS.successful
+        end = self._next(state[0], state[1], jnp.asarray(t1))
+        return True, t1, end, False, state, diffrax.RESULTS.successful
 
-    def _next(self, edges, dt0, t):
+    def _next(self, edges: Array, dt0: ScalarLike, t: Array):
         """The end of the step from t, by its number in the piece: nothing accumulates."""
         piece = jnp.clip(jnp.searchsorted(edges, t, side="right"), 1, len(edges) - 1)
         start, end = edges[piece - 1], edges[piece]
@@ -236,6 +240,10 @@ def evaluations_per_step(solver: diffrax.AbstractSolver) -> tuple[int, int] | No
     """(evaluations once, evaluations a step) of an explicit method; None where it varies."""
     if isinstance(solver, AbstractFieldSolver):
         return evaluations_per_step(solver.solver)
+    if isinstance(solver, AbstractSplitting):
+        # Each part once makes one evaluation of the field; Strang takes all but one part twice.
+        inner = evaluations_per_step(solver.solver)
+        return inner and (0, sum(inner) * (2 if isinstance(solver, Strang) else 1))
     if isinstance(solver, diffrax.Euler):
         return 0, 1
     tableau = getattr(solver, "tableau", None)

@@ -95,6 +95,28 @@ def test_float32_default_reaches_its_tolerance():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Dopri5()], ids=["Tsit5", "Dopri5"])
+def test_each_step_keeps_a_loose_tolerance(solver):
+    """The true error of a step, in the controller's norm; without the distance to the sphere in
+    the estimate it is 2 (Tsit5) and 9 (Dopri5), from one step of 3 to 4 units of time."""
+    field, tol = jf.SelfAttention(beta=4.0), 1e-2
+    mu0 = jf.measure.uniform_sphere(96, 3, key=jax.random.key(3))
+    loose = diffrax.PIDController(rtol=tol, atol=tol)
+    saveat = diffrax.SaveAt(t0=True, steps=True)
+    options: dict[str, Any] = {"solver": solver, "stepsize_controller": loose, "max_steps": 32}
+    sol = jf.flow(field, mu0, t1=5.0, saveat=saveat, **options)
+    steps = int(sol.stats["num_accepted_steps"])
+    assert steps < 10  # so the tolerance decides, not a small step
+    for i in range(steps):
+        start = jf.Measure(sol.measures.points[i])
+        y = sol.measures.points[i + 1]
+        truth = jf.flow(field, start, t0=sol.ts[i], t1=sol.ts[i + 1], stepsize_controller=TIGHT)
+        scale = tol + tol * jnp.maximum(jnp.abs(start.points), jnp.abs(y))
+        scaled = (y - truth.measures.points[-1]) / scale
+        assert jnp.sqrt((scaled**2).mean()) <= 1
+
+
+@pytest.mark.usefixtures("x64")
 def test_float32_points_stay_float32_with_x64():
     mu0 = jf.Measure(np.eye(3, dtype=np.float32))
     controller = diffrax.PIDController(rtol=1e-4, atol=1e-4)
@@ -319,6 +341,28 @@ def test_forward_mode_names_the_adjoint_that_it_needs():
     run = lambda b: jf.flow(jf.SelfAttention(beta=b), MU, t1=1.0).measures.points
     with pytest.raises(TypeError, match="RecursiveCheckpointAdjoint; pass adjoint=diffrax.Forward"):
         jax.jvp(run, (1.0,), (1.0,))
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    return -x
+
+
+reverse_only.defvjp(lambda x: (-x, None), lambda _, g: (-g,))
+
+
+class ReverseOnly(jf.AbstractField):
+    geometry: jf.Euclidean = jf.Euclidean()
+
+    def __call__(self, t, x, mu):
+        return reverse_only(x)
+
+
+@pytest.mark.parametrize("adjoint", [diffrax.ForwardMode(), diffrax.DirectAdjoint()], ids=repr)
+def test_forward_mode_names_the_field_that_has_no_jvp(adjoint):
+    run = lambda x: jf.flow(ReverseOnly(), jf.Measure(x), t1=1.0, adjoint=adjoint).measures.points
+    with pytest.raises(TypeError, match="custom_vjp function.*the field ReverseOnly.*custom_jvp"):
+        jax.jvp(run, (MU.points,), (MU.points,))
 
 
 MU = jf.Measure(np.eye(3, dtype=np.float32))

@@ -150,7 +150,7 @@ def test_refusal():
 @pytest.mark.parametrize("mode", MODES)
 def test_candidates_begin_with_the_default(mode):
     q = jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)
-    options = hopper.candidates(mode, q, q)
+    options = hopper.candidates(mode, q, q, q)
     kernels = {"cotangent": ("gu", "gk")}.get(mode, (mode,))
     first = tuple(hopper.default(kernel, q, q) for kernel in kernels)
     assert options[0] == (first if mode == "cotangent" else first[0])

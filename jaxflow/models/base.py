@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import equinox as eqx
@@ -63,16 +63,23 @@ class Depth(eqx.Module):
         return jnp.linspace(0.0, self.t1, self.steps + 1)
 
     def flow(
-        self, field: AbstractField, mu0: Measure, observe: Observables | None = None
+        self,
+        field: AbstractField,
+        mu0: Measure,
+        observe: Observables | None = None,
+        *,
+        throw: bool = False,
     ) -> FlowSolution:
         """The flow of mu0 along the field over [0, t1].
 
         The solution has the measure at t1 and, with `observe`, what is observed at each step.
+        `throw`: raise if it fails, as in [`jaxflow.flow`][].
         """
         if self.steps is not None:
             controller, max_steps = diffrax.StepTo(self.times), self.steps
         else:
-            controller, max_steps = diffrax.PIDController(*[self.tolerance] * 2), self.max_steps
+            tolerance = cast(float, self.tolerance)
+            controller, max_steps = diffrax.PIDController(tolerance, tolerance), self.max_steps
         end = diffrax.SubSaveAt(t1=True)
         path = diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, y, args: None)
         return flow(
@@ -83,7 +90,7 @@ class Depth(eqx.Module):
             stepsize_controller=controller,
             adjoint=self.adjoint or default_adjoint(max_steps),
             max_steps=max_steps,
-            throw=False,
+            throw=throw,
             saveat=diffrax.SaveAt(subs=[end, path] if observe else [end]),
             observe=observe,
         )

@@ -78,7 +78,7 @@ class Block(eqx.Module):
     width: int
     activation: Callable
     placement: str
-    norm: type[AbstractNorm]
+    norm: Callable[[int], AbstractNorm]
     dtype: Any
     causal: bool = False
     rotary: bool = False
@@ -110,14 +110,21 @@ class Block(eqx.Module):
         if self.placement == "post":
             return field
         field = PreNorm(field, self.norm(self.dim), dtype=self.dtype)
-        return PeriNorm(field, self.norm(self.dim)) if self.placement == "peri" else field
+        return PeriNorm(field=field, norm=self.norm(self.dim)) if self.placement == "peri" else field
 
 
-def blocks(make, layers, curve, depth: Depth, key) -> TimeDependent:
+def blocks(
+    make: Callable[[PRNGKeyArray], AbstractField],
+    layers: int,
+    curve: CurveOf,
+    depth: Depth,
+    key: PRNGKeyArray,
+) -> TimeDependent:
+    """The field of a model, from the maker of a block."""
     if layers < 1:
         raise ValueError(f"layers must be at least 1, got {layers}.")
-    blocks = [_small(make(k), layers) for k in jax.random.split(key, layers)]
-    return TimeDependent(curve(blocks, depth.t1))
+    made = [_small(make(k), layers) for k in jax.random.split(key, layers)]
+    return TimeDependent(curve=curve(made, depth.t1))
 
 
 def _small(block: AbstractField, layers: int) -> Any:

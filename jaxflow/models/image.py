@@ -53,7 +53,7 @@ class ImageClassifier(AbstractModel):
         curve: CurveOf = layered,
         depth: Depth | None = None,
         placement: str = "pre",
-        norm: type[AbstractNorm] = LayerNorm,
+        norm: Callable[[int], AbstractNorm] = LayerNorm,
         class_token: bool = False,
         dtype: Any = None,
         backend: str | None = None,

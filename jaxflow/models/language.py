@@ -64,7 +64,7 @@ class LanguageModel(AbstractModel):
         curve: CurveOf = layered,
         depth: Depth | None = None,
         placement: str = "pre",
-        norm: type[AbstractNorm] = LayerNorm,
+        norm: Callable[[int], AbstractNorm] = LayerNorm,
         rotary: bool = False,
         tied: bool = True,
         dtype: Any = None,

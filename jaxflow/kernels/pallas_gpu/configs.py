@@ -4,7 +4,9 @@ import jax.numpy as jnp
 
 from . import hopper, particles, tensor_cores
 
-Config = particles.Config | tensor_cores.Config | hopper.Config | None
+# Hopper's cotangent is two kernels, with a tile each.
+HopperConfig = hopper.Config | tuple[hopper.Config, hopper.Config]
+Config = particles.Config | tensor_cores.Config | HopperConfig | None
 
 # By what the device's name contains, then (family, mode, bytes of an operand, channels), the
 # channels rounded up to a power of two.

@@ -703,8 +703,9 @@ def default(kernel: str, q, v) -> Config:
     return Config(32, groups=1) if kernel == "tangent" and width > 192 else Config(32)
 
 
-def candidates(mode: str, q, v) -> list:
+def candidates(mode: str, q, k, v) -> list[Config] | list[tuple[Config, Config]]:
     """What a tuner should try: values of `config`, the default first."""
+    del k
     tiles = [Config(c, s, g) for c in (128, 64, 32) for s in (2, 3) for g in (2, 3, 1)]
     fitting = {
         kernel: [default(kernel, q, v)]

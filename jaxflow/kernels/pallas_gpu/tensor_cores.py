@@ -350,9 +350,10 @@ def default_config(mode: str, m: int, n: int, channels: int, dtype) -> Config:
     return Config(min(rows, _power_of_two(m)), min(keys, _power_of_two(n)), warps)
 
 
-def candidates(mode: str, m: int, n: int, channels: int, dtype) -> list[Config]:
+def candidates(mode: str, q, k, v) -> list[Config]:
     """What a tuner should try, the default first."""
-    default = default_config(mode, m, n, channels, dtype)
+    channels = max(q.shape[-1], v.shape[-1])
+    default = default_config(mode, q.shape[-2], k.shape[-2], channels, q.dtype)
     shapes = [(r, c) for r in (32, 64, 128) for c in (16, 32, 64, 128)]
     tries = [Config(r, c, w, s) for r, c in shapes for w in (4, 8) for s in (2, 3)]
     return [default, *(c for c in tries if c != default)]

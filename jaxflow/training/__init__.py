@@ -1,0 +1,39 @@
+"""Training: data, losses, the loop, checkpoints.
+
+fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
+"""
+
+from .checkpoints import best, latest, metadata, restore, save
+from .data import Images, Text, image_data, text_data
+from .loop import Data, Fitted, TrainingError, fit
+from .losses import AbstractLoss, FlowLoss, Valued, accuracy, cross_entropy, squared_error
+from .optimisers import adamw, matrices
+from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
+
+__all__ = [
+    "BPE",
+    "AbstractLoss",
+    "Bytes",
+    "Chars",
+    "Data",
+    "Fitted",
+    "FlowLoss",
+    "Images",
+    "Text",
+    "TrainingError",
+    "Valued",
+    "accuracy",
+    "adamw",
+    "best",
+    "cross_entropy",
+    "fit",
+    "image_data",
+    "latest",
+    "matrices",
+    "metadata",
+    "restore",
+    "save",
+    "squared_error",
+    "text_data",
+    "tokenizer_from_dict",
+]

@@ -1,0 +1,339 @@
+"""Batches of text and of images whose cursor is one number.
+
+    text     inputs[b] = u[i_b : i_b + c],  targets[b] = u[i_b + 1 : i_b + c + 1],  i_b uniform
+    images   batch k holds the positions k B, ..., k B + B - 1 of pi_0 pi_1 pi_2 ...
+
+u are the training tokens, c the context, pi_e the order of the images in epoch e. The i_b and pi_e
+are Philox bits keyed by (seed, k) and (seed, e), so batch k is a pure function of (seed, k): a run
+that knows k goes on exactly. The bits are used raw, so the batches are those of any NumPy.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, Integer, Num, UInt
+
+from .sources import Labelled, read_images, scan, text_files, tokenise
+from .tokenizers import Bytes, Tokenizer, tokenizer_from_dict
+
+TokenBatch = tuple[Int32[np.ndarray, "batch context"], Int32[np.ndarray, "batch context"]]
+ImageBatch = tuple[Float32[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
+
+# The target of a row that only fills up the last validation batch: a loss leaves it out.
+IGNORED = -1
+
+# The counter that draws the validation images: the same for every seed, so that runs compare.
+_SPLIT = 2**64 - 1
+
+
+def _bits(seed: int, counter: int, count: int) -> UInt[np.ndarray, " count"]:
+    """`count` 64-bit words of the Philox stream keyed by (seed, counter)."""
+    for name, value in {"seed": seed, "step": counter}.items():
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} must lie in 0 ... 2^64 - 1, got {value}.")
+    return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, counter: int) -> Integer[np.ndarray, " n"]:
+    return np.argsort(_bits(seed, counter, n), kind="stable")
+
+
+def _check_sizes(**sizes: int):
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _check_fraction(validation: float | int):
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation must be a fraction in [0, 1), got {validation}.")
+
+
+def _rows(n: int, batch_size: int) -> Iterator[Integer[np.ndarray, " batch"]]:
+    """0, ..., n - 1 in batches, the last filled up with -1."""
+    for start in range(0, n, batch_size):
+        rows = np.arange(start, start + batch_size)
+        yield np.where(rows < n, rows, -1)
+
+
+# ------------------------------------------------------------------ text
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Tokens of a text on disk, and windows of them: what [`jaxflow.training.text_data`][] returns.
+
+    - `training`, `validation`: the tokens before and after the split, mapped from disk.
+    - `tokenizer`: its `encode`, `decode`, `vocab_size`, `to_dict`.
+    - `context`, `batch_size`, `seed`: of the batches.
+    - `source`, `sha256`, `characters`: where the text came from, its digest and length.
+    """
+
+    training: UInt[np.ndarray, " tokens"]
+    validation: UInt[np.ndarray, " rest"]
+    tokenizer: Tokenizer
+    context: int
+    batch_size: int
+    seed: int
+    source: str
+    sha256: str
+    characters: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def batch(self, step: int) -> TokenBatch:
+        """Batch number `step`: independent uniform windows of the training tokens.
+
+        **Returns:** `(inputs, targets)`, each int32 `(batch_size, context)`, targets one token on.
+        """
+        starts = len(self.training) - self.context
+        # The remainder of 64 bits is uniform up to tokens / 2^64.
+        words = _bits(self.seed, step, self.batch_size) % np.uint64(starts)
+        return self._windows(self.training, words.astype(np.int64))
+
+    def validation_batches(self, count: int | None = None) -> Iterator[TokenBatch]:
+        """The windows 0, c, 2 c, ... of the validation tokens in order, each once.
+
+        All batches have one shape: rows after the last window have targets -1 (`IGNORED`), which a
+        loss leaves out. `count`: the first so many batches alone.
+        """
+        windows = max(len(self.validation) - 1, 0) // self.context
+        for rows in itertools.islice(_rows(windows, self.batch_size), count):
+            inputs, targets = self._windows(self.validation, np.maximum(rows, 0) * self.context)
+            targets[rows < 0] = IGNORED
+            yield inputs, targets
+
+    def _windows(self, tokens: np.ndarray, starts: np.ndarray) -> TokenBatch:
+        windows = tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)
+        return windows[:, :-1], windows[:, 1:]
+
+    def describe(self) -> dict[str, Any]:
+        """What the batches depend on, as JSON; `source` is for the reader, `sha256` decides."""
+        return {
+            "kind": "text",
+            "source": self.source,
+            "sha256": self.sha256,
+            "characters": self.characters,
+            "training_tokens": len(self.training),
+            "validation_tokens": len(self.validation),
+            "context": self.context,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "tokenizer": self.tokenizer.to_dict(),
+        }
+
+
+def text_data(
+    source: str | Path | None = None,
+    *,
+    tokenizer: Tokenizer = Bytes(),
+    context: int,
+    batch_size: int,
+    validation: float | int = 0.1,
+    seed: int = 0,
+    cache: str | Path | None = None,
+) -> Text:
+    """Tokenises a text once, to disk, and gives windows of it.
+
+    **Arguments:**
+
+    - `source`: a UTF-8 file; or a folder, whose text files (`.txt`, `.md`, `.py`, ... in hidden
+      folders excepted) are read in order of their names, with a line feed between two. `None` is
+      the English prose of Python's own manual, which comes with every CPython.
+    - `tokenizer`: `Bytes()`, `Chars()` (the characters of the whole text) or `BPE(size)` (trained
+      on the training part). A fitted one, from a run's config, is used as it is.
+    - `context`: tokens a window, c. `batch_size`: windows a batch.
+    - `validation`: the fraction of characters, at the end of the text, that is set aside.
+    - `seed`: of the windows.
+    - `cache`: a folder that keeps the tokens for the next run. `None` keeps them for this process.
+
+    **Raises:** ValueError for a path that does not exist, a file that is not UTF-8 (with the byte
+    where it ends to be), a part too short for one window.
+    """
+    _check_sizes(context=context, batch_size=batch_size)
+    _check_fraction(validation)
+    files = text_files(source)
+    sha256, characters = scan(files)
+    split = int((1 - validation) * characters)
+    with contextlib.ExitStack() as stack:
+        if cache is None:  # the mapping of a file outlives its name
+            folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            cache = stack.enter_context(folder)
+        entry = tokenise(files, tokenizer, split, Path(cache), sha256=sha256)
+        data = Text(
+            training=np.load(entry / "training.npy", mmap_mode="r"),
+            validation=np.load(entry / "validation.npy", mmap_mode="r"),
+            tokenizer=tokenizer_from_dict(json.loads((entry / "tokenizer.json").read_text())),
+            context=context,
+            batch_size=batch_size,
+            seed=seed,
+            source="pydoc_data.topics" if source is None else str(source),
+            sha256=sha256,
+            characters=characters,
+        )
+    parts = {"training": data.training} | ({"validation": data.validation} if validation else {})
+    for name, tokens in parts.items():
+        if len(tokens) <= context:
+            raise ValueError(
+                f"the {name} part has {len(tokens)} tokens; windows of context {context} need "
+                f"{context + 1}. Take a smaller context, another validation fraction (it is "
+                f"{validation}), or a longer text ({data.source}: {characters} characters)."
+            )
+    return data
+
+
+# ------------------------------------------------------------------ images
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images in memory: what [`jaxflow.training.image_data`][] returns.
+
+    - `images`, `labels`: the training part, `(n, height, width, channels)` as stored and `(n,)`.
+    - `validation_images`, `validation_labels`: the validation part.
+    - `white`: the pixel value that becomes 1.
+    - `classes`: the number of classes. `batch_size`, `seed`: of the batches.
+    - `source`, `sha256`: where the images came from, and the digest of both parts.
+    """
+
+    images: Num[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, " n"]
+    validation_images: Num[np.ndarray, "rest h w c"]
+    validation_labels: Int32[np.ndarray, " rest"]
+    white: float
+    classes: int
+    batch_size: int
+    seed: int
+    source: str
+    sha256: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    def batch(self, step: int) -> ImageBatch:
+        """Batch number `step`: every image once an epoch, in an order drawn for the epoch.
+
+        A batch that starts before the end of an epoch goes on in the next one.
+
+        **Returns:** `(images, labels)`: float32 `(batch_size, height, width, channels)` in [0, 1],
+        int32 `(batch_size,)`.
+        """
+        n, start = len(self.images), step * self.batch_size
+        epochs = range(start // n, (start + self.batch_size - 1) // n + 1)
+        order = np.concatenate([_permutation(n, self.seed, epoch) for epoch in epochs])
+        chosen = order[start % n :][: self.batch_size]
+        return self._scaled(self.images[chosen]), self.labels[chosen]
+
+    def validation_batches(self, count: int | None = None) -> Iterator[ImageBatch]:
+        """The validation images in order, each once.
+
+        All batches have one shape: rows after the last image have the label -1 (`IGNORED`), which a
+        loss and an accuracy leave out. `count`: the first so many batches alone.
+        """
+        n = len(self.validation_images)
+        for rows in itertools.islice(_rows(n, self.batch_size), count):
+            labels = np.where(rows < 0, np.int32(IGNORED), self.validation_labels[rows])
+            yield self._scaled(self.validation_images[rows]), labels
+
+    def _scaled(self, images: np.ndarray) -> Float32[np.ndarray, "batch h w c"]:
+        return images.astype(np.float32) / np.float32(self.white)
+
+    def describe(self) -> dict[str, Any]:
+        """What the batches depend on, as JSON; `source` is for the reader, `sha256` decides."""
+        return {
+            "kind": "images",
+            "source": self.source,
+            "sha256": self.sha256,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "training_images": len(self.images),
+            "validation_images": len(self.validation_images),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+def image_data(
+    source: str | Path | None = None,
+    *,
+    labels: str | Path | None = None,
+    batch_size: int,
+    validation: float | int | str | Path = 0.1,
+    seed: int = 0,
+) -> Images:
+    """Labelled images and batches of them.
+
+    **Arguments:**
+
+    - `source`: `None` is the 1797 digits of 8 x 8 pixels in scikit-learn. A path is a .npz with the
+      arrays `images`, `labels`, or `x_train`, `y_train` (and `x_test`, `y_test`), images
+      `(n, height, width)` or `(n, height, width, channels)`, integers 0 ... 255 or floats 0 ... 1;
+      or a file in the idx format of MNIST, gzipped or not.
+    - `labels`: the labels of an idx file. `None` looks beside it, for `labels` and `idx1` in the
+      place of `images` and `idx3`, as MNIST's files are called.
+    - `batch_size`: images a batch.
+    - `validation`: a fraction drawn at random (the same for every seed), or the path of a second
+      file. A `x_test` in the source is taken instead of a fraction.
+    - `seed`: of the order of the images.
+
+    **Raises:** ValueError for a path that does not exist or a damaged file, pixels or labels out of
+    range, parts of different shapes or without an image.
+    """
+    _check_sizes(batch_size=batch_size)
+    train, test = read_images(source, labels)
+    if isinstance(validation, str | Path):
+        test, _ = read_images(validation)
+    elif test is None:
+        train, test = _split(train, validation)
+    if train.images.shape[1:] != test.images.shape[1:] or train.white != test.white:
+        raise ValueError(
+            f"training and validation images must be alike: got {train.images.shape[1:]} with "
+            f"white = {train.white:g} and {test.images.shape[1:]} with white = {test.white:g}."
+        )
+    digest = hashlib.sha256()
+    for array in (train.images, train.labels, test.images, test.labels):
+        digest.update(np.ascontiguousarray(array).data)
+    return Images(
+        images=train.images,
+        labels=train.labels,
+        validation_images=test.images,
+        validation_labels=test.labels,
+        white=train.white,
+        classes=int(max(train.labels.max(), test.labels.max(initial=0))) + 1,
+        batch_size=batch_size,
+        seed=seed,
+        source="digits" if source is None else str(source),
+        sha256=digest.hexdigest(),
+    )
+
+
+def _split(data: Labelled, validation: float | int) -> tuple[Labelled, Labelled]:
+    _check_fraction(validation)
+    n = len(data.images)
+    held = round(validation * n)
+    if held == n or (validation and not held):
+        raise ValueError(
+            f"validation = {validation} of {n} images leaves {n - held} to train on and {held} to "
+            "validate on: take another fraction, or more images."
+        )
+    order = _permutation(n, 0, _SPLIT)
+    parts = (
+        Labelled(data.images[k], data.labels[k], data.white) for k in np.split(order, [n - held])
+    )
+    train, test = parts
+    return train, test

@@ -1,0 +1,101 @@
+"""What training makes small: a loss of the outputs, and costs along the flow.
+
+L = mean loss(outputs, targets) + sum_c weight_c int_0^T c(t, mu_t) dt
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ..fields import AbstractField
+from ..models import AbstractModel
+
+# Makes the observable (t, mu) -> number of a field, such as `jaxflow.observables.KineticEnergy`.
+Cost = Callable[[AbstractField], Callable]
+
+
+class Valued(eqx.Module):
+    """A loss: its value, whether the solve behind it went well, and numbers to log."""
+
+    value: Float[Array, ""]
+    ok: Bool[Array, ""]
+    metrics: dict[str, Any]
+
+
+class AbstractLoss(eqx.Module):
+    """A loss of a model on a batch."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, model: AbstractModel, inputs: Array, targets: Array, key: PRNGKeyArray
+    ) -> Valued:
+        """The value on a batch; the key is of this step alone."""
+
+
+class FlowLoss(AbstractLoss):
+    """L = loss(outputs, targets) + sum_c weight_c int_0^T c(t, mu_t) dt.
+
+    **Arguments:**
+
+    - `outputs`: (outputs, targets) -> a number, such as [`jaxflow.training.cross_entropy`][].
+    - `costs`: `{name: (weight, cost)}`; `cost(field)` is an observable (t, mu) -> number, such as
+      `jaxflow.observables.KineticEnergy`, the transport regulariser int |x'|^2 dt (Finlay et al.,
+      arXiv 2002.02798). Its integral over the steps of the solve, a mean over the batch, is
+      logged under its name. Each costs an evaluation of the field a step.
+    """
+
+    outputs: Callable
+    costs: dict[str, tuple[float, Cost]]
+
+    def __init__(self, outputs: Callable, costs: Mapping[str, tuple[float, Cost]] | None = None):
+        self.outputs = outputs
+        self.costs = dict(costs or {})
+
+    def __call__(self, model, inputs, targets, key):
+        observe = {name: cost(model.field) for name, (_, cost) in self.costs.items()}
+        solved = model.solve(inputs, observe)
+        value = self.outputs(model.read_out(solved.final), targets)
+        metrics = {"num_evaluations": solved.stats["num_evaluations"]}
+        for name, (weight, _) in self.costs.items():
+            metrics[name] = solved.integral(name).mean()
+            value = value + weight * metrics[name]
+        return Valued(value, solved.ok, {k: v for k, v in metrics.items() if v is not None})
+
+
+def cross_entropy(logits: Float[Array, "*batch classes"], targets: Int[Array, "*batch"]) -> Array:
+    """-mean log softmax(logits)[target], in nats, over the targets that are not negative.
+
+    Computed in float32 at least.
+    """
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    counted = targets >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(wide, jnp.maximum(targets, 0))
+    total = jnp.where(counted, losses, 0).sum()
+    return total / jnp.maximum(counted.sum(), 1).astype(total.dtype)
+
+
+def squared_error(outputs: Float[Array, "*shape"], targets: Float[Array, "*shape"]) -> Array:
+    """mean |output - target|^2 over all entries."""
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"outputs and targets must have one shape, got {outputs.shape} and {targets.shape}."
+        )
+    return ((outputs - targets) ** 2).mean()
+
+
+def accuracy(model: AbstractModel, batches) -> float:
+    """The part of the targets that is the most likely class."""
+    right, total = 0, 0
+    predict = eqx.filter_jit(lambda m, x: jnp.argmax(m(x), axis=-1))
+    for inputs, targets in batches:
+        found = jax.device_get(predict(model, jnp.asarray(inputs)))
+        right, total = right + int((found == targets).sum()), total + int((targets >= 0).sum())
+    if not total:
+        raise ValueError("accuracy needs at least one batch.")
+    return right / total

@@ -1,0 +1,53 @@
+"""The usual optimiser of transformers, with weight decay on matrices only."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import optax
+
+from ..fields.time import AbstractLinearCurve
+
+
+def adamw(
+    steps: int,
+    *,
+    learning_rate: float = 1e-3,
+    warmup: int = 100,
+    final: float = 0.1,
+    weight_decay: float = 0.1,
+    clip: float | None = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.99,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) with clipped gradients, a linear warm-up and a cosine to the end.
+
+    **Arguments:**
+
+    - `steps`: of the whole training. `warmup`: the steps in which the rate grows from 0, at most
+      `steps`.
+    - `learning_rate`: the largest. `final`: the last one, as a part of it.
+    - `weight_decay`: of matrices alone, see [`jaxflow.training.matrices`][].
+    - `clip`: the largest norm of the whole gradient; `None` for no limit. `b1`, `b2`: Adam's.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(warmup, steps), steps + 1, final * learning_rate
+    )
+    adam = optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=matrices)
+    return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+
+
+def matrices(model: Any) -> Any:
+    """Which arrays of a model are matrices, so that weight decay acts on them.
+
+    The coefficients of a curve are stacked along a first axis, which does not count.
+    """
+
+    def mask(x, axes=2):
+        if isinstance(x, AbstractLinearCurve):
+            return jax.tree.map(lambda a: mask(a, 3), x)
+        return x.ndim >= axes if eqx.is_array(x) else False
+
+    return jax.tree.map(mask, model, is_leaf=lambda x: isinstance(x, AbstractLinearCurve))
