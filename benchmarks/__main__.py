@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import SUITES, plots
+from . import SUITES, plots, tune
 from .device import provenance
 from .timing import Options, Watch, library
 
@@ -24,6 +24,7 @@ COLUMNS = {
     "shape": "{}",
     "mode": "{}",
     "rival": "{}",
+    "config": "{}",
     "setting": "{}",
     "error": "{:.0e}",
     "evaluations": "{}",
@@ -36,6 +37,7 @@ COLUMNS = {
     "vs_best": "{:.2f}",
     "vs_jnp": "{:.2f}",
     "vs_forward": "{:.1f}",
+    "vs_default": "{:.2f}",
     "of_floor": "{:.0%}",
     "floor": "{}",
     "peak_mib": "{:.3g}",
@@ -99,7 +101,9 @@ def failures(reports: list[dict]) -> list[str]:
 
 
 def main(
-    suite: Annotated[str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none.")] = None,
+    suite: Annotated[
+        str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none. Or tune.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A few small shapes.")] = False,
     backend: Annotated[
         list[str] | None, typer.Option(help="Time this backend of jaxflow too; repeatable.")
@@ -109,15 +113,26 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the reports here, and plots beside it.")
     ] = None,
+    write: Annotated[bool, typer.Option(help="tune: keep the best tiles in configs.py.")] = False,
 ):
-    """Benchmarks of jaxflow against its rivals."""
-    if suite is not None and suite not in SUITES:
-        raise typer.BadParameter(f"suite must be one of {', '.join(SUITES)}, got {suite!r}.")
+    """Benchmarks of jaxflow against its rivals; `tune` looks for the best tiles of its kernels."""
+    if suite not in (None, "tune", *SUITES):
+        names = ", ".join((*SUITES, "tune"))
+        raise typer.BadParameter(f"suite must be one of {names}, got {suite!r}.")
+    if write and suite != "tune":
+        raise typer.BadParameter(
+            "--write keeps what tune finds: python -m benchmarks tune --write."
+        )
     console, progress = Console(width=170), Console(stderr=True)
+    if suite == "tune" and (reason := tune.missing()) is not None:
+        progress.print(reason, markup=False, soft_wrap=True)
+        raise typer.Exit(1)
     budgets = {name: seconds(name, quick, patience) for name in ([suite] if suite else SUITES)}
     plan = ", ".join(f"{name} {s:.0f} s" for name, s in budgets.items())
     progress.print(f"At most {sum(budgets.values()) / 60:.0f} min, give or take a case: {plan}")
     options = Options(quick=quick, only=only, backends=tuple(backend or ()))
+    if suite == "tune":
+        progress.print(tune.estimate(options))
     reports = []
     for name, budget_s in budgets.items():
         module, start = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
@@ -127,6 +142,9 @@ def main(
         about = {"suite": name, "seconds": time.perf_counter() - start, "skipped": watch.skipped}
         reports.append(about | provenance() | found)
         show(console, reports[-1])
+        if name == "tune":
+            for line in tune.conclude(found["rows"], reports[-1]["device"], write=write):
+                console.print(line, markup=False, soft_wrap=True)
         if json_file is not None:  # after each suite, so that one that dies costs no other
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps(reports, indent=1) + "\n")

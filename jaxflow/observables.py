@@ -3,7 +3,8 @@
     energy        E_beta[mu] = 1/(2 beta) int int exp(beta <x, y>) mu(dx) mu(dy)
     clusters      the components of the graph x_i ~ x_j  iff  cos(x_i, x_j) >= threshold
     correlations  <x_i, x_j>
-    attention     A_ij = the weight of token j in mu_{x_i}
+    attention     A_ij = the weight of token j in mu_{x_i};   entropy  -sum_j A_ij log A_ij
+    kinetic       int |X_t[mu](x)|^2 mu(dx)
 
 Functions of a measure map over its leading axes (saved times, systems).
 """
@@ -18,7 +19,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ._types import Scalar, ScalarLike, is_concrete
-from .fields import SelfAttention
+from .fields import (
+    AbstractField,
+    MultiHeadAttention,
+    PeriNorm,
+    PreNorm,
+    Scaled,
+    SelfAttention,
+    Softmax,
+    Sum,
+    TimeDependent,
+)
 from .kernels import softmax_expectation
 from .measure import Measure
 
@@ -163,6 +174,80 @@ class ClusterCount(AbstractObservable):
 
     def __call__(self, t, mu):
         return cluster_count(mu, self.threshold)
+
+
+class KineticEnergy(AbstractObservable):
+    """(t, mu) -> int |X_t[mu](x)|^2 mu(dx); its integral in time is the transport cost of a flow
+    (Benamou and Brenier 2000; as a regulariser: arXiv 2002.02798).
+
+    **Arguments:** `field`, X.
+    """
+
+    field: AbstractField
+
+    def __call__(self, t, mu):
+        velocity = self.field(t, mu.points, mu)
+        return ((velocity**2).sum(axis=1) * mu.weights.astype(velocity.dtype)).sum()
+
+
+class AttentionEntropy(AbstractObservable):
+    """(t, mu) -> the mean over heads and tokens of -sum_j A_ij log A_ij, A the softmax attention.
+
+    Between 0, each token sees one other, and log n. Of a field with several attention parts, such
+    as a sum, the mean over them. O(n * block) memory, as -sum_j A_ij s_ij + log-partition.
+
+    **Arguments:** `field`, with softmax attention somewhere in it.
+    """
+
+    field: AbstractField
+
+    def __call__(self, t, mu):
+        entropies = [_entropy(part, seen) for part, seen in _attentions(self.field, t, mu)]
+        if not entropies:
+            raise TypeError(
+                f"{type(self.field).__name__} has no attention whose entropy could be taken."
+            )
+        return sum(entropies) / len(entropies)
+
+
+def _attentions(field, t, mu):
+    """The attention fields inside a field at time t, each with the measure that it sees."""
+    match field:
+        case SelfAttention() | MultiHeadAttention():
+            return [(field, mu)]
+        case TimeDependent():
+            return _attentions(field.at(t), t, mu)
+        case Sum():
+            return [pair for part in field.fields for pair in _attentions(part, t, mu)]
+        case PreNorm():
+            return _attentions(field.field, t, field.seen(mu))
+        case PeriNorm() | Scaled():
+            return _attentions(field.field, t, mu)
+    return []
+
+
+def _entropy(field, mu):
+    if not isinstance(field.interaction, Softmax):
+        raise TypeError(f"the entropy of attention is that of softmax, got {field.interaction!r}.")
+    scale, pairs = field.scores(mu)
+
+    def head(q, k):
+        log_weights = mu.log_weights
+        finite = (
+            jnp.zeros(mu.n)
+            if log_weights is None
+            else jnp.where(jnp.isneginf(log_weights), 0, log_weights)
+        )
+        values = jnp.concatenate([k, finite.astype(k.dtype)[:, None]], axis=1)
+        mean, log_partition = softmax_expectation(
+            q, k, values, log_weights, scale=scale, causal=field.causal, window=field.window,
+            backend=field.backend,
+        )  # fmt: skip
+        q, mean, beta = (a.astype(log_partition.dtype) for a in (q, mean, scale))
+        return log_partition - beta * (q * mean[:, :-1]).sum(axis=1) - mean[:, -1]
+
+    entropies = jax.vmap(head)(*pairs).mean(axis=0)
+    return (entropies * mu.weights.astype(entropies.dtype)).sum()
 
 
 def _over_leading(fn: Callable, mu: Measure, output: str):

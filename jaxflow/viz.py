@@ -16,7 +16,7 @@ libraries come with `jaxflow[viz]` and are imported where they are used.
 
 import html
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -365,6 +365,27 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
     axes.plot(run.ts, run.energy, color=_COLOURS[0])
     axes.set(xlabel="$t$", ylabel="energy")
     return axes
+
+
+def training_curve(history: Sequence[Mapping[str, float]], *, ax: Axes | None = None) -> Axes:
+    """Training and validation loss against the step.
+
+    **Arguments:** `history`: of [`jaxflow.training.Fitted`][], or the lines of a metrics.jsonl;
+    `ax`: Matplotlib axes, default new ones.
+    """
+    if not history:
+        raise ValueError("there is no logged step to draw.")
+    ax = _axes(ax)
+    both = {"loss": "training", "validation_loss": "validation"}
+    for (name, label), colour in zip(both.items(), _COLOURS, strict=False):
+        rows = [(row["step"], row[name]) for row in history if name in row]
+        if rows:
+            marker = "o" if name == "validation_loss" else None
+            ax.plot(*zip(*rows, strict=True), color=colour, marker=marker, label=label)
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss")
+    ax.legend(frameon=False)
+    return ax
 
 
 def attention(

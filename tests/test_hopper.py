@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import pathlib
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -106,6 +109,22 @@ def test_interpreter(case, mode):
 @enough_threads
 def test_interpreter_of_one_case():
     check(CASES[0], "forward", jnp.bfloat16, interpreter(), CASES[0].config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(THREADS >= 8, reason="the tests above run here")
+def test_interpreter_in_a_process_with_threads():
+    """Each mode on one tile, and a causal band over several."""
+    chosen = "test_interpreter and (negative-scale or causal-forward)"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", chosen],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=os.environ | {"NPROC": "8"},
+        capture_output=True,
+        text=True,
+    )
+    assert "4 passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
 @pytest.mark.gpu

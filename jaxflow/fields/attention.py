@@ -110,6 +110,11 @@ class SelfAttention(AbstractDivergenceField):
         queries, keys = _apply(self.query, y), _apply(self.key, y)
         return Tokens(queries, keys, mu.log_weights, self.causal, self.window, self.backend)
 
+    def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
+        """beta, and queries and keys of the tokens, `(1, n, p)`."""
+        tokens = self.tokens(mu)
+        return self.beta, (tokens.queries[None], tokens.keys[None])
+
     def _force(self, x, mu, tokens=None):
         """F(x) = V E_{mu_x}[y]; V acts on the queries."""
         _check_query(x, mu)
@@ -209,6 +214,12 @@ class MultiHeadAttention(AbstractDivergenceField):
         queries = self._turn(_heads(self.query, x), index)
         tokens = lambda own, k: Tokens(own, k, log_weights, backend=self.backend)
         return self.geometry.project(x, self._mean(queries, tokens, keys, values, None))
+
+    def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
+        """beta, and queries and keys of the tokens for each head, `(H, n, p)`."""
+        pair = (self._turn(_heads(a, mu.points), 0) for a in (self.query, self.key))
+        queries, keys = (a.transpose(1, 0, 2) for a in pair)
+        return self._scale, (queries, keys)
 
     @property
     def _scale(self) -> Scalar:

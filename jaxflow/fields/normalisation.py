@@ -93,10 +93,14 @@ class PreNorm(AbstractField):
     def _seen(self, x):
         return self.norm(x).astype(self.dtype or x.dtype)
 
+    def seen(self, mu: Measure) -> Measure:
+        """N_# mu."""
+        return Measure(self._seen(mu.points), mu.log_weights)
+
     def __call__(self, t, x, mu):
-        seen = self._seen(x)
-        points = seen if mu.points is x else self._seen(mu.points)
-        return self.field(t, seen, Measure(points, mu.log_weights)).astype(x.dtype)
+        law = self.seen(mu)
+        queries = law.points if mu.points is x else self._seen(x)
+        return self.field(t, queries, law).astype(x.dtype)
 
     def keys_values(self, t, y, start=0):
         return self.field.keys_values(t, self._seen(y), start)

@@ -13,11 +13,14 @@ step count or tolerance it is a continuous one, and the same parameters run unde
 
 from .base import AbstractModel, Depth, Solved
 from .blocks import Block, hypernetwork, interpolated, layered, shared, smooth
+from .config import CURVES, SOLVERS, build, depth
 from .image import ImageClassifier
 from .language import LanguageModel
 from .residual import ResidualNetwork
 
 __all__ = [
+    "CURVES",
+    "SOLVERS",
     "AbstractModel",
     "Block",
     "Depth",
@@ -25,6 +28,8 @@ __all__ = [
     "LanguageModel",
     "ResidualNetwork",
     "Solved",
+    "build",
+    "depth",
     "hypernetwork",
     "interpolated",
     "layered",

@@ -8,6 +8,7 @@ from .data import Images, Text, image_data, text_data
 from .loop import Data, Fitted, TrainingError, fit
 from .losses import AbstractLoss, FlowLoss, Valued, accuracy, cross_entropy, squared_error
 from .optimisers import adamw, matrices
+from .runs import load, tokenizer
 from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "fit",
     "image_data",
     "latest",
+    "load",
     "matrices",
     "metadata",
     "restore",
     "save",
     "squared_error",
     "text_data",
+    "tokenizer",
     "tokenizer_from_dict",
 ]

@@ -96,7 +96,7 @@ def save(
     return final
 
 
-def restore(folder: str | Path, like: Any) -> tuple[Any, dict[str, Any]]:
+def restore(folder: str | Path, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
     """Reads a checkpoint into a tree like the one that was saved.
 
     **Arguments:**
@@ -104,6 +104,7 @@ def restore(folder: str | Path, like: Any) -> tuple[Any, dict[str, Any]]:
     - `folder`: a checkpoint, as [`jaxflow.training.latest`][] finds it.
     - `like`: a PyTree with arrays, or `jax.ShapeDtypeStruct`, of the saved names, shapes and
       dtypes. Arrays go to the devices that those of `like` were put on.
+    - `partial`: whether `like` may leave out arrays of the checkpoint.
 
     **Returns:** the state, and the manifest: `step`, `config`, `cursor`, `metrics`, `jaxflow` (the
     version that wrote it).
@@ -114,7 +115,10 @@ def restore(folder: str | Path, like: Any) -> tuple[Any, dict[str, Any]]:
     path = Path(folder).absolute()
     manifest = _manifest(path)
     leaves = _arrays(like)
-    _check_alike(path, leaves, manifest["arrays"])
+    expected = manifest["arrays"]
+    if partial:
+        expected = {name: entry for name, entry in expected.items() if name in leaves}
+    _check_alike(path, leaves, expected)
     arrays = _read_arrays(path, manifest)
     stored = (_from_host(arrays[name], leaf) for name, leaf in leaves.items())
     state = jtu.tree_map(lambda leaf: next(stored) if _is_stored(leaf) else leaf, like)

@@ -1,15 +1,12 @@
-"""The command line: `jaxflow simulate`, `jaxflow info`.
+"""`jaxflow simulate`: a flow, with pictures.
 
-Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl, one
-line a saved time), a picture (summary.png) and a page that plays it (flow.html).
+The run folder holds config.json, metrics.jsonl (a line a saved time), summary.png and flow.html.
 """
 
 import enum
 import json
-import platform
 import time
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,19 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, fields, measure, observables, viz
-from .flow import FlowError, FlowSolution, flow, memory_estimate
-from .kernels import select_backend
-from .measure import Measure
-
-app = typer.Typer(
-    help="Transformers as flows of measures.", no_args_is_help=True, rich_markup_mode="markdown"
-)
-console = Console()
+from .. import __version__, fields, measure, observables, viz
+from ..flow import FlowSolution, flow, memory_estimate
+from ..measure import Measure
+from .console import console
 
 INTERACTIONS = {
     "softmax": fields.Softmax(),
@@ -51,7 +42,6 @@ Interaction = enum.StrEnum("Interaction", list(INTERACTIONS))
 Solver = enum.StrEnum("Solver", list(SOLVERS))
 
 
-@app.command()
 def simulate(
     n: Annotated[int, typer.Option(help="Number of tokens (without --text).")] = 256,
     d: Annotated[int, typer.Option(help="Dimension of a token.")] = 3,
@@ -222,36 +212,3 @@ def _summarise(sol: FlowSolution, seconds: float, folder: Path, words, threshold
             shown = ", ".join(w for w, _ in members.most_common(10))
             table.add_row(str(label), str(size), shown)
         console.print(table)
-
-
-@app.command()
-def info(
-    n: Annotated[int, typer.Option(help="Number of tokens.")] = 16384,
-    d: Annotated[int, typer.Option(help="Dimension of a token or of a head.")] = 3,
-    dtype: Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")] = "float32",
-):
-    """Versions, devices, and the backend chosen for a shape."""
-    table = Table(show_header=False, title="jaxflow")
-    table.add_row("python", platform.python_version())
-    table.add_row("jaxflow", __version__)
-    for package in ("jax", "jaxlib", "diffrax", "equinox", "optax", "numpy"):
-        table.add_row(package, metadata.version(package))
-    for extra in ("matplotlib", "plotly", "ott-jax", "orbax-checkpoint", "tokenizers", "torch"):
-        try:
-            table.add_row(extra, metadata.version(extra))
-        except metadata.PackageNotFoundError:
-            table.add_row(extra, "not installed")
-    for device in jax.devices():
-        table.add_row(f"device {device.id}", f"{device.platform}: {device.device_kind}")
-    x = jax.ShapeDtypeStruct((n, d), jnp.dtype(dtype))
-    table.add_row(f"backend for n = {n}, d = {d}, {dtype}", select_backend(x, x, x))
-    console.print(table)
-
-
-def main():
-    """The entry point: an error that states its remedy is shown without a traceback."""
-    try:
-        app()
-    except (ValueError, TypeError, MemoryError, FlowError, ImportError) as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise SystemExit(1) from None

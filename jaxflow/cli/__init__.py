@@ -1,0 +1,32 @@
+"""The command line: `jaxflow simulate`, `train`, `sample`, `info`.
+
+Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
+pictures.
+"""
+
+import typer
+
+from ..flow import FlowError
+from ..training import TrainingError
+from .console import console
+from .info import info
+from .sample import sample
+from .simulate import simulate
+from .train import train
+
+app = typer.Typer(
+    help="Transformers as flows of measures.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+app.command()(simulate)
+app.add_typer(train, name="train")
+app.command()(sample)
+app.command()(info)
+
+
+def main():
+    """The entry point: an error that states its remedy is shown without a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, MemoryError, FlowError, TrainingError, ImportError) as error:
+        console.print(f"[red]error[/red] {error}", highlight=False)
+        raise SystemExit(1) from None

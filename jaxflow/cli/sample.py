@@ -1,0 +1,67 @@
+"""`jaxflow sample`: text from a trained language model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import typer
+
+from .. import models, training
+from .console import console
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of a `jaxflow train lm` run.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "\n",
+    length: Annotated[int, typer.Option(help="Tokens to add.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the fewest tokens of this probability.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Number of texts.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    latest: Annotated[bool, typer.Option(help="The last checkpoint, not the best.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Another number of steps.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help=f"Another solver: {', '.join(models.SOLVERS)}.")
+    ] = None,
+):
+    """Continue a prompt with a trained language model, at its own depth or another one.
+
+    Examples:
+
+    `jaxflow sample runs/shakespeare --prompt "ROMEO:" --temperature 0.8 --top-k 40`
+
+    `jaxflow sample runs/shakespeare --solver heun --steps 8`
+    """
+    model = training.load(run, which="latest" if latest else "best")
+    if not isinstance(model, models.LanguageModel):
+        raise typer.BadParameter(f"{run} holds a {type(model).__name__}, not a language model.")
+    model = with_depth(model, steps, solver)
+    tokenizer = training.tokenizer(run)
+    tokens = jnp.asarray(tokenizer.encode(prompt), jnp.int32)
+    for key in jax.random.split(jax.random.key(seed), samples):
+        text = model.generate(
+            tokens, length, temperature=temperature, top_k=top_k, top_p=top_p, key=key
+        )
+        console.print(tokenizer.decode(text), markup=False, highlight=False, soft_wrap=True)
+        if samples > 1:
+            console.rule()
+
+
+def with_depth(model, steps: int | None, solver: str | None):
+    """The model with other steps or another solver, its parameters as they are."""
+    if steps is None and solver is None:
+        return model
+    before = model.depth
+    changed = models.depth(
+        t1=before.t1,
+        steps=steps or before.steps,
+        tolerance=None if steps else before.tolerance,
+    )
+    chosen = before.solver if solver is None else models.depth(t1=1, steps=1, solver=solver).solver
+    changed = eqx.tree_at(lambda d: d.solver, changed, chosen)
+    return eqx.tree_at(lambda m: m.depth, model, changed)

@@ -1,0 +1,88 @@
+"""Models from JSON: what a run folder holds of its model besides the arrays."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import diffrax
+import jax
+
+from ..fields import LayerNorm, RMSNorm
+from ..solvers import LieTrotter, Strang
+from .base import AbstractModel, Depth
+from .blocks import hypernetwork, interpolated, layered, shared, smooth
+from .image import ImageClassifier
+from .language import LanguageModel
+from .residual import ResidualNetwork
+
+MODELS: dict[str, Callable[..., AbstractModel]] = {
+    "LanguageModel": LanguageModel,
+    "ImageClassifier": ImageClassifier,
+    "ResidualNetwork": ResidualNetwork,
+}
+CURVES = {
+    "layers": layered,
+    "shared": shared,
+    "linear": interpolated,
+    "smooth": smooth,
+    "hyper": hypernetwork,
+    "hyper-full": partial(hypernetwork, rank=None),
+}
+SOLVERS: dict[str, diffrax.AbstractSolver] = {
+    "lie-trotter": LieTrotter(),
+    "strang": Strang(),
+    "euler": diffrax.Euler(),
+    "midpoint": diffrax.Midpoint(),
+    "heun": diffrax.Heun(),
+    "bosh3": diffrax.Bosh3(),
+    "tsit5": diffrax.Tsit5(),
+    "dopri5": diffrax.Dopri5(),
+    "dopri8": diffrax.Dopri8(),
+}
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jax.nn.tanh}
+
+NAMED = {"curve": CURVES, "norm": NORMS, "activation": ACTIVATIONS}
+
+
+def depth(
+    *,
+    t1: float,
+    steps: int | None = None,
+    tolerance: float | None = None,
+    solver: str = "lie-trotter",
+) -> Depth:
+    """A [`jaxflow.models.Depth`][] whose solver is named."""
+    return Depth(t1=t1, steps=steps, tolerance=tolerance, solver=_named("solver", solver, SOLVERS))
+
+
+def build(config: Mapping[str, Any]) -> AbstractModel:
+    """The model of a configuration, with its initial parameters.
+
+    **Arguments:**
+
+    - `config`: `{"model": "LanguageModel", "seed": 0, "depth": {...}, ...}`: the name of a class,
+      the seed of its PRNG key, the arguments of [`jaxflow.models.depth`][], and those of the class
+      with names from `CURVES`, `NORMS` and `ACTIVATIONS` where it takes a function.
+    """
+    config = dict(config)
+    make = _named("model", config.pop("model", None), MODELS)
+    seed = config.pop("seed", 0)
+    unknown = sorted(set(config) - set(inspect.signature(make).parameters))
+    if unknown:
+        raise ValueError(f"{make.__name__} takes no argument {', '.join(unknown)}.")
+    for name, table in NAMED.items():
+        if name in config:
+            config[name] = _named(name, config[name], table)
+    if config.get("depth") is not None:
+        config["depth"] = depth(**config["depth"])
+    if "shape" in config:
+        config["shape"] = tuple(config["shape"])
+    return make(**config, key=jax.random.key(seed))
+
+
+def _named(what: str, name: Any, table: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise ValueError(f"{what} must be one of {', '.join(table)}; got {name!r}.")
+    return table[name]
