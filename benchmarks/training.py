@@ -9,7 +9,7 @@ and torchdiffeq. All have one set of parameters, and the loss and its gradient a
 float64. A second table holds the memory of a gradient against the number of steps.
 """
 
-import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +34,6 @@ from .timing import (
     Watch,
     compete,
     compiled,
-    failure,
     relative_error,
 )
 
@@ -45,6 +44,7 @@ SOLVE_TOLERANCE = 1e-3
 RATE, EPSILON, DECAY = 1e-3, 1e-4, 0.01
 SAMPLES = 4  # times as many as other suites take: a few per cent are to be told apart
 MEASURE_PEAK = ("jaxflow", "scan jaxflow", "torch", "torchdiffeq")
+POINTS, WIDTH = 256, 64  # of the solves whose memory is compared
 STORED = 64  # steps up to which jaxflow keeps each state
 
 SCANS = {
@@ -84,6 +84,7 @@ class Answer(NamedTuple):
     loss: Any
     tree: Any
     evaluations: Any = None
+    state: Any = None  # of the optimiser
 
 
 # ------------------------------------------------------------------ jaxflow
@@ -155,8 +156,8 @@ def step(case: Case, row: dict, loss: Callable, params) -> Runner:
         (value, evaluations), tree = gradient(params, tokens, targets)
         if case.mode == "update":
             updates, state = optimiser.update(tree, state, params)
-            return Answer(value, optax.apply_updates(params, updates)), state
-        return Answer(value, tree, evaluations), None
+            return Answer(value, optax.apply_updates(params, updates), state=state)
+        return Answer(value, tree, evaluations)
 
     state = optimiser.init(params) if case.mode == "update" else None
     operands = params, state, *text(case)
@@ -169,7 +170,7 @@ def step(case: Case, row: dict, loss: Callable, params) -> Runner:
 
 def with_torch(case: Case, row: dict, *, ode: bool, threads: int | None = None) -> Runner:
     torch = rivals.module("torch")
-    arrays = jax.tree.map(np.asarray, transformers.parameters(model(case)))
+    arrays = jax.tree.map(np.array, transformers.parameters(model(case)))
     adaptive = case.mode == "adaptive"
     params = transformers.to_torch(arrays if adaptive else transformers.layers(arrays))
     leaves, structure = jax.tree.flatten(params)
@@ -195,11 +196,11 @@ def with_torch(case: Case, row: dict, *, ode: bool, threads: int | None = None) 
         loss = transformers.torch_loss(params, tokens, targets, advance)
         if optimiser is None:
             found = jax.tree.unflatten(structure, torch.autograd.grad(loss, leaves))
-            return (Answer(loss, found, evaluations[0] or None),)
+            return Answer(loss, found, evaluations[0])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        return (Answer(loss, params),)
+        return Answer(loss, params)
 
     return rivals.torch_runner(launch, threads=threads)
 
@@ -219,12 +220,12 @@ def prepare(case: Case, name: str, row: dict) -> Runner:
 
 def exact(case: Case) -> list[np.ndarray]:
     """In float64, with attention by the definition; solved to 1e-7 where steps are adaptive."""
+    narrow = transformers.parameters(model(case))
     with jax.enable_x64(True):
-        wide = lambda a: jnp.asarray(np.asarray(a), jnp.float64)
-        params = jax.tree.map(wide, transformers.parameters(model(case)))
+        params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), narrow)
         fn = partial(jnp_loss, case, transformers.naive, 1e-7)
         runner = step(case, {}, fn, params)
-        return leaves(runner()[0])
+        return leaves(runner())
 
 
 def leaves(answer: Answer) -> list[np.ndarray]:
@@ -237,3 +238,124 @@ def leaves(answer: Answer) -> list[np.ndarray]:
         tree = tree | {"blocks": jax.tree.map(stack, *tree["blocks"])}
     found = rivals.from_torch([answer.loss, *jax.tree.leaves(tree)])
     return [np.asarray(a) for a in found]
+
+
+# ------------------------------------------------------------------ memory
+
+
+class Solve(NamedTuple):
+    """A gradient through a flow of so many steps of one block."""
+
+    name: str
+    steps: int
+
+
+def steps_of(quick: bool) -> tuple[int, ...]:
+    return (6, 24, 96, 384) if quick else (6, 24, 96, 384, 1536)
+
+
+def many_steps(solve: Solve) -> Callable:
+    """(field, x) -> the loss behind `steps` steps, by jaxflow or by `lax.scan`."""
+    depth = jf.models.Depth(1.0, steps=solve.steps, solver=diffrax.Euler())
+
+    def flowed(field, x):
+        return depth.flow(field, jf.Measure(x)).measures[-1].points
+
+    def scanned(field, x):
+        @jax.checkpoint
+        def body(x, _):
+            return x + field(0.0, x, jf.Measure(x)) / solve.steps, None
+
+        return jax.lax.scan(body, x, length=solve.steps)[0]
+
+    advance = flowed if solve.name == "jaxflow" else scanned
+    return lambda field, x: (advance(field, x) ** 2).mean()
+
+
+def temporaries(solve: Solve) -> dict:
+    """What the compiled gradient keeps beside its operands and results."""
+    row: dict[str, Any] = {"rival": solve.name, "steps": solve.steps}
+    field = jf.FeedForward(WIDTH, 2 * WIDTH, jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(field, eqx.is_inexact_array)
+    loss = many_steps(solve)
+    gradient = jax.grad(lambda params, x: loss(eqx.combine(params, static), x))
+    account = jax.jit(gradient).lower(params, jnp.ones((POINTS, WIDTH))).compile().memory_analysis()
+    if account is None:
+        return row | {"note": "this platform does not state its memory"}
+    return row | {"peak_mib": account.temp_size_in_bytes / 2**20}
+
+
+def fits(rows: Sequence[dict]) -> list[dict]:
+    """b of memory ~ steps^b, over more steps than have all their states kept."""
+    out = []
+    for rival in dict.fromkeys(row["rival"] for row in rows):
+        grown = {
+            row["steps"]: row["peak_mib"]
+            for row in rows
+            if row["rival"] == rival and row["steps"] > STORED and "peak_mib" in row
+        }
+        out.append({"rival": rival, "memory_exponent": exponent(grown)})
+    return out
+
+
+# ------------------------------------------------------------------ the suite
+
+
+def run(options: Options, watch: Watch) -> dict:
+    rivals.preload()
+    rows, memory = [], []
+    chosen = [case for case in cases(options.quick) if case.name.startswith(options.only)]
+    for case in watch.each(chosen, lambda case: f"{case.name} {case.mode}"):
+        rows += contest(case, competitors(case.mode, options.backends), options)
+    if not options.only or "memory".startswith(options.only):
+        solves = [
+            Solve(*pair) for pair in itertools.product(("jaxflow", "scan"), steps_of(options.quick))
+        ]
+        memory = [temporaries(solve) for solve in watch.each(solves)]
+    return {"rows": rows, "fits": memory + fits(memory)}
+
+
+def competitors(mode: str, backends: Sequence[str] = ()) -> tuple[str, ...]:
+    names = RIVALS[mode]
+    if jax.default_backend() == "cpu":
+        names += tuple(f"{name} 1 thread" for name in names if name.startswith("torch"))
+    return names + tuple(f"jaxflow {name}" for name in backends)
+
+
+def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
+    expected = exact(case)
+    tolerance = 10 * SOLVE_TOLERANCE if case.mode == "adaptive" else TOLERANCE["float32"]
+    rows: list[dict[str, Any]] = [
+        {"shape": case.name, "mode": case.mode, "rival": name} for name in names
+    ]
+    runners = compete(
+        rows,
+        lambda row: prepare(case, row["rival"], row),
+        lambda found: relative_error(leaves(found), expected),
+        tolerance,
+        repeats=(SAMPLES * options.repeats[0], SAMPLES * options.repeats[1]),
+    )
+    for row in rows:
+        if row["rival"] not in runners:
+            continue
+        if case.mode == "adaptive":
+            row["evaluations"] = int(runners[row["rival"]]().evaluations)
+        if case.mode == "gradient" and row["rival"] in MEASURE_PEAK and not options.quick:
+            which = case._asdict() | {"name": row["rival"]}
+            row |= peak("training", which, runners[row["rival"]])
+    return against_scan(rows)
+
+
+def against_scan(rows: list[dict]) -> list[dict]:
+    """`vs_scan` and `compile_vs_scan`: over what the plain layers with the same attention take."""
+    found = [row for row in rows if row["rival"] == "scan jaxflow" and "ms" in row]
+    for row in rows:
+        if found and "ms" in row:
+            row["vs_scan"] = row["ms"] / found[0]["ms"]
+        if found and "trace_s" in row:
+            row["compile_vs_scan"] = row["compile_s"] / found[0]["compile_s"]
+    return rows
+
+
+def runner(name: str, **case: Any) -> Runner:
+    return prepare(Case(**case), name, {})

@@ -64,7 +64,9 @@ def legendre(s, count: int) -> list:
 
 
 def ours(q, k, v):
-    attend = lambda q, k, v: jf.softmax_expectation(q, k, v, scale=q.shape[1] ** -0.5, causal=True)[0]
+    attend = lambda q, k, v: jf.softmax_expectation(q, k, v, scale=q.shape[1] ** -0.5, causal=True)[
+        0
+    ]
     return jax.vmap(jax.vmap(attend, in_axes=1, out_axes=1))(q, k, v)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
 from .fields import AbstractField
-from .fields.time import breakpoints
+from .fields.time import breakpoints, jumps
 from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
 from .solvers import (
@@ -31,6 +31,7 @@ from .solvers import (
     Retracted,
     default_adjoint,
     evaluations_per_step,
+    step_times,
 )
 
 Observables = Mapping[str, Callable[[Any, Measure], Any]]
@@ -61,7 +62,8 @@ class FlowSolution(eqx.Module):
       too, so that a time that was not reached can hold inf).
     - `ys`: what a `SaveAt(fn=...)` of the user's own saved, else `None`.
     - `stats`: `num_steps`, `num_accepted_steps`, `num_rejected_steps`, `max_steps`, and
-      `num_evaluations` of the field (`None` for implicit solvers, where it is not known).
+      `num_evaluations` of the field (of its first part, for a splitting method; `None` for
+      implicit solvers, where it is not known).
     - `result`: a `diffrax.RESULTS`; `event_mask`: which event stopped the flow.
 
     With `SaveAt(subs=...)` these hold trees like `subs`.
@@ -111,12 +113,16 @@ def flow(
 
     **Arguments:**
 
-    - `field`: X, a [`jaxflow.fields.AbstractField`][].
+    - `field`: X, a [`jaxflow.fields.AbstractField`][]; one whose parameters move in time is a
+      [`jaxflow.TimeDependent`][]. A step ends where they or their slopes jump: adaptive and fixed
+      steps stop there (`dt0` is then the longest step, and each piece has equal ones), and
+      `StepTo(ts)` must.
     - `mu0`: the initial measure. Points with leading axes `(*batch, n, d)` are separate systems
       that share one step size; `jax.vmap` of `flow` gives each its own.
     - `t0`, `t1`: the interval, t0 <= t1. To go back in time, flow along `-field`.
     - `dt0`: the step of a fixed-step solve, or the first step of an adaptive one (`None` chooses).
-    - `solver`: any diffrax solver.
+    - `solver`: any diffrax solver, or [`jaxflow.solvers.LieTrotter`][] and
+      [`jaxflow.solvers.Strang`][], which step with the parts of a sum of fields one by one.
     - `stepsize_controller`: `None` is adaptive where the solver estimates its error, with
       rtol = atol = 1e-5 in float32 and 1e-8 in float64, and fixed steps `dt0` otherwise.
     - `saveat`, `event`, `max_steps`, `progress_meter`: as in `diffrax.diffeqsolve`. The state that
@@ -141,7 +147,7 @@ def flow(
     if stepsize_controller is None:
         stepsize_controller = _default_controller(solver, dt0, dtype)
     _check_memory(memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps))
-    stepsize_controller = _at_breakpoints(stepsize_controller, breakpoints(field), adjoint, solver)
+    stepsize_controller = _at_breakpoints(stepsize_controller, field, adjoint, solver, dtype)
     if adjoint == diffrax.RecursiveCheckpointAdjoint() and isinstance(
         stepsize_controller, diffrax.StepTo
     ):
@@ -191,8 +197,8 @@ def _solve(
     y0 = mu0.points
     # These two run the same solver on an augmented state, or save nothing but the state.
     plain = isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint)
-    if jumps := breakpoints(field):
-        solver = solver if plain else Frozen(solver, jumps)
+    if jumps(field):
+        solver = solver if plain else Frozen(solver, jumps(field))
     if not isinstance(geometry, Euclidean):
         y0 = eqx.error_if(
             y0,
@@ -224,13 +230,13 @@ def _solve(
         (saved, last_y), (ts, last_t) = cast(tuple, sol.ys), cast(tuple, sol.ts)
         last = last_t[-1], last_y[-1]
     unpack = lambda fn: jtu.tree_map(fn, saved, is_leaf=lambda x: isinstance(x, _Saved))
-    stats = sol.stats | {"num_evaluations": _evaluations(sol.stats, solver, controller, dt0)}
+    evaluations = _evaluations(sol.stats, field, times, solver, controller)
     out = FlowSolution(
         ts=ts,
         measures=unpack(lambda s: _measures(s.points, log_weights)),
         observed=unpack(lambda s: s.observed),
         ys=unpack(lambda s: s.value),
-        stats=stats,
+        stats=sol.stats | {"num_evaluations": evaluations},
         result=sol.result,
         event_mask=sol.event_mask,
         interpolation=sol.interpolation,
@@ -321,13 +327,17 @@ def _measures(points, log_weights):
     return Measure(points, log_weights)
 
 
-def _evaluations(stats, solver, controller, dt0):
-    per_step = evaluations_per_step(solver)
-    if per_step is None:
+def _evaluations(stats, field, times, solver, controller):
+    counts = evaluations_per_step(solver, len(field.parts))
+    if counts is None:
         return None
+    t0, t1, dt0 = times
     adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
-    once = per_step[0] + (2 if adaptive and dt0 is None else 0)
-    return once + per_step[1] * stats["num_steps"]
+    edges = jnp.asarray(jumps(field), t0.dtype)
+    starts = 1 + ((edges > t0) & (edges < t1)).sum()
+    return (
+        counts[0] * starts + counts[1] * stats["num_steps"] + (2 if adaptive and dt0 is None else 0)
+    )
 
 
 # ------------------------------------------------------------------ controllers
@@ -345,31 +355,29 @@ def _default_controller(solver, dt0, dtype):
     return diffrax.ConstantStepSize()
 
 
-def _at_breakpoints(controller, jumps, adjoint, solver):
+def _at_breakpoints(controller, field, adjoint, solver, dtype):
     """The controller, made to end a step at each breakpoint of the field."""
+    points = breakpoints(field)
     backsolve = isinstance(adjoint, diffrax.BacksolveAdjoint)
     if backsolve and isinstance(solver, AbstractSplitting):
         raise ValueError(
             "BacksolveAdjoint solves an equation of its own, which cannot be split. Use "
             "diffrax.RecursiveCheckpointAdjoint() with a splitting method."
         )
-    if not jumps:
+    if isinstance(controller, diffrax.StepTo) and is_concrete(controller.ts):
+        ts = step_times(np.asarray(controller.ts), jumps(field))
+        controller = diffrax.StepTo(jnp.asarray(ts, dtype))
+    if not points:
         return controller
     if isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
-        return diffrax.ClipStepSizeController(controller, jump_ts=jnp.asarray(jumps))
-    if backsolve:
+        return diffrax.ClipStepSizeController(controller, jump_ts=jnp.asarray(points, dtype))
+    if backsolve and jumps(field):
         raise ValueError(
             "BacksolveAdjoint with a field made of pieces needs an adaptive step size, which "
             "stops before each breakpoint and restarts after it."
         )
     if isinstance(controller, diffrax.ConstantStepSize):
-        return PiecewiseSteps(jumps)
-    if isinstance(controller, diffrax.StepTo) and is_concrete(controller.ts):
-        ts = np.asarray(controller.ts)
-        inside = [t for t in jumps if ts[0] < t < ts[-1]]
-        gap = [t for t in inside if np.abs(ts - t).min() > 1e-6 * np.abs(ts).max()]
-        if gap:
-            raise ValueError(f"StepTo(ts) must step to each breakpoint of the field, not to {gap}.")
+        return PiecewiseSteps(points)
     return controller
 
 

@@ -1,23 +1,26 @@
 """One-step methods that respect the geometry and the parts of a field, as diffrax solvers.
 
 Retracted(solver)    y_{k+1} = retract(step(y_k)): any diffrax method, projected back
+Frozen(solver)       in each step a field made of pieces is the piece of that step
 LieTrotter(solver)   step_K o ... o step_1, over the parts of a sum of fields
 Strang(solver)       half steps of 1, ..., K-1, a step of K, half steps of K-1, ..., 1
 PiecewiseSteps       fixed steps that end at the breakpoints of a field
+step_times           given steps that end at the jumps of a field
 """
 
 import abc
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from ._types import ScalarLike
-from .fields import AbstractField, Sum
+from .fields import AbstractField
 from .fields.time import frozen
 from .geometry import AbstractGeometry
 
@@ -25,7 +28,12 @@ from .geometry import AbstractGeometry
 class AbstractFieldSolver(diffrax.AbstractWrappedSolver):
     """A diffrax solver around another one, for `jaxflow.flow`, whose `args` hold the field."""
 
-    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+    wrapped: eqx.AbstractVar[diffrax.AbstractSolver]
+
+    @property
+    def solver(self) -> diffrax.AbstractSolver:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # diffrax asks `.solver` what kind of method this is, and does not look deeper.
+        return self.wrapped.solver if _is(self.wrapped, AbstractFieldSolver) else self.wrapped
 
     @property
     def term_structure(self):
@@ -59,7 +67,7 @@ class AbstractFieldSolver(diffrax.AbstractWrappedSolver):
         return self.solver.error_order(terms)
 
     def init(self, terms, t0, t1, y0, args):
-        return self.solver.init(terms, t0, t1, y0, args)
+        return self.wrapped.init(terms, t0, t1, y0, args)
 
     def func(self, terms, t0, y0, args):
         return self.solver.func(terms, t0, y0, args)
@@ -78,14 +86,14 @@ class Retracted(AbstractFieldSolver):
     since the field at the retracted point does not change along the normal; on short ones the
     distance is of higher order than e.
 
-    **Arguments:** `solver`, any diffrax solver; `geometry`.
+    **Arguments:** any diffrax solver; `geometry`.
     """
 
-    solver: diffrax.AbstractSolver
+    wrapped: diffrax.AbstractSolver
     geometry: AbstractGeometry
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        y1, error, dense_info, solver_state, result = self.solver.step(
+        y1, error, dense_info, solver_state, result = self.wrapped.step(
             terms, t0, t1, y0, args, solver_state, made_jump
         )
         retracted = self.geometry.retract(y1)
@@ -99,24 +107,28 @@ class Frozen(AbstractFieldSolver):
 
     No stage then meets the next piece at its end, and the piece is read once a step.
 
-    **Arguments:** `solver`, any diffrax solver; `breakpoints`, at which steps begin.
+    **Arguments:** any diffrax solver; `jumps`, the ends of the pieces, at which steps begin.
     """
 
-    solver: diffrax.AbstractSolver
-    breakpoints: tuple[float, ...] = eqx.field(static=True)
+    wrapped: diffrax.AbstractSolver
+    jumps: tuple[float, ...] = eqx.field(static=True)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
         args = args._replace(field=frozen(args.field, t0 + 0.5 * (t1 - t0)))
-        made_jump = made_jump | (t0 == jnp.asarray(self.breakpoints, t0.dtype)).any()
-        return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump)
+        # Up to rounding: one that is missed costs accuracy, one too many an evaluation.
+        near = jnp.abs(jnp.asarray(self.jumps, t0.dtype) - t0) < 1e-3 * (t1 - t0)
+        return self.wrapped.step(terms, t0, t1, y0, args, solver_state, made_jump | near.any())
 
 
 # ------------------------------------------------------------------ splitting
 
 
 class AbstractSplitting(diffrax.AbstractSolver):
-    """A composition of steps, each with one of the parts X_1 + ... + X_K of a field."""
+    """A composition of steps, each with one of the parts X_1 + ... + X_K of a field.
+
+    The parts of a sum are those of its terms; a multiple or a curve of sums has parts too.
+    """
 
     solver: eqx.AbstractVar[diffrax.AbstractSolver]
 
@@ -133,15 +145,22 @@ class AbstractSplitting(diffrax.AbstractSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         y, result = y0, diffrax.RESULTS.successful
         for part, start, end in self.over(args.field, t0, t1):
-            inner = args._replace(field=part)
-            state = self.solver.init(terms, start, end, y, inner)
-            y, _, _, _, done = self.solver.step(terms, start, end, y, inner, state, False)
+            y, done = self._substep(terms, start, end, y, args._replace(field=part))
             result = diffrax.RESULTS.where(diffrax.is_okay(result), done, result)
         return y, None, {"y0": y0, "y1": y}, None, result
 
+    def _substep(self, terms, t0, t1, y, args):
+        if is_explicit(self.solver):  # Written out it serves every adjoint.
+            evaluate = lambda field, t, y: terms.vf(t, y, args._replace(field=field))
+            y = explicit_step(self.solver, args.field, t0, t1, y, evaluate)
+            return y, diffrax.RESULTS.successful
+        state = self.solver.init(terms, t0, t1, y, args)
+        y, _, _, _, result = self.solver.step(terms, t0, t1, y, args, state, False)
+        return y, result
+
     def over(self, field: AbstractField, t0, t1) -> Iterator[tuple[AbstractField, Any, Any]]:
         """(part of the field, start, end) of each substep of the step from t0 to t1."""
-        parts = field.fields if isinstance(field, Sum) else (field,)
+        parts = field.parts
         at = lambda u: t1 if u == 1 else t0 + u * (t1 - t0)
         return ((parts[k], at(a), at(b)) for k, a, b in self.substeps(len(parts)))
 
@@ -193,6 +212,8 @@ class PiecewiseSteps(diffrax.AbstractStepSizeController):
     """Fixed steps of at most `dt0` that end at each breakpoint.
 
     Each piece is divided into the fewest equal steps.
+
+    **Arguments:** `breakpoints`, in order.
     """
 
     breakpoints: tuple[float, ...] = eqx.field(static=True)
@@ -222,6 +243,25 @@ class PiecewiseSteps(diffrax.AbstractStepSizeController):
         return jnp.where(done >= count, end, start + (end - start) * (done / count))
 
 
+def step_times(ts: np.ndarray, jumps: tuple[float, ...]) -> np.ndarray:
+    """The ends `ts` of steps, with those that are a jump of the field up to rounding put on it.
+
+    **Raises:** `ValueError` if a step leads across a jump.
+    """
+    ts = ts.astype(float)
+    for jump in jumps:
+        nearest = np.abs(ts - jump).argmin()
+        if np.isclose(ts[nearest], jump, rtol=1e-6, atol=1e-6 * np.ptp(ts)):
+            ts[nearest] = jump
+        elif ts[0] < jump < ts[-1]:
+            raise ValueError(
+                f"steps must end where the parameters of the field jump, at {list(jumps)}; none "
+                f"ends at {jump}. Add it to StepTo(ts), give a depth a multiple of its layers as "
+                "`steps`, or sample the curve (jaxflow.fields.time.sample) at other times."
+            )
+    return ts
+
+
 def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
     """The adjoint for a known number of steps.
 
@@ -236,29 +276,50 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
 # ------------------------------------------------------------------ methods written out
 
 
-def evaluations_per_step(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
-    """(evaluations once, evaluations a step) of an explicit method; None where it varies."""
-    if isinstance(solver, AbstractFieldSolver):
-        return evaluations_per_step(solver.solver)
-    if isinstance(solver, AbstractSplitting):
-        # Each part once makes one evaluation of the field; Strang takes all but one part twice.
+Kind = TypeVar("Kind", bound=diffrax.AbstractSolver)
+
+
+def _is(solver: diffrax.AbstractSolver, kind: type[Kind]) -> TypeGuard[Kind]:
+    """isinstance of the method itself: diffrax's answers for the one that is wrapped as well."""
+    return issubclass(type(solver), kind)
+
+
+def _tableau(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
+    """The tableau of an explicit Runge-Kutta method."""
+    tableau = getattr(solver, "tableau", None) if _is(solver, diffrax.AbstractERK) else None
+    return tableau if isinstance(tableau, diffrax.ButcherTableau) else None
+
+
+def evaluations_per_step(solver: diffrax.AbstractSolver, parts: int = 1) -> tuple[int, int] | None:
+    """(evaluations at the start and after a jump, evaluations a step) of an explicit method.
+
+    None where it varies. Of a field of several `parts`, which a splitting method evaluates one by
+    one, the evaluations of the first are counted.
+    """
+    if _is(solver, AbstractFieldSolver):
+        return evaluations_per_step(solver.wrapped, parts)
+    if _is(solver, diffrax.HalfSolver):
+        inner = evaluations_per_step(solver.solver, parts)
+        # Reused slopes are those of the first half step, also at the start of the whole one.
+        return inner and (2 * inner[0], 3 * inner[1])
+    if _is(solver, AbstractSplitting):
         inner = evaluations_per_step(solver.solver)
-        return inner and (0, sum(inner) * (2 if isinstance(solver, Strang) else 1))
-    if isinstance(solver, diffrax.Euler):
+        times = [part for part, _, _ in solver.substeps(parts)].count(0)
+        return inner and (0, times * (inner[1] if is_explicit(solver.solver) else sum(inner)))
+    if _is(solver, diffrax.Euler):
         return 0, 1
-    tableau = getattr(solver, "tableau", None)
-    if isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau):
+    if tableau := _tableau(solver):
         return (1, tableau.num_stages - 1) if tableau.fsal else (0, tableau.num_stages)
     return None
 
 
 def is_explicit(solver: diffrax.AbstractSolver) -> bool:
     """Whether `explicit_step` can write the method out."""
-    if isinstance(solver, AbstractFieldSolver | AbstractSplitting):
+    if _is(solver, Retracted):
+        return is_explicit(solver.wrapped)
+    if _is(solver, AbstractSplitting):
         return is_explicit(solver.solver)
-    tableau = getattr(solver, "tableau", None)
-    plain = isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau)
-    return plain or isinstance(solver, diffrax.Euler)
+    return _is(solver, diffrax.Euler) or _tableau(solver) is not None
 
 
 def explicit_step(
@@ -274,22 +335,22 @@ def explicit_step(
     `evaluate(field, t, y)` is called once a stage, always in the same order: what it keeps of a
     stage, such as keys and values, can be found again by its number.
     """
-    if isinstance(solver, Retracted):
-        y = explicit_step(solver.solver, field, t0, t1, y, evaluate)
-        return solver.geometry.retract(y)
-    if isinstance(solver, AbstractSplitting):
-        for part, start, end in solver.over(field, t0, t1):
-            y = explicit_step(solver.solver, part, start, end, y, evaluate)
-        return y
-    h = t1 - t0
-    if isinstance(solver, diffrax.Euler):
-        return y + h * evaluate(field, t0, y)
     if not is_explicit(solver):
         raise ValueError(
             f"{type(solver).__name__} is not an explicit Runge-Kutta method, or a splitting into "
             "such, so its stages cannot be written out. Use diffrax.Euler(), Heun(), Tsit5(), ..."
         )
-    tableau = cast(diffrax.ButcherTableau, getattr(solver, "tableau", None))
+    if _is(solver, Retracted):
+        y = explicit_step(solver.wrapped, field, t0, t1, y, evaluate)
+        return solver.geometry.retract(y)
+    if _is(solver, AbstractSplitting):
+        for part, start, end in solver.over(field, t0, t1):
+            y = explicit_step(solver.solver, part, start, end, y, evaluate)
+        return y
+    h = t1 - t0
+    if _is(solver, diffrax.Euler):
+        return y + h * evaluate(field, t0, y)
+    tableau = cast(diffrax.ButcherTableau, _tableau(solver))
     slopes = [evaluate(field, t0, y)]
     # The last stage of a method that reuses it (FSAL) is the first of the next step.
     rows = tableau.a_lower[:-1] if tableau.fsal else tableau.a_lower

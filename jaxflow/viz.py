@@ -367,7 +367,7 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
     return axes
 
 
-def training_curve(history: Sequence[Mapping[str, float]], *, ax: Axes | None = None) -> Axes:
+def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
     """Training and validation loss against the step.
 
     **Arguments:** `history`: of [`jaxflow.training.Fitted`][], or the lines of a metrics.jsonl;

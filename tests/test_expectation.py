@@ -39,7 +39,7 @@ IN_FLOAT32 = ("pallas_tpu:interpret",)
 def roundings(tolerance, backend):
     """The tolerance in roundings of the dtype that the backend computes in."""
     wide, narrow = np.finfo(np.float64).eps, np.finfo(np.float32).eps
-    return tolerance * (narrow / wide if backend in IN_FLOAT32 else 1)
+    return tolerance * float(narrow / wide if backend in IN_FLOAT32 else 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,11 @@ class AbstractField(eqx.Module):
         """X_t[mu](x) of the one query with this index, mu the tokens of `keys_values` up to it."""
         return self(t, x, Measure(keys_values, visible_log_weights(keys_values, index)))
 
+    @property
+    def parts(self) -> "tuple[AbstractField, ...]":
+        """X_1, ..., X_K of a field X_1 + ... + X_K: what splitting methods step with."""
+        return (self,)
+
     def __add__(self, other: "AbstractField") -> "Sum":
         return Sum((self, other))
 
@@ -88,6 +93,10 @@ class Sum(AbstractDivergenceField):
         self.fields = fields
         self.geometry = fields[0].geometry
 
+    @property
+    def parts(self):
+        return tuple(part for field in self.fields for part in field.parts)
+
     def __call__(self, t, x, mu):
         return reduce(jnp.add, [field(t, x, mu) for field in self.fields])
 
@@ -117,6 +126,10 @@ class Scaled(AbstractDivergenceField):
     @property
     def geometry(self) -> AbstractGeometry:
         return self.field.geometry
+
+    @property
+    def parts(self):
+        return tuple(Scaled(self.factor, part) for part in self.field.parts)
 
     def __call__(self, t, x, mu):
         return self.factor.astype(x.dtype) * self.field(t, x, mu)

@@ -120,8 +120,10 @@ class PeriNorm(AbstractField):
     field: AbstractField
     norm: AbstractNorm
 
-    def __check_init__(self):
-        _check_flat(self.field)
+    def __init__(self, field: AbstractField, norm: AbstractNorm):
+        _check_flat(field)
+        self.field = field
+        self.norm = norm
 
     @property
     def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._types import ArrayLike, ScalarLike, is_concrete
-from .base import AbstractField
+from .base import AbstractDivergenceField, AbstractField, divergence
 
 
 class AbstractCurve(eqx.Module):
@@ -36,6 +36,11 @@ class AbstractCurve(eqx.Module):
     @abc.abstractmethod
     def breakpoints(self) -> tuple[float, ...]:
         """The times at which the parameters or their slopes jump."""
+
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """Those of the breakpoints at which the parameters jump; all, unless overridden."""
+        return self.breakpoints
 
     @abc.abstractmethod
     def at(self, t: ScalarLike) -> AbstractField:
@@ -52,31 +57,43 @@ class AbstractLinearCurve(AbstractCurve):
         """w_k(t)."""
 
 
-class TimeDependent(AbstractField):
+class TimeDependent(AbstractDivergenceField):
     """X_t[mu](x) = F_{theta(t)}[mu](x), theta a curve.
 
-    `.at(t)` gives the field F_{theta(t)}, frozen at that time.
+    `.at(t)` gives the field F_{theta(t)}, frozen at that time. A curve of sums is a sum of curves:
+    splitting methods step with each part.
     """
 
     curve: AbstractCurve
 
-    def __check_init__(self):
-        if not isinstance(self.curve, AbstractCurve):
+    def __init__(self, curve: AbstractCurve):
+        if not isinstance(curve, AbstractCurve):
             raise TypeError(
                 "TimeDependent takes a curve, such as jaxflow.PiecewiseConstant(fields, ts); got "
-                f"{type(self.curve).__name__}."
+                f"{type(curve).__name__}."
             )
+        self.curve = curve
 
     @property
     def geometry(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         # Any time does: a geometry holds no parameter.
         return eqx.filter_eval_shape(self.curve.at, 0.0).geometry
 
+    @property
+    def parts(self):
+        count = len(eqx.filter_eval_shape(lambda curve: curve.at(0.0).parts, self.curve))
+        if count == 1:
+            return (self,)
+        return tuple(TimeDependent(_Part(self.curve, k)) for k in range(count))
+
     def at(self, t: ScalarLike) -> AbstractField:
         return self.curve.at(t)
 
     def __call__(self, t, x, mu):
         return self.at(t)(t, x, mu)
+
+    def divergence(self, t, x, mu):
+        return divergence(self.at(t), t, x, mu)
 
     def keys_values(self, t, y, start=0):
         return self.at(t).keys_values(t, y, start)
@@ -134,7 +151,8 @@ class PiecewiseConstant(AbstractLinearCurve):
         return self.ts
 
     def _piece(self, t):
-        return jnp.searchsorted(jnp.asarray(self.ts), jnp.asarray(t, float), side="right")
+        t = _time(t)
+        return jnp.searchsorted(jnp.asarray(self.ts, t.dtype), t, side="right")
 
     def weights(self, t):
         return jax.nn.one_hot(self._piece(t), len(self.ts) + 1)
@@ -165,10 +183,14 @@ class PiecewiseLinear(AbstractLinearCurve):
     def breakpoints(self):
         return self.ts
 
+    @property
+    def jumps(self):
+        return ()
+
     def weights(self, t):
-        nodes = jnp.asarray(self.ts)
-        hats = jnp.eye(len(self.ts), dtype=nodes.dtype)
-        return jax.vmap(lambda hat: jnp.interp(jnp.asarray(t, float), nodes, hat))(hats)
+        t = _time(t)
+        nodes, hats = jnp.asarray(self.ts, t.dtype), jnp.eye(len(self.ts), dtype=t.dtype)
+        return jax.vmap(lambda hat: jnp.interp(t, nodes, hat))(hats)
 
     def at(self, t):
         return _combine(self.weights(t), self.coefficients)
@@ -201,7 +223,7 @@ class Fourier(AbstractLinearCurve):
 
     def weights(self, t):
         orders = jnp.arange(1, _count(self.coefficients) // 2 + 1)
-        phase = 2 * jnp.pi * (jnp.asarray(t, float) / self.period)
+        phase = 2 * jnp.pi * (_time(t) / self.period)
         angles = orders.astype(phase.dtype) * phase
         waves = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1).reshape(-1)
         return jnp.concatenate([jnp.ones(1, waves.dtype), waves])
@@ -230,7 +252,7 @@ class Legendre(AbstractLinearCurve):
         return ()
 
     def weights(self, t):
-        s = 2 * (jnp.asarray(t, float) - self.t0) / (self.t1 - self.t0) - 1
+        s = 2 * (_time(t) - self.t0) / (self.t1 - self.t0) - 1
         # (k + 1) P_{k+1} = (2k + 1) s P_k - k P_{k-1}
         values = [jnp.ones_like(s), s]
         for k in range(1, _count(self.coefficients)):
@@ -298,16 +320,37 @@ class HyperNetwork(AbstractCurve):
         return ()
 
     def at(self, t):
-        rates = jnp.logspace(0, 3, self.embedding // 2)
-        angles = rates * (jnp.asarray(t, float) / self.t1).astype(rates.dtype)
-        hidden = self.network(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]))
+        dtype = self.network.layers[0].weight.dtype
+        angles = jnp.logspace(0, 3, self.embedding // 2, dtype=dtype) * (_time(t) / self.t1).astype(
+            dtype
+        )
         arrays, rest = eqx.partition(self.base, eqx.is_inexact_array)
         leaves, structure = jtu.tree_flatten(arrays)
-        moved = [
-            a + head(hidden).reshape(a.shape).astype(a.dtype)
-            for a, head in zip(leaves, self.heads, strict=True)
-        ]
+        with jax.default_matmul_precision("highest"):
+            hidden = self.network(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]))
+            moved = [
+                a + head(hidden).reshape(a.shape).astype(a.dtype)
+                for a, head in zip(leaves, self.heads, strict=True)
+            ]
         return eqx.combine(jtu.tree_unflatten(structure, moved), rest)
+
+
+class _Part(AbstractCurve):
+    """One part of the fields of a curve, which are sums."""
+
+    curve: AbstractCurve
+    index: int = eqx.field(static=True)
+
+    @property
+    def breakpoints(self):
+        return self.curve.breakpoints
+
+    @property
+    def jumps(self):
+        return self.curve.jumps
+
+    def at(self, t):
+        return self.curve.at(t).parts[self.index]
 
 
 class _Full(eqx.Module):
@@ -374,7 +417,7 @@ def fit(
     basis = jax.vmap(like.weights)(times)
     solve = jnp.linalg.pinv(basis)
     values = jax.lax.map(lambda t: eqx.filter(curve.at(t), eqx.is_inexact_array), times)
-    new = jax.tree.map(lambda v: jnp.tensordot(solve.astype(v.dtype), v, 1), values)
+    new = jax.tree.map(lambda v: _product(solve, v), values)
     old, rest = eqx.partition(like.coefficients, eqx.is_inexact_array)
     if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, old):
         raise ValueError("`like` must be a curve over fields of the structure of `curve`'s.")
@@ -404,19 +447,26 @@ def breakpoints(field: Any) -> tuple[float, ...]:
     return tuple(sorted({t for curve in _curves(field) for t in curve.breakpoints}))
 
 
+def jumps(field: Any) -> tuple[float, ...]:
+    """The times at which parameters inside a field jump, in order."""
+    return tuple(sorted({t for curve in _curves(field) for t in curve.jumps}))
+
+
 def frozen(field: Any, t: ScalarLike) -> Any:
     """The field with the curves that are made of pieces frozen at time t."""
 
     def freeze(x):
-        pieces = isinstance(x, TimeDependent) and isinstance(x.curve, PiecewiseConstant)
+        pieces = isinstance(x, TimeDependent) and isinstance(x.curve, Constant | PiecewiseConstant)
         return frozen(x.at(t), t) if pieces else x
 
     return jax.tree.map(freeze, field, is_leaf=lambda x: isinstance(x, TimeDependent))
 
 
 def _curves(tree) -> list[AbstractCurve]:
-    is_curve = lambda x: isinstance(x, AbstractCurve)
-    return [x for x in jtu.tree_leaves(tree, is_leaf=is_curve) if is_curve(x)]
+    """All curves inside a tree, and those inside of them."""
+    is_curve = lambda x: isinstance(x, AbstractCurve) and x is not tree
+    found = [x for x in jtu.tree_leaves(tree, is_leaf=is_curve) if is_curve(x)]
+    return found + [inner for curve in found for inner in _curves(curve)]
 
 
 # ------------------------------------------------------------------ pieces
@@ -446,7 +496,11 @@ def _map(fn, field):
 
 
 def _combine(weights, coefficients):
-    return _map(lambda a: jnp.tensordot(weights.astype(a.dtype), a, 1), coefficients)
+    return _map(lambda a: _product(weights, a), coefficients)
+
+
+def _product(matrix, a):
+    return jnp.tensordot(matrix.astype(a.dtype), a, 1, precision="highest")
 
 
 def _count(coefficients) -> int:
@@ -454,6 +508,11 @@ def _count(coefficients) -> int:
     if not leaves:
         raise ValueError("the fields of a curve hold no floating-point array to move in time.")
     return len(leaves[0])
+
+
+def _time(t: ScalarLike) -> Array:
+    """t as an array; a floating-point one keeps its dtype."""
+    return jnp.asarray(t, t.dtype if eqx.is_inexact_array(t) else float)
 
 
 def _times(ts: ArrayLike) -> tuple[float, ...]:

@@ -231,7 +231,7 @@ class _Loops:
         s, mask = inner_products(u, k), visible(rows, columns, band)
         return s if mask is None else jnp.where(mask, s, -jnp.inf)
 
-    def pad_keys(self, operands: Operands, fill: float = 0) -> Operands:
+    def pad_keys(self, operands: Operands, fill: float | int = 0) -> Operands:
         return _pad(operands, math.prod(self.keys), fill)
 
     def fold_keys(self, step: Callable, init, keys: Operands, offset):
@@ -286,7 +286,7 @@ def _blocks(length: int, most: int) -> tuple[int, int]:
     return -(-length // count), count
 
 
-def _pad(operands: Operands, length: int, fill: float = 0) -> Operands:
+def _pad(operands: Operands, length: int, fill: float | int = 0) -> Operands:
     def pad(a):
         widths = [(0, length - a.shape[0])] + [(0, 0)] * (a.ndim - 1)
         return jnp.pad(a, widths, constant_values=fill)

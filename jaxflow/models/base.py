@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..fields import AbstractField
@@ -56,11 +58,11 @@ class Depth(eqx.Module):
             )
 
     @property
-    def times(self) -> Float[Array, " times"]:
-        """The ends of the steps, where they are fixed."""
+    def times(self) -> np.ndarray:
+        """The ends of the steps, shape `(steps + 1,)`, where they are fixed."""
         if self.steps is None:
             raise ValueError("adaptive steps are not known beforehand.")
-        return jnp.linspace(0.0, self.t1, self.steps + 1)
+        return np.linspace(0.0, self.t1, self.steps + 1)
 
     def flow(
         self,
@@ -76,7 +78,8 @@ class Depth(eqx.Module):
         `throw`: raise if it fails, as in [`jaxflow.flow`][].
         """
         if self.steps is not None:
-            controller, max_steps = diffrax.StepTo(self.times), self.steps
+            with jax.ensure_compile_time_eval():  # The flow checks the times, also under jit.
+                controller, max_steps = diffrax.StepTo(jnp.asarray(self.times)), self.steps
         else:
             tolerance = cast(float, self.tolerance)
             controller, max_steps = diffrax.PIDController(tolerance, tolerance), self.max_steps

@@ -87,6 +87,10 @@ class Block(eqx.Module):
     def __check_init__(self):
         if self.placement not in ("pre", "peri", "post"):
             raise ValueError(f'placement must be "pre", "peri" or "post", got {self.placement!r}.')
+        if self.placement == "post" and self.dtype is not None:
+            raise ValueError('dtype is of the fields between norms: use placement "pre" or "peri".')
+        if self.width < 0:
+            raise ValueError(f"width must be positive, or 0 for no feed-forward; got {self.width}.")
 
     def __call__(self, key: PRNGKeyArray) -> AbstractField:
         first, second = jax.random.split(key)
@@ -110,7 +114,9 @@ class Block(eqx.Module):
         if self.placement == "post":
             return field
         field = PreNorm(field, self.norm(self.dim), dtype=self.dtype)
-        return PeriNorm(field=field, norm=self.norm(self.dim)) if self.placement == "peri" else field
+        return (
+            PeriNorm(field=field, norm=self.norm(self.dim)) if self.placement == "peri" else field
+        )
 
 
 def blocks(
@@ -135,7 +141,7 @@ def _small(block: AbstractField, layers: int) -> Any:
         if not eqx.is_inexact_array(a) or a.ndim < 2:
             return a
         last = getattr(path[-1], "name", "") in ends
-        return a * (STD / jnp.std(a)) / (math.sqrt(2 * layers) if last else 1)
+        return a * (STD / jnp.sqrt(jnp.mean(a**2))) / (math.sqrt(2 * layers) if last else 1)
 
     return jax.tree_util.tree_map_with_path(scaled, block)
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._types import Scalar, is_concrete
-from ..fields.time import frozen
+from ..fields.time import frozen, jumps
 from ..measure import Measure
-from ..solvers import explicit_step
+from ..solvers import explicit_step, step_times
 
 
 class Chooser(eqx.Module):
@@ -33,7 +33,7 @@ class Chooser(eqx.Module):
 
     def __call__(self, logits: Float[Array, " vocabulary"], key) -> Int[Array, ""]:
         best = jnp.argmax(logits)
-        logits = logits / jnp.where(self.temperature > 0, self.temperature, 1)
+        logits = logits / jnp.where(self.temperature > 0, self.temperature, 1).astype(logits.dtype)
         logits = self._restricted(logits)
         return jnp.where(self.temperature > 0, jax.random.categorical(key, logits), best)
 
@@ -51,11 +51,15 @@ class Chooser(eqx.Module):
         return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def check(prompt, length: int, temperature, top_k, top_p, key):
+def check(prompt, vocabulary: int, length: int, temperature, top_k, top_p, key):
     if prompt.ndim != 1 or not len(prompt) or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"the prompt must be at least one token, integers of shape (n,); got {prompt.dtype} "
             f"{prompt.shape}. jax.vmap over prompts makes a batch."
+        )
+    if is_concrete(prompt) and not (0 <= prompt.min() and prompt.max() < vocabulary):
+        raise ValueError(
+            f"tokens must be in 0, ..., {vocabulary - 1}, got {prompt.min()} to {prompt.max()}."
         )
     if length < 0:
         raise ValueError(f"length, the number of tokens to add, must not be negative: {length}.")
@@ -116,7 +120,7 @@ def _logits(model, x):
 
 def _over_steps(model, step: Callable, y, caches=None):
     """(y, caches) of step(field, t0, t1, y, cache) over the steps of the depth."""
-    ts = model.depth.times
+    ts = jnp.asarray(step_times(model.depth.times, jumps(model.field)))
 
     def body(y, inputs):
         t0, t1, cache = inputs

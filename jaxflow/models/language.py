@@ -28,7 +28,7 @@ class LanguageModel(AbstractModel):
 
     - `vocab_size`; `dim`: d; `heads`: H; `layers`: L, the number of blocks; `context`: the
       longest input.
-    - `width`: of the feed-forward layers, default 4 d; `activation`: theirs.
+    - `width`: of the feed-forward layers, default 4 d, 0 for none; `activation`: theirs.
     - `curve`: makes the parameters' curve from L blocks and t1; see [`jaxflow.models.layered`][].
     - `depth`: default L steps of length 1.
     - `placement`: "pre", "peri" or "post", where tokens are normalised
@@ -77,8 +77,9 @@ class LanguageModel(AbstractModel):
             )
         keys = jax.random.split(key, 4)
         self.depth = depth or Depth(t1=float(layers), steps=layers)
+        hidden = 4 * dim if width is None else width
         block = Block(
-            dim, heads, width or 4 * dim, activation, placement, norm, dtype,
+            dim, heads, hidden, activation, placement, norm, dtype,
             causal=True, rotary=rotary, backend=backend,
         )  # fmt: skip
         self.field = blocks(block, layers, curve, self.depth, keys[0])
@@ -138,7 +139,7 @@ class LanguageModel(AbstractModel):
         - `key`: PRNG key, unless the temperature is 0.
         """
         prompt = jnp.asarray(prompt)
-        generation.check(prompt, length, temperature, top_k, top_p, key)
+        generation.check(prompt, len(self.embedding), length, temperature, top_k, top_p, key)
         choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
         keys = jax.random.split(jax.random.key(0) if key is None else key, max(length, 1))
         tokens, keep = prompt.astype(jnp.int32), 0

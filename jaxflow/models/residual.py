@@ -1,10 +1,10 @@
 """The residual network."""
 
+import math
 from collections.abc import Callable
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..fields import AbstractField, FeedForward
@@ -22,7 +22,7 @@ class ResidualNetwork(AbstractModel):
     `width`: of the hidden layer; `activation`, `curve`, `depth`, `key` as in
     [`jaxflow.models.LanguageModel`][].
 
-    Called with features `(*batch, inputs)`, or with images of that many pixels `(*batch, height,
+    Called with features `(*batch, inputs)`, or with images of that many numbers `(*batch, height,
     width, channels)`, it returns `(*batch, outputs)`.
     """
 
@@ -52,13 +52,15 @@ class ResidualNetwork(AbstractModel):
         self.field = blocks(make, layers, curve, self.depth, keys[2])
 
     def embed(self, inputs: Float[Array, "*batch features"]) -> Measure:
-        """Every sample is a token: the field moves each on its own."""
-        features = self.embedding.in_features
-        if inputs.ndim > 1 and inputs.shape[-1] != features:
-            inputs = inputs.reshape(*inputs.shape[:-3], -1)
+        """Every sample is a system of one token."""
+        features, shape = self.embedding.in_features, inputs.shape
+        if len(shape) > 2 and shape[-1] != features and math.prod(shape[-3:]) == features:
+            inputs = inputs.reshape(*shape[:-3], features)
         if inputs.shape[-1] != features:
-            raise ValueError(f"the network takes {features} features, got {inputs.shape}.")
-        return Measure(linear(self.embedding, jnp.atleast_2d(inputs)))
+            raise ValueError(
+                f"the network takes {features} features, or images of as many numbers; got {shape}."
+            )
+        return Measure(linear(self.embedding, inputs)[..., None, :])
 
     def read_out(self, mu: Measure) -> Float[Array, "*batch outputs"]:
-        return linear(self.output, mu.points)
+        return linear(self.output, mu.points[..., 0, :])

@@ -64,7 +64,7 @@ class Fitted:
     best: Any
     step: int
     reason: str
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     validation_loss: float
 
 
@@ -211,10 +211,11 @@ class _Step(eqx.Module):
         gradient, value, ok, metrics = self.gradient(
             state.params, batch, jax.random.fold_in(self.key, step)
         )
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         ok = ok & jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.params)
-        moved = _State(optax.apply_updates(state.params, updates), optimiser)
+        with jax.numpy_dtype_promotion("standard"):  # Optax needs it
+            updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.params)
+            moved = _State(optax.apply_updates(state.params, updates), optimiser)
         keep = lambda new, old: jnp.where(ok, new, old)
         state = jax.tree.map(keep, moved, state)
         return state, ok, {"loss": value, "gradient_norm": norm} | metrics
@@ -298,7 +299,7 @@ class _Record:
     def __init__(self, folder: Path | None, keep: int, config: dict, data: dict):
         self.folder, self.keep = folder, keep
         self.config = {"config": config, "data": data}
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self.saved = -1
 
     @property
@@ -317,7 +318,7 @@ class _Record:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "metrics.jsonl").write_text("")
 
-    def log(self, step: int, numbers: dict[str, float]):
+    def log(self, step: int, numbers: dict[str, Any]):
         self.history.append({"step": step} | numbers)
         if self.folder is not None:
             with (self.folder / "metrics.jsonl").open("a") as lines:
@@ -426,7 +427,7 @@ class _Display:
         self.bar.start()
         return self
 
-    def show(self, step: int, numbers: dict[str, float]):
+    def show(self, step: int, numbers: dict[str, Any]):
         self.validation = numbers.get("validation_loss", self.validation)
         text = f"loss {numbers['loss']:.4f}, validation {self.validation:.4f}, "
         text += f"{numbers['per_second']:,.0f} targets/s"
