@@ -40,9 +40,11 @@ from .timing import (
 BUDGET_S = {"quick": 60, "full": 80}
 VOCABULARY = 256  # bytes
 SOLVE_TOLERANCE = 1e-3
+# Of a gradient through a solve to that tolerance, which bounds the local error of the points.
+SOLVE_ERROR = 0.1
 # The update is then a smooth function of the gradient, so that it can be checked.
 RATE, EPSILON, DECAY = 1e-3, 1e-4, 0.01
-SAMPLES = 4  # times as many as other suites take: a few per cent are to be told apart
+SAMPLES = 3  # times as many as other suites take: a few per cent are to be told apart
 MEASURE_PEAK = ("jaxflow", "scan jaxflow", "torch", "torchdiffeq")
 POINTS, WIDTH = 256, 64  # of the solves whose memory is compared
 STORED = 64  # steps up to which jaxflow keeps each state
@@ -74,8 +76,9 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> list[Case]:
     if quick:
-        return [Case(4, 64, 64, 2, 4, mode) for mode in ("gradient", "adaptive")]
-    return [Case(8, 128, 128, 4, 6, mode) for mode in RIVALS]
+        return [Case(4, 64, 64, 2, 3, mode) for mode in ("gradient", "adaptive")]
+    fixed = [Case(8, 128, 128, 4, 6, mode) for mode in ("gradient", "update")]
+    return [*fixed, Case(8, 64, 64, 2, 3, "adaptive")]
 
 
 class Answer(NamedTuple):
@@ -223,7 +226,7 @@ def exact(case: Case) -> list[np.ndarray]:
     narrow = transformers.parameters(model(case))
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), narrow)
-        fn = partial(jnp_loss, case, transformers.naive, 1e-7)
+        fn = partial(jnp_loss, case, transformers.naive, 1e-6)
         runner = step(case, {}, fn, params)
         return leaves(runner())
 
@@ -324,7 +327,7 @@ def competitors(mode: str, backends: Sequence[str] = ()) -> tuple[str, ...]:
 
 def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
     expected = exact(case)
-    tolerance = 10 * SOLVE_TOLERANCE if case.mode == "adaptive" else TOLERANCE["float32"]
+    tolerance = SOLVE_ERROR if case.mode == "adaptive" else TOLERANCE["float32"]
     rows: list[dict[str, Any]] = [
         {"shape": case.name, "mode": case.mode, "rival": name} for name in names
     ]

@@ -63,3 +63,61 @@ def test_bad_options_are_refused(tmp_path):
     assert run("simulate", "--interaction", "sotfmax").exit_code == 2
     assert run("simulate", "--frames", 1).exit_code == 2
     assert run("simulate", "--text", tmp_path / "absent.txt").exit_code == 2
+
+
+TINY = ["--dim", "8", "--heads", "2", "--layers", "2", "--batch", "2", "--evaluate-every", "2"]
+
+
+@pytest.fixture
+def prose(tmp_path):
+    path = tmp_path / "prose.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    return path
+
+
+def test_train_resume_and_sample(tmp_path, prose):
+    pytest.importorskip("orbax.checkpoint")
+    folder = tmp_path / "run"
+    flags = ["--text", prose, "--tokens", "chars", "--context", 8, "--curve", "smooth"]
+    result = run("train", "lm", *flags, *TINY, "--steps", 2, "--seed", 1, "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert "validation loss" in result.output and "a sample" in result.output
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["curve"] == config["model"]["curve"] == "smooth"
+    assert config["model"]["depth"] == {
+        "t1": 2.0, "steps": 2, "tolerance": None, "solver": "lie-trotter",
+    }  # fmt: skip
+    resumed = run("train", "lm", "--resume", folder, "--steps", 3)
+    assert resumed.exit_code == 0 and "after 3 steps" in resumed.output
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    texts = [
+        run("sample", folder, "--prompt", "the ", "--length", 6, *depth).output
+        for depth in ([], ["--solver", "heun", "--steps", 1], [])
+    ]
+    assert texts[0].startswith("the ") and texts[0] == texts[2] and texts[1].startswith("the ")
+    assert "holds a run already" in run("train", "lm", *flags, *TINY, "--out", folder).output
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["image", "--preset", "attention", "--patch", "4"],
+        ["resnet", "--preset", "neural-ode", "--width", "8"],
+    ],
+)
+def test_train_on_digits(tmp_path, flags):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("orbax.checkpoint")
+    sizes = ["--dim", "8", "--steps", "2", "--batch", "16", "--kinetic", "0.01"]
+    result = run("train", *flags, *sizes, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "validation accuracy" in result.output
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["kinetic"] > 0
+
+
+def test_train_refuses_what_it_does_not_know(tmp_path):
+    assert "preset must be one of" in run("train", "lm", "--preset", "huge").output
+    assert "no run" in run("train", "lm", "--resume", tmp_path).output

@@ -14,7 +14,7 @@ from .console import console
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of a `jaxflow train lm` run.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "\n",
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = " ",
     length: Annotated[int, typer.Option(help="Tokens to add.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
@@ -57,11 +57,13 @@ def with_depth(model, steps: int | None, solver: str | None):
     if steps is None and solver is None:
         return model
     before = model.depth
-    changed = models.depth(
+    if solver is not None and solver not in models.SOLVERS:
+        known = ", ".join(models.SOLVERS)
+        raise typer.BadParameter(f"solver must be one of {known}; got {solver!r}.")
+    changed = models.Depth(
         t1=before.t1,
         steps=steps or before.steps,
         tolerance=None if steps else before.tolerance,
+        solver=before.solver if solver is None else models.SOLVERS[solver],
     )
-    chosen = before.solver if solver is None else models.depth(t1=1, steps=1, solver=solver).solver
-    changed = eqx.tree_at(lambda d: d.solver, changed, chosen)
     return eqx.tree_at(lambda m: m.depth, model, changed)

@@ -8,7 +8,7 @@ import enum
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,11 @@ from rich.table import Table
 from .. import __version__, models, observables, training, viz
 from ..training import Fitted
 from .console import console
+
+if TYPE_CHECKING:
+    from typer import Context
+else:
+    Context = typer.Context.__base__  # typer hands over an instance of this class
 
 train = typer.Typer(
     help="Train a model whose depth is time.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -86,7 +91,7 @@ Resume = Annotated[
 
 @train.command()
 def lm(
-    ctx: typer.Context,
+    ctx: Context,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 file or folder (default: Python's own manual).")
     ] = None,
@@ -158,7 +163,7 @@ def lm(
 
 @train.command()
 def image(
-    ctx: typer.Context,
+    ctx: Context,
     images: Annotated[
         Path | None, typer.Option(help=".npz or idx(.gz) file (default: digits of scikit-learn).")
     ] = None,
@@ -212,7 +217,7 @@ def image(
 
 @train.command()
 def resnet(
-    ctx: typer.Context,
+    ctx: Context,
     images: Annotated[
         Path | None, typer.Option(help=".npz or idx(.gz) file (default: digits of scikit-learn).")
     ] = None,
@@ -260,7 +265,7 @@ def resnet(
 # ------------------------------------------------------------------ settings
 
 
-def _settings(ctx: typer.Context, task: str) -> tuple[Path, dict[str, Any]]:
+def _settings(ctx: Context, task: str) -> tuple[Path, dict[str, Any]]:
     """The run folder and its settings: of the flags and the preset, or of the run to go on with."""
     given = {k: _json(v) for k, v in ctx.params.items() if k not in ("out", "resume")}
     from_user = {k for k in given if ctx.get_parameter_source(k).name == "COMMANDLINE"}
@@ -370,7 +375,7 @@ def _summarise(run: Path, fitted: Fitted, data, seconds: float):
     table.add_row("run folder", str(run))
     console.print(table)
     if isinstance(data, training.Text):
-        prompt = np.asarray(data.tokenizer.encode("\n"), np.int32)
+        prompt = np.asarray(data.training[:8], np.int32)
         text = fitted.best.generate(prompt, 200, temperature=0.8, key=jax.random.key(0))
         console.rule("a sample")
         console.print(data.tokenizer.decode(text), markup=False, highlight=False, soft_wrap=True)

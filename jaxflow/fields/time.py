@@ -512,7 +512,9 @@ def _count(coefficients) -> int:
 
 def _time(t: ScalarLike) -> Array:
     """t as an array; a floating-point one keeps its dtype."""
-    return jnp.asarray(t, t.dtype if eqx.is_inexact_array(t) else float)
+    if isinstance(t, jax.Array) and jnp.issubdtype(t.dtype, jnp.floating):
+        return t
+    return jnp.asarray(t, float)
 
 
 def _times(ts: ArrayLike) -> tuple[float, ...]:

@@ -33,7 +33,7 @@ class Depth(eqx.Module):
       stages of the method.
     """
 
-    t1: float = eqx.field(static=True)
+    t1: float = eqx.field(static=True, converter=float)
     steps: int | None = eqx.field(static=True, default=None)
     tolerance: float | None = eqx.field(static=True, default=None)
     solver: diffrax.AbstractSolver = LieTrotter()

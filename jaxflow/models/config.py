@@ -48,7 +48,7 @@ NAMED = {"curve": CURVES, "norm": NORMS, "activation": ACTIVATIONS}
 
 def depth(
     *,
-    t1: float,
+    t1: float | int,
     steps: int | None = None,
     tolerance: float | None = None,
     solver: str = "lie-trotter",

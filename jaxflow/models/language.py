@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._types import ScalarLike
+from .._types import ArrayLike, ScalarLike
 from ..fields import AbstractField, AbstractNorm, LayerNorm
 from ..measure import Measure
 from ..solvers import is_explicit
@@ -115,7 +115,7 @@ class LanguageModel(AbstractModel):
 
     def generate(
         self,
-        prompt: Int[Array, " n"],
+        prompt: ArrayLike,
         length: int,
         *,
         temperature: ScalarLike = 1.0,
@@ -128,7 +128,7 @@ class LanguageModel(AbstractModel):
 
         **Arguments:**
 
-        - `prompt`: at least one token. `length`: the number of tokens to add.
+        - `prompt`: at least one token, integers `(n,)`. `length`: the number of tokens to add.
         - `temperature`: divides the logits; 0 takes the most likely token and needs no key.
         - `top_k`: draw among the k most likely tokens; `top_p`: among the fewest whose
           probabilities add up to p (Holtzman et al., arXiv 1904.09751).
