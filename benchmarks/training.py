@@ -341,8 +341,9 @@ def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
     for row in rows:
         if row["rival"] not in runners:
             continue
-        if case.mode == "adaptive":
-            row["evaluations"] = int(runners[row["rival"]]().evaluations)
+        counted = runners[row["rival"]]().evaluations if case.mode == "adaptive" else None
+        if counted is not None:
+            row["evaluations"] = int(counted)
         if case.mode == "gradient" and row["rival"] in MEASURE_PEAK and not options.quick:
             which = case._asdict() | {"name": row["rival"]}
             row |= peak("training", which, runners[row["rival"]])

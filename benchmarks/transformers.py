@@ -205,7 +205,9 @@ def torch_solved(x, blocks: dict, heads: int, *, t1: float, tolerance: float, co
 
     def velocity(t, x):
         count()
-        weights = torch.tensor(legendre(2 * float(t.detach()) / t1 - 1, len(blocks["b2"])), device=x.device)
+        weights = torch.tensor(
+            legendre(2 * float(t.detach()) / t1 - 1, len(blocks["b2"])), device=x.device
+        )
         block = {name: torch.tensordot(weights, a, 1) for name, a in blocks.items()}
         return torch_attention(x, block, heads) + torch_forward(x, block)
 

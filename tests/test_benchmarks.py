@@ -22,13 +22,17 @@ from benchmarks import (
     scaling,
     shapes,
     timing,
+    training,
+    transformers,
 )
 from benchmarks.__main__ import failures, main, table
 
 PARTICLES = shapes.Shape("tiny-particles", 48, 3)
 LANGUAGE = shapes.Shape("tiny-language", 20, 4, batch=3, causal=True, scale=0.5, modes=shapes.MODES)
 ONCE = timing.Options(repeats=(1, 1))
+QUICK = timing.Options(quick=True, repeats=(1, 1))
 RATES = {"flops": 1e11, "exps": 1e9, "bytes": 1e12}
+TRAINING = training.Case(batch=2, n=6, dim=8, heads=2, layers=2, mode="gradient")
 has_torch = importlib.util.find_spec("torch") is not None
 
 
@@ -322,6 +326,53 @@ def test_every_case_to_compile_has_a_rival():
     values = compile.VALUES[0]
     ours = named["operation", "jaxflow blocked"](x, *values)
     np.testing.assert_allclose(ours, named["operation", "jnp"](x, *values), atol=1e-6)
+
+
+# ------------------------------------------------------------------ training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ("gradient", "update"))
+def test_steps_of_training_agree(mode):
+    case = TRAINING._replace(mode=mode)
+    rows = training.contest(case, training.RIVALS[mode], QUICK)
+    rows = {row["rival"]: row for row in rows}
+    for name, row in rows.items():
+        if "torch" in name and not has_torch:
+            assert row["note"] == "not installed"
+            continue
+        # Rounding of sums over 12 tokens and 256 logits, through two layers.
+        assert row["error"] < 1e-5 and row["ms"] > 0 and row["vs_scan"] > 0
+    assert rows["scan jaxflow"]["vs_scan"] == 1 == rows["scan jaxflow"]["compile_vs_scan"]
+    assert 0 < rows["jaxflow"]["trace_s"] < rows["jaxflow"]["compile_s"]
+
+
+@pytest.mark.slow
+def test_adaptive_training_agrees():
+    case = TRAINING._replace(mode="adaptive")
+    rows = training.contest(case, training.RIVALS["adaptive"], QUICK)
+    rows = {row["rival"]: row for row in rows}
+    assert all(rows[name]["error"] < training.SOLVE_ERROR for name in ("jaxflow", "diffrax"))
+    # The same steps of the same solver.
+    assert rows["jaxflow"]["error"] == pytest.approx(rows["diffrax"]["error"], rel=0.01)
+    assert rows["jaxflow"]["evaluations"] > 3 + 6
+    assert ("ms" in rows["torchdiffeq"]) == (importlib.util.find_spec("torchdiffeq") is not None)
+
+
+@pytest.mark.slow
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    right = transformers.naive
+    monkeypatch.setitem(training.SCANS, "scan naive", lambda q, k, v: 1.1 * right(q, k, v))
+    rows = training.contest(TRAINING, ("scan naive",), QUICK)
+    assert rows[0]["note"].startswith("wrong") and "ms" not in rows[0]
+
+
+@pytest.mark.slow
+def test_memory_of_training_grows_as_the_root_of_the_steps(monkeypatch):
+    rows = [training.temporaries(training.Solve("jaxflow", steps)) for steps in (6, 256, 1024)]
+    assert rows[0]["peak_mib"] < rows[1]["peak_mib"]
+    (fit,) = training.fits(rows)
+    assert 0.4 < fit["memory_exponent"] < 0.6
 
 
 # ------------------------------------------------------------------ the command

@@ -2,13 +2,7 @@
 
 import dataclasses
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import equinox as eqx
 import jax
@@ -18,6 +12,7 @@ import optax
 import pytest
 
 import jaxflow as jf
+from benchmarks import resume
 from jaxflow import training
 from jaxflow.models import Depth, LanguageModel, ResidualNetwork
 from jaxflow.observables import AttentionEntropy, KineticEnergy
@@ -299,80 +294,20 @@ def test_load_refuses_a_damaged_checkpoint(tmp_path):
         training.load(tmp_path, network())
 
 
-CHILD = textwrap.dedent(
-    """
-    import sys
-    sys.path[:0] = sys.argv[2:]
-    from test_training import Points, fit, network
-    from pathlib import Path
-
-    run = Path(sys.argv[1])
-    resume = any((run / "checkpoints").glob("step-*"))
-    options = {"run": run, "resume": resume, "checkpoint_every": 4, "evaluate_every": 15}
-    fitted = fit(network(), Points(), steps=120, **options)
-    print(fitted.reason)
-    """
-)
-
-
-def start(run, cache):
-    here = os.path.dirname(__file__)
-    options = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(run), here, os.path.dirname(here)],
-        env=os.environ | options,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def logged(run):
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(process, run, lines):
-    deadline = time.monotonic() + 120
-    while logged(run) < lines and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 @pytest.mark.slow
 def test_killed_twenty_times_the_losses_are_the_same(tmp_path):
-    rng, run, cache = random.Random(0), tmp_path / "run", tmp_path / "cache"
-    straight = start(tmp_path / "straight", cache)
-    assert straight.communicate()[0].strip() == "done"
-    for _ in range(20):
-        process = start(run, cache)
-        # After some steps of its own, at any moment: in a step, or while it saves.
-        before = logged(run)
-        deadline = time.monotonic() + 120
-        while logged(run) in (0, before) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-    last = start(run, cache)
-    assert last.communicate()[0].strip() == "done"
-    rows = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tmp_path / "straight", run)
-    ]
-    assert len(rows[0]) == 120 and rows[0] == rows[1]
+    whole, killed, kills = resume.compare(tmp_path, kills=20, steps=160)
+    assert kills == 20
+    assert len(whole) == 160 and whole == killed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_end(tmp_path, number):
-    process = start(tmp_path, tmp_path / "cache")
-    wait_for(process, tmp_path, 1)
-    process.send_signal(number)
-    assert process.communicate()[0].strip() == number.name
-    assert process.returncode == 0
+    child = resume.start(tmp_path, tmp_path / "cache", 10_000)
+    resume.wait_for_step(child, tmp_path)
+    child.send_signal(number)
+    assert child.communicate()[0].strip() == number.name
+    assert child.returncode == 0
     done = training.metadata(training.latest(tmp_path / "checkpoints"))["step"]
-    assert 1 <= done < 120 and logged(tmp_path) == done
+    assert 1 <= done < 10_000 and resume.logged(tmp_path) == done

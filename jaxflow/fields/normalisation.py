@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._types import accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean
 from ..measure import Measure
 from .base import AbstractField
@@ -148,7 +149,7 @@ def _check_flat(field: AbstractField):
 
 
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(accumulation_dtype(x.dtype))
 
 
 def _rows(vector, x):

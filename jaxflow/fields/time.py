@@ -380,7 +380,7 @@ class _LowRank(eqx.Module):
         self.right = jax.random.normal(right, (columns, rank)) / math.sqrt(columns)
 
     def __call__(self, hidden):
-        return (self.left * (self.matrix @ hidden)) @ self.right.T
+        return (self.left * (self.matrix @ hidden)[None]) @ self.right.T
 
 
 # ------------------------------------------------------------------ from one curve to another

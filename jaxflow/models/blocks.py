@@ -129,13 +129,12 @@ def blocks(
     """The field of a model, from the maker of a block."""
     if layers < 1:
         raise ValueError(f"layers must be at least 1, got {layers}.")
-    made = [_initial(make, k, layers) for k in jax.random.split(key, layers)]
+    made = [_small(make(k), layers) for k in jax.random.split(key, layers)]
     return TimeDependent(curve=curve(made, depth.t1))
 
 
-@eqx.filter_jit
-def _initial(make: Callable[[PRNGKeyArray], AbstractField], key: PRNGKeyArray, layers: int) -> Any:
-    """A block of GPT-2's initial scale: of weights, with those that end a block over sqrt(2 L)."""
+def _small(block: AbstractField, layers: int) -> Any:
+    """GPT-2's initial scale of the weights, with those that end a block over sqrt(2 L)."""
     ends = ("output", "weight_out")
 
     def scaled(path, a):
@@ -144,7 +143,7 @@ def _initial(make: Callable[[PRNGKeyArray], AbstractField], key: PRNGKeyArray, l
         last = getattr(path[-1], "name", "") in ends
         return a * (STD / jnp.sqrt(jnp.mean(a**2))) / (math.sqrt(2 * layers) if last else 1)
 
-    return jax.tree_util.tree_map_with_path(scaled, make(key))
+    return jax.tree_util.tree_map_with_path(scaled, block)
 
 
 # ------------------------------------------------------------------ pieces
