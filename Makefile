@@ -10,11 +10,14 @@ STAMP := .venv/installed
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Two simulations, with pictures, in runs/
+demo: $(STAMP)  ## Two simulations and a training, with pictures, in runs/
 	$(BIN)/jaxflow simulate --n 512 --d 3 --beta 9 --t1 30 --out runs/demo-sphere
 	$(BIN)/jaxflow simulate --text examples/gettysburg.txt --d 16 --beta 12 --t1 16 \
 		--threshold 0.99 --out runs/demo-text
-	@echo "Open runs/demo-sphere/flow.html and runs/demo-text/flow.html in a browser."
+	rm -rf runs/demo-lm
+	$(BIN)/jaxflow train lm --preset demo --out runs/demo-lm
+	@echo "Open runs/demo-sphere/flow.html and runs/demo-text/flow.html in a browser; the loss of"
+	@echo "the language model is in runs/demo-lm/loss.png."
 
 test: $(STAMP)  ## The tests; PYTEST_ARGS is passed on
 	$(BIN)/python -m pytest tests -n 2 $(PYTEST_ARGS)

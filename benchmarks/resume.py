@@ -83,8 +83,9 @@ def logged(run: Path) -> int:
 
 def wait_for_step(child: subprocess.Popen, run: Path):
     """Waits until a child has made a step of its own, or has ended."""
-    before, deadline = logged(run), time.monotonic() + WAIT_S
-    while logged(run) in (0, before) and child.poll() is None:
+    least, deadline = logged(run), time.monotonic() + WAIT_S
+    # A child that resumes forgets the steps after its checkpoint first.
+    while logged(run) <= (least := min(least, logged(run))) and child.poll() is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"no step was made in {WAIT_S} s.")
         time.sleep(0.002)

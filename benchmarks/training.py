@@ -45,7 +45,7 @@ SOLVE_ERROR = 0.1
 # The update is then a smooth function of the gradient, so that it can be checked.
 RATE, EPSILON, DECAY = 1e-3, 1e-4, 0.01
 SAMPLES = 3  # times as many as other suites take: a few per cent are to be told apart
-MEASURE_PEAK = ("jaxflow", "scan jaxflow", "torch", "torchdiffeq")
+MEASURE_PEAK = ("jaxflow", "torch")
 POINTS, WIDTH = 256, 64  # of the solves whose memory is compared
 STORED = 64  # steps up to which jaxflow keeps each state
 
@@ -59,6 +59,7 @@ RIVALS = {
     "update": ("jaxflow", "scan jaxflow", "torch"),
     "adaptive": ("jaxflow", "diffrax", "torchdiffeq"),
 }
+QUICK = ("jaxflow", "scan jaxflow", "torch", "torchdiffeq")
 
 
 class Case(NamedTuple):
@@ -76,9 +77,9 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> list[Case]:
     if quick:
-        return [Case(4, 64, 64, 2, 3, mode) for mode in ("gradient", "adaptive")]
-    fixed = [Case(8, 128, 128, 4, 6, mode) for mode in ("gradient", "update")]
-    return [*fixed, Case(8, 64, 64, 2, 3, "adaptive")]
+        return [Case(4, 64, 64, 2, 3, "gradient")]
+    layers = Case(8, 128, 128, 4, 6, "gradient")
+    return [layers, Case(8, 64, 64, 2, 3, "adaptive"), layers._replace(mode="update")]
 
 
 class Answer(NamedTuple):
@@ -253,8 +254,11 @@ class Solve(NamedTuple):
     steps: int
 
 
-def steps_of(quick: bool) -> tuple[int, ...]:
-    return (6, 24, 96, 384) if quick else (6, 24, 96, 384, 1536)
+def solves(quick: bool) -> list[Solve]:
+    steps, names = (96, 384), ("jaxflow",)
+    if not quick:
+        steps, names = (6, 24, 96, 1536), ("jaxflow", "scan")
+    return [Solve(*pair) for pair in itertools.product(names, steps)]
 
 
 def many_steps(solve: Solve) -> Callable:
@@ -297,7 +301,8 @@ def fits(rows: Sequence[dict]) -> list[dict]:
             for row in rows
             if row["rival"] == rival and row["steps"] > STORED and "peak_mib" in row
         }
-        out.append({"rival": rival, "memory_exponent": exponent(grown)})
+        if len(grown) > 1:
+            out.append({"rival": rival, "memory_exponent": exponent(grown)})
     return out
 
 
@@ -307,22 +312,20 @@ def fits(rows: Sequence[dict]) -> list[dict]:
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
     rows, memory = [], []
+    if not options.only or "memory".startswith(options.only):
+        label = lambda solve: f"memory {solve.name} {solve.steps} steps"
+        memory = [temporaries(solve) for solve in watch.each(solves(options.quick), label)]
     chosen = [case for case in cases(options.quick) if case.name.startswith(options.only)]
     for case in watch.each(chosen, lambda case: f"{case.name} {case.mode}"):
-        rows += contest(case, competitors(case.mode, options.backends), options)
-    if not options.only or "memory".startswith(options.only):
-        solves = [
-            Solve(*pair) for pair in itertools.product(("jaxflow", "scan"), steps_of(options.quick))
-        ]
-        memory = [temporaries(solve) for solve in watch.each(solves)]
+        rows += contest(case, competitors(case.mode, options), options)
     return {"rows": rows, "fits": memory + fits(memory)}
 
 
-def competitors(mode: str, backends: Sequence[str] = ()) -> tuple[str, ...]:
-    names = RIVALS[mode]
+def competitors(mode: str, options: Options) -> tuple[str, ...]:
+    names = tuple(n for n in RIVALS[mode] if n in QUICK or not options.quick)
     if jax.default_backend() == "cpu":
         names += tuple(f"{name} 1 thread" for name in names if name.startswith("torch"))
-    return names + tuple(f"jaxflow {name}" for name in backends)
+    return names + tuple(f"jaxflow {name}" for name in options.backends)
 
 
 def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
@@ -351,15 +354,18 @@ def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
 
 
 def against_scan(rows: list[dict]) -> list[dict]:
-    """`vs_scan` and `compile_vs_scan`: over what the plain layers with the same attention take."""
+    """`vs_scan` and `compile_vs_scan`: over what the plain layers with the same attention take.
+
+    By the fastest samples, which other programs disturbed least.
+    """
     found = [row for row in rows if row["rival"] == "scan jaxflow" and "ms" in row]
-    for row in rows:
-        if found and "ms" in row:
-            row["vs_scan"] = row["ms"] / found[0]["ms"]
-        if found and "trace_s" in row:
+    for row in rows if found else ():
+        if "ms" in row:
+            row["vs_scan"] = row["ms_min"] / found[0]["ms_min"]
+        if "trace_s" in row:
             row["compile_vs_scan"] = row["compile_s"] / found[0]["compile_s"]
     return rows
 
 
-def runner(name: str, **case: Any) -> Runner:
-    return prepare(Case(**case), name, {})
+def runner(name: str, batch: int, n: int, dim: int, heads: int, layers: int, mode: str) -> Runner:
+    return prepare(Case(batch, n, dim, heads, layers, mode), name, {})

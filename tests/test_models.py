@@ -1,0 +1,530 @@
+"""Models: what they compute, that they are causal, that depth is a policy, and generation."""
+
+import functools
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxflow as jf
+from jaxflow import models
+from jaxflow.fields import time
+from jaxflow.models import Depth, ImageClassifier, LanguageModel, ResidualNetwork
+from jaxflow.models.generation import Chooser
+from jaxflow.solvers import LieTrotter, Strang
+
+KEY = jax.random.key(0)
+TOKENS = np.random.default_rng(1).integers(0, 11, (2, 6))
+call = eqx.filter_jit(lambda model, inputs: model(inputs))
+
+
+def filled(make, seed=0) -> Any:
+    """What `make()` returns, with normal parameters that make every part matter: matrices of
+    N(0, 1/4), gains of N(1, 1/16), biases of N(0, 1/16). Nothing has to be drawn or compiled."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, a):
+        if not is_shape(a):
+            return a
+        values = rng.normal(size=a.shape)
+        gain = getattr(path[-1], "name", "") == "gain"
+        return jnp.asarray(gain + values / (2 if a.ndim > 1 else 4), a.dtype)
+
+    is_shape = lambda a: isinstance(a, jax.ShapeDtypeStruct)
+    shapes = eqx.filter_eval_shape(make)
+    return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=is_shape)
+
+
+@functools.cache
+def language_model(**options: Any) -> Any:
+    return filled(lambda: LanguageModel(11, 8, 2, 2, 12, width=12, key=KEY, **options))
+
+
+def with_depth(model, depth: Depth, field=None) -> Any:
+    return eqx.tree_at(lambda m: (m.depth, m.field), model, (depth, field or model.field))
+
+
+# ------------------------------------------------------------------ what is kept of tokens
+
+
+class Mean(jf.AbstractField):
+    """The mean of the tokens that a query sees, minus the query: a field of a user's own."""
+
+    geometry: Any = jf.Euclidean()
+
+    def __call__(self, t, x, mu):
+        seen = jnp.tril(jnp.ones((mu.n, mu.n), x.dtype)) if len(x) == mu.n else jnp.ones((1, mu.n))
+        weights = seen * mu.weights[None].astype(x.dtype)
+        return jnp.matmul(weights / weights.sum(axis=1, keepdims=True), mu.points) - x
+
+
+def attention(**options: Any) -> Any:
+    return filled(lambda: jf.MultiHeadAttention(4, 2, causal=True, key=KEY, **options), seed=2)
+
+
+def single(**options: Any):
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.normal(size=(4, 4)) for _ in range(3))
+    return jf.SelfAttention(q, k, v, causal=True, geometry=jf.Euclidean(), **options)
+
+
+def forward() -> Any:
+    return filled(lambda: jf.FeedForward(4, 5, jnp.tanh, key=KEY), seed=3)
+
+
+FIELDS = {
+    "single": lambda: single(beta=0.7),
+    "single, window": lambda: single(window=2),
+    "on the sphere": lambda: jf.SelfAttention(beta=2.0, causal=True),
+    "hardmax": lambda: single(interaction=jf.Hardmax()),
+    "heads": lambda: attention(),
+    "heads, rotary": lambda: attention(rotary=100.0),
+    "heads, window": lambda: attention(window=(1, 3), rotary=100.0),
+    "feed-forward": forward,
+    "drift": lambda: jf.LinearDrift(np.arange(16.0).reshape(4, 4)),
+    "sum": lambda: attention() + forward(),
+    "multiple": lambda: -2.0 * attention(),
+    "pre": lambda: jf.PreNorm(attention(rotary=10.0), jf.LayerNorm(4)),
+    "peri": lambda: jf.PeriNorm(jf.PreNorm(attention(), jf.RMSNorm(4)), jf.LayerNorm(4)),
+    "in time": lambda: jf.TimeDependent(jf.PiecewiseLinear([attention(), attention()], [0.0, 1.0])),
+    "own": Mean,
+    "own, in a sum": lambda: Mean() + attention(),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", FIELDS)
+def test_token_by_token_is_the_causal_field(name):
+    """Each query from what is kept of the tokens up to it, kept one by one, with room for more."""
+    field, n, t = FIELDS[name](), 5, 0.4
+    x = field.geometry.retract(jnp.asarray(np.random.default_rng(6).normal(size=(n, 4))))
+
+    @eqx.filter_jit
+    def run(field, x):
+        kept = jax.tree.map(
+            lambda a: jnp.pad(a, [(0, n + 2)] + [(0, 0)] * (a.ndim - 1)),
+            field.keys_values(t, x[:1], 0),
+        )
+
+        def step(kept, index):
+            token = jax.lax.dynamic_slice_in_dim(x, index, 1)
+            put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, index, axis=0)
+            kept = jax.tree.map(put, kept, field.keys_values(t, token, index))
+            return kept, field.attend(t, token, kept, index)[0]
+
+        rows = jax.lax.scan(step, kept, jnp.arange(n))[1]
+        return rows, field(t, x, jf.Measure(x))
+
+    rows, whole = run(field, x)
+    assert np.abs(whole).max() > 1e-3
+    np.testing.assert_allclose(rows, whole, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rotary_scores_depend_on_differences():
+    """Shifting all positions changes no row; without rotation the order of the tokens is not seen,
+    with it it is. The angles are i base^(-2k/p)."""
+    field, x = attention(rotary=100.0), jnp.asarray(np.random.default_rng(8).normal(size=(5, 4)))
+
+    @eqx.filter_jit
+    def rows(field, start):
+        kept = field.keys_values(0.0, x, start)
+        query = jf.MultiHeadAttention.keys_values(
+            eqx.tree_at(lambda f: f.key, field, field.query), 0.0, x, start
+        )[0]
+        return jnp.einsum("mhp,nhp->hmn", query, kept[0]), query
+
+    near, turned = rows(field, 0)
+    far, _ = rows(field, 37)
+    np.testing.assert_allclose(near, far, rtol=1e-11, atol=1e-11)
+    plain, straight = rows(attention(), 0)
+    assert np.abs(near - plain).max() > 0.1
+    angle = np.arange(5)[:, None] * 100.0 ** (-2 * np.arange(1) / 2)
+    a, b = np.split(np.asarray(straight), 2, axis=-1)
+    c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    expected = np.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+    np.testing.assert_allclose(turned, expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rotary_divergence_is_the_trace():
+    field, x = attention(rotary=100.0), jnp.asarray(np.random.default_rng(8).normal(size=(5, 4)))
+    mu = jf.Measure(x)
+
+    @eqx.filter_jit
+    def both(field):
+        # The row of a query moves with that query alone: the trace of each diagonal block.
+        jacobian = jax.jacfwd(lambda y: field(0.0, y, mu))(x)
+        return jf.divergence(field, 0.0, x, mu), jnp.einsum("idid->i", jacobian)
+
+    divergence, trace = both(field)
+    np.testing.assert_allclose(divergence, trace, rtol=1e-12)
+
+
+# ------------------------------------------------------------------ language models
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"placement": "peri", "norm": jf.RMSNorm, "tied": False},
+    {"placement": "post", "rotary": True},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=["pre", "peri", "post"])
+def test_language_models_are_causal(options):
+    """A batch is its texts, and another token changes no logits before it."""
+    model = language_model(**options)
+    other = TOKENS.copy()
+    other[1] = (TOKENS[0] + (np.arange(6) == 3)) % 11
+    other[0] = TOKENS[0]
+    logits = call(model, jnp.asarray(other))
+    assert logits.shape == (2, 6, 11) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits[0, :3], logits[1, :3], atol=1e-5)
+    assert (np.abs(logits[0] - logits[1]).max(axis=-1)[3:] > 1e-3).all()
+    np.testing.assert_allclose(call(model, jnp.asarray(other[1])), logits[1], atol=1e-5)
+    assert (model.output is None) == options.get("tied", True)
+    assert (model.positions is None) == options.get("rotary", False)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_default_is_the_transformer():
+    """x += attention(LN x); x += feedforward(LN x), layer by layer; logits = E LN(x)."""
+    model = filled(lambda: LanguageModel(11, 8, 2, 2, 12, key=KEY))
+
+    @eqx.filter_jit
+    def by_hand(model, tokens):
+        x = model.embedding[tokens] + model.positions[:6]
+        for layer in (0.5, 1.5):
+            for part in model.field.at(layer).fields:
+                x = x + part(layer, x, jf.Measure(x))
+        return jnp.matmul(model.norm(x), model.embedding.T)
+
+    tokens = jnp.asarray(TOKENS[0])
+    np.testing.assert_allclose(call(model, tokens), by_hand(model, tokens), rtol=1e-11)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_near_float32():
+    """Parameters, state and gradients stay float32; 8 bits of the products are left, and errors of
+    2^-8 a product add up to a few of the spread of the logits in a hundred."""
+    wide, narrow = language_model(), language_model(dtype=jnp.bfloat16)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad(has_aux=True)
+    def loss(model, tokens):
+        logits = model(tokens)
+        return (logits**2).mean(), logits
+
+    (_, logits), gradient = loss(wide, jnp.asarray(TOKENS[0]))
+    (_, rounded), other = loss(narrow, jnp.asarray(TOKENS[0]))
+    assert rounded.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(other)} == {jnp.dtype(jnp.float32)}
+    assert 1e-5 < np.sqrt(np.mean((rounded - logits) ** 2)) / np.std(logits) < 0.05
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
+        assert np.linalg.norm(b - a) < 0.2 * np.linalg.norm(a)
+
+
+def test_context_and_options_are_checked():
+    model = language_model()
+    with pytest.raises(ValueError, match="positions for 12 tokens, got 13"):
+        model(jnp.zeros(13, jnp.int32))
+    with pytest.raises(ValueError, match='placement must be "pre"'):
+        language_model(placement="middle")
+    with pytest.raises(ValueError, match="dtype is of the fields between norms"):
+        language_model(placement="post", dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="at least two blocks"):
+        filled(lambda: LanguageModel(11, 8, 2, 1, 12, curve=models.interpolated, key=KEY))
+
+
+@pytest.mark.slow
+def test_initial_weights():
+    """N(0, 0.02^2), those that end a block over sqrt(2 L); width 0 leaves attention alone."""
+    model: Any = LanguageModel(11, 16, 2, 3, 12, width=0, key=KEY)
+    attention = model.field.at(0.0).field
+    assert isinstance(model.field.at(0.0), jf.PreNorm)
+    rms = lambda a: float(jnp.sqrt(jnp.mean(a**2)))
+    np.testing.assert_allclose([rms(attention.query), rms(attention.value)], 0.02, rtol=1e-5)
+    np.testing.assert_allclose(rms(attention.output), 0.02 / np.sqrt(6), rtol=1e-5)
+
+
+# ------------------------------------------------------------------ depth
+
+
+@pytest.mark.slow
+def test_curves_of_models():
+    """Each curve runs with the default depth, and starts where it says."""
+    depth = Depth(t1=2.0, steps=2)
+    blocks: list[Any] = [filled(lambda: jf.FeedForward(4, 4, key=KEY), seed) for seed in range(2)]
+    x = jf.Measure(jnp.ones((3, 4)))
+    for curve in (models.shared, models.smooth, models.hypernetwork):
+        at = eqx.filter_jit(lambda c: c.at(1.3))(curve(blocks, 2.0))
+        assert eqx.tree_equal(at, blocks[0], rtol=1e-6, atol=1e-6)
+    hat = jf.TimeDependent(models.interpolated(blocks, 2.0))
+    layers = jf.TimeDependent(models.layered(blocks, 2.0))
+    assert depth.flow(hat, x).stats["num_steps"] == 2
+    assert eqx.tree_equal(layers.at(1.5), blocks[1])
+    assert time.jumps(layers) == (1.0,)
+
+
+def test_a_shared_block_is_split():
+    """x += attention; x += feed-forward, with one block at both layers."""
+    model = language_model(curve=models.shared)
+    tokens = jnp.asarray(TOKENS[0])
+
+    @eqx.filter_jit
+    def by_hand(model):
+        x = model.embed(tokens).points
+        for _ in range(2):
+            for part in model.field.at(0.0).fields:
+                x = x + part(0.0, x, jf.Measure(x))
+        return model.read_out(jf.Measure(x))
+
+    np.testing.assert_allclose(call(model, tokens), by_hand(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_adaptive_depth():
+    """A tolerance is met, and many fixed steps converge to the same; so does a gradient."""
+    curve = models.interpolated
+    model = filled(lambda: ResidualNetwork(3, 2, 4, 2, width=5, curve=curve, activation=jnp.tanh,
+                                           key=KEY))  # fmt: skip
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)))
+    loss = eqx.filter_jit(eqx.filter_value_and_grad(lambda m, x: (m(x) ** 2).sum()))
+    adaptive = with_depth(model, Depth(t1=1.0, tolerance=1e-8, solver=diffrax.Tsit5()))
+    fixed = with_depth(model, Depth(t1=1.0, steps=64, solver=diffrax.Bosh3()))
+    (value, gradient), (truth, expected) = loss(adaptive, x), loss(fixed, x)
+    np.testing.assert_allclose(value, truth, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    solved = eqx.filter_jit(lambda m: m.solve(x))(adaptive)
+    assert solved.ok and 2 < solved.stats["num_steps"] < 200
+    short = with_depth(model, Depth(t1=1.0, tolerance=1e-8, solver=diffrax.Tsit5(), max_steps=2))
+    assert not eqx.filter_jit(lambda m: m.solve(x))(short).ok
+
+
+@pytest.mark.slow
+def test_depth_changes_without_training():
+    """A smooth curve, sampled at fewer or more layers, gives logits that converge as 1/layers."""
+    model = language_model(curve=models.interpolated)
+    slow = jax.tree.map(lambda a: a / 4 if eqx.is_inexact_array(a) and a.ndim > 2 else a, model)
+    tokens = jnp.asarray(TOKENS[0])
+
+    def layers(count):
+        curve = time.sample(slow.field.curve, np.linspace(0, 2, count + 1))
+        return call(with_depth(slow, Depth(t1=2.0, steps=count), jf.TimeDependent(curve)), tokens)
+
+    truth = layers(48)
+    errors = [np.abs(layers(count) - truth).max() / np.abs(truth).max() for count in (4, 12)]
+    assert errors[1] < errors[0] / 2 and errors[1] < 0.1
+
+
+def test_observed_along_the_depth():
+    """int |x|^2 dt by the trapezoidal rule, for x' = x with two Euler steps: 1, 2, 4."""
+    depth = Depth(t1=2.0, steps=2, solver=diffrax.Euler())
+    model = filled(lambda: ResidualNetwork(3, 2, 4, 1, width=5, key=KEY))
+    model = with_depth(model, depth, jf.LinearDrift(1.0))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)), jnp.float32)
+    observe = {"square": lambda t, mu: (mu.points**2).sum()}
+    solved = eqx.filter_jit(lambda m, x: m.solve(x, observe))(model, x)
+    start = (model.embed(x).points ** 2).sum(axis=(1, 2))
+    np.testing.assert_allclose(solved.ts, [0.0, 1.0, 2.0])
+    np.testing.assert_allclose(solved.observed["square"], np.outer([1, 4, 16], start), rtol=1e-5)
+    np.testing.assert_allclose(solved.integral("square"), 12.5 * start, rtol=1e-5)
+    with pytest.raises(ValueError, match="nothing was observed"):
+        eqx.filter_jit(lambda m, x: m.solve(x))(model, x).integral("square")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"t1": 1.0}, "either `steps` or a `tolerance`"),
+        ({"t1": 1.0, "steps": 1, "tolerance": 1e-3}, "either `steps` or a `tolerance`"),
+        ({"t1": 1.0, "steps": 0}, "steps must be at least 1"),
+        ({"t1": 1.0, "tolerance": 0.0, "solver": diffrax.Tsit5()}, "tolerance must be positive"),
+        ({"t1": 0.0, "steps": 1}, "must be positive and finite"),
+        ({"t1": float("inf"), "steps": 1}, "must be positive and finite"),
+        ({"t1": 1.0, "tolerance": 1e-3}, "LieTrotter takes fixed steps"),
+    ],
+)
+def test_depth_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Depth(**options)
+
+
+# ------------------------------------------------------------------ generation
+
+SOLVERS: list[tuple[str, dict[str, Any], Any]] = [
+    ("layers", {}, LieTrotter()),
+    ("post", {"placement": "post"}, LieTrotter()),
+    ("strang", {"curve": models.interpolated, "rotary": True}, Strang()),
+    ("heun", {}, diffrax.Heun()),
+    ("tsit5", {"curve": models.interpolated}, diffrax.Tsit5()),
+    ("euler", {"placement": "post"}, diffrax.Euler()),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name, options, solver", SOLVERS, ids=[s[0] for s in SOLVERS])
+def test_a_cache_changes_no_token(name, options, solver):
+    """One text from one key, with and without keys and values kept; past the context too."""
+    model = filled(lambda: LanguageModel(11, 8, 2, 2, 8, width=12, key=KEY, **options))
+    model = with_depth(model, Depth(t1=2.0, steps=2, solver=solver))
+    prompt = jnp.asarray(TOKENS[0][:3], jnp.int32)
+    added = 7 if name == "layers" else 5
+    draw = functools.partial(model.generate, prompt, added, top_k=5, top_p=0.95, key=KEY)
+    texts = [draw(cache=cache) for cache in (True, False)]
+    assert texts[0].shape == (3 + added,) and (texts[0][:3] == prompt).all()
+    np.testing.assert_array_equal(texts[0], texts[1])
+    assert len(set(np.asarray(texts[0][3:]).tolist())) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_greedy_text_is_the_argmax_of_the_logits():
+    """Also with one candidate at any temperature, and past the context."""
+    model = filled(lambda: LanguageModel(11, 8, 2, 2, 6, width=12, key=KEY))
+    text = np.asarray(TOKENS[0][:4])
+    for _ in range(5):
+        seen = jnp.asarray(text[-6:])
+        text = np.append(text, int(call(model, seen)[-1].argmax()))
+    prompt = jnp.asarray(TOKENS[0][:4], jnp.int32)
+    np.testing.assert_array_equal(model.generate(prompt, 5, temperature=0.0), text)
+    one = model.generate(prompt, 5, temperature=2.0, top_k=1, key=KEY)
+    np.testing.assert_array_equal(one, text)
+    assert model.generate(prompt, 0, key=KEY).shape == (4,)
+
+
+LOGITS = np.array([0.3, 2.0, -1.0, 1.1, 0.0])
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, kept",
+    [
+        (1.0, None, None, [0, 1, 2, 3, 4]),
+        (0.5, None, None, [0, 1, 2, 3, 4]),
+        (1.0, 3, None, [0, 1, 3]),
+        (1.0, 99, 1.0, [0, 1, 2, 3, 4]),
+        (1.0, None, 0.7, [1, 3]),  # 0.56 + 0.23
+        (1.0, None, 0.5, [1]),
+        (2.0, 2, 0.9, [1, 3]),
+    ],
+)
+def test_draws_have_the_exact_distribution(temperature, top_k, top_p, kept):
+    """20000 draws, within five standard errors."""
+    weights = np.where(np.isin(np.arange(5), kept), np.exp(LOGITS / temperature), 0)
+    exact = weights / weights.sum()
+    choose = Chooser(jnp.asarray(temperature, float), top_k, top_p)
+    count = 20_000
+    draw = jax.jit(jax.vmap(lambda key: choose(jnp.asarray(LOGITS, jnp.float32), key)))
+    found = np.bincount(draw(jax.random.split(KEY, count)), minlength=5) / count
+    assert (found[exact == 0] == 0).all()
+    assert (np.abs(found - exact) <= 5 * np.sqrt(exact * (1 - exact) / count)).all()
+
+
+def test_ties_at_the_border_are_kept():
+    choose = Chooser(jnp.asarray(1.0), 2, None)
+    kept = choose._restricted(jnp.array([1.0, 3.0, 1.0, 0.0]))
+    np.testing.assert_array_equal(np.isfinite(kept), [True, True, True, False])
+
+
+@pytest.mark.parametrize(
+    "prompt, length, options, message",
+    [
+        ([], 3, {}, "at least one token"),
+        ([[1, 2]], 3, {}, "at least one token"),
+        ([1, 11], 3, {}, r"tokens must be in 0, ..., 10, got 1 to 11"),
+        ([1, -1], 3, {}, "tokens must be in 0"),
+        ([1], -1, {}, "must not be negative"),
+        ([1], 3, {"top_k": 0}, "top_k must be at least 1"),
+        ([1], 3, {"top_p": 0.0}, "top_p must be in"),
+        ([1], 3, {"top_p": 1.5}, "top_p must be in"),
+        ([1], 3, {"temperature": -1.0}, "temperature must be 0 or positive"),
+        ([1], 3, {"key": None}, "drawing tokens needs key"),
+    ],
+)
+def test_generation_errors(prompt, length, options, message):
+    from jaxflow.models import generation
+
+    settings = {"temperature": 1.0, "top_k": None, "top_p": None, "key": KEY} | options
+    with pytest.raises(ValueError, match=message):
+        generation.check(np.asarray(prompt, np.int32), 11, length, **settings)
+
+
+def test_generation_checks_the_steps():
+    """Steps over a layer's end are refused with a cache as without."""
+    model = with_depth(language_model(), Depth(t1=2.0, steps=3))
+    with pytest.raises(ValueError, match="none ends at 1.0"):
+        model.generate(jnp.asarray([1, 2], jnp.int32), 3, temperature=0)
+
+
+# ------------------------------------------------------------------ images and vectors
+
+
+@pytest.mark.parametrize("class_token", [False, True], ids=["mean", "class token"])
+def test_image_classifiers(class_token):
+    """Patches in the order of reading; a batch is its images; permuted patches with permuted
+    positions give the same logits."""
+    model = filled(
+        lambda: ImageClassifier(
+            (4, 6, 2), 3, 8, 2, 1, patch=2, width=8, class_token=class_token, key=KEY
+        )
+    )
+    images = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 6, 2)), jnp.float32)
+    logits = call(model, images)
+    assert logits.shape == (2, 3)
+    np.testing.assert_allclose(call(model, images[0]), logits[0], atol=1e-5)
+    tokens = model.embed(images).points
+    assert tokens.shape == (2, 6 + class_token, 8)
+    patch = np.asarray(images[1, 2:4, 4:6]).reshape(-1)  # the last one
+    last = model.embedding.weight @ patch + model.embedding.bias + model.positions[-1]
+    np.testing.assert_allclose(tokens[1, -1], last, rtol=1e-5, atol=1e-5)
+    swapped = eqx.tree_at(
+        lambda m: m.positions, model, model.positions[np.array([3, 4, 5, 0, 1, 2])]
+    )
+    other = jnp.concatenate([images[:, 2:], images[:, :2]], axis=1)
+    np.testing.assert_allclose(call(swapped, other), logits, atol=1e-5)
+    with pytest.raises(ValueError, match="images must have shape"):
+        model(images[:, :2])
+
+
+def test_image_classifier_errors():
+    with pytest.raises(ValueError, match="patch must divide the image, got 4 for 4 x 6"):
+        ImageClassifier((4, 6, 2), 3, 8, 2, 1, patch=4, key=KEY)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_a_residual_network_is_its_loop():
+    """x <- x + (1/L) F_l(x), with the gradients; single samples, batches and images."""
+    model = filled(lambda: ResidualNetwork(12, 2, 4, 3, width=5, activation=jnp.tanh, key=KEY))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 12)))
+
+    def by_hand(model, x):
+        y = jnp.matmul(x, model.embedding.weight.T) + model.embedding.bias[None]
+        for layer in range(3):
+            y = y + model.field.at((layer + 0.5) / 3)(0.0, y, jf.Measure(y)) / 3
+        return jnp.matmul(y, model.output.weight.T) + model.output.bias[None]
+
+    loss = lambda fn: eqx.filter_jit(eqx.filter_value_and_grad(lambda m, x: (fn(m, x) ** 2).sum()))
+    value, gradient = loss(lambda m, x: m(x))(model, x)
+    truth, expected = loss(by_hand)(model, x)
+    np.testing.assert_allclose(value, truth, rtol=1e-12)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    outputs = eqx.filter_jit(by_hand)(model, x)
+    single = call(model, x[0])
+    assert single.shape == (2,)
+    np.testing.assert_allclose(single, outputs[0], rtol=1e-12)
+    shapes = eqx.filter_eval_shape(
+        lambda m: [m(x.reshape(5, 2, 3, 2)), m(x[0].reshape(2, 3, 2))], model
+    )
+    assert [s.shape for s in shapes] == [(5, 2), (2,)]
+    for wrong in (x[:, :6], x.reshape(10, 6), jnp.ones(11)):
+        with pytest.raises(ValueError, match="takes 12 features"):
+            model(wrong)

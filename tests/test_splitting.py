@@ -1,0 +1,284 @@
+"""Splitting methods: their orders and symmetry, their parts, adjoints and counts."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxflow as jf
+from jaxflow.solvers import (
+    LieTrotter,
+    Retracted,
+    Strang,
+    default_adjoint,
+    evaluations_per_step,
+    explicit_step,
+    is_explicit,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+FIXED = diffrax.ConstantStepSize()
+
+
+def matrix(seed, d=2):
+    return np.random.default_rng(seed).normal(size=(d, d))
+
+
+def points(n=3, d=2):
+    return jnp.asarray(np.random.default_rng(5).normal(size=(n, d)))
+
+
+def final(field, x, **options: Any):
+    return jf.flow(field, jf.Measure(x), **options).measures.points[-1]
+
+
+def moving() -> Any:
+    """A rotation and a drift that moves in time; they do not commute."""
+    drift = [jf.LinearDrift(matrix(seed)) for seed in range(3)]
+    turn = jf.LinearDrift(np.array([[0.0, -2.0], [2.0, 0.0]]))
+    return turn + jf.TimeDependent(jf.Fourier(drift, period=1.5))
+
+
+# ------------------------------------------------------------------ orders
+
+ORDERS = [
+    (LieTrotter(diffrax.Euler()), 1),
+    (LieTrotter(diffrax.Heun()), 1),
+    (Strang(diffrax.Euler()), 1),
+    (Strang(), 2),
+    (Strang(diffrax.Tsit5()), 2),
+]
+
+
+@pytest.mark.parametrize("solver, order", ORDERS, ids=lambda p: f"{type(p).__name__}")
+def test_orders(solver, order):
+    """The slope of the error over the step, for a sum that depends on time."""
+    field, x = moving(), points()
+    truth = final(field, x, t1=1.0, stepsize_controller=diffrax.PIDController(1e-11, 1e-12))
+    steps = np.array([0.04, 0.02, 0.01])
+    run = lambda h: final(field, x, t1=1.0, dt0=h, solver=solver, stepsize_controller=FIXED)
+    slope = np.polyfit(np.log(steps), np.log([np.abs(run(h) - truth).max() for h in steps]), 1)[0]
+    assert order - 0.2 < slope < order + 0.3
+    assert solver.order(None) == order
+
+
+def test_strang_is_symmetric():
+    """A step back along -X undoes a step along X, where the parts are solved to rounding; the
+    steps of Lie and Trotter come back in the wrong order."""
+    field, x = jf.LinearDrift(matrix(0)) + jf.LinearDrift(matrix(1)), points()
+
+    def there_and_back(solver):
+        options: dict[str, Any] = {"solver": solver, "stepsize_controller": FIXED, "dt0": 0.05}
+        there = final(field, x, t1=0.1, **options)
+        return np.abs(final(-field, there, t1=0.1, **options) - x).max()
+
+    assert there_and_back(Strang(diffrax.Bosh3())) < 1e-5  # 0.05^4 times a small constant
+    assert there_and_back(LieTrotter(diffrax.Bosh3())) > 1e-3
+
+
+# ------------------------------------------------------------------ parts
+
+
+def by_hand(parts, x, h, steps):
+    for _ in range(steps):
+        for part in parts:
+            x = x + h * part(0.0, x, jf.Measure(x))
+    return x
+
+
+def test_every_sum_is_split():
+    """Sums of sums, multiples of sums and curves of sums."""
+    a, b, c = (jf.LinearDrift(matrix(seed)) for seed in range(3))
+    x = points()
+    steps = diffrax.StepTo(jnp.linspace(0.0, 1.0, 5))
+    cases: list[tuple[Any, Any]] = [
+        (a + b + c, (a, b, c)),
+        (0.5 * (a - b), (0.5 * a, -0.5 * b)),
+        (jf.TimeDependent(jf.Constant(a + b)), (a, b)),
+        (jf.TimeDependent(jf.Fourier([a + b], period=1.0)) + c, (a, b, c)),
+        (a, (a,)),
+    ]
+    for field, parts in cases:
+        y = final(field, x, t1=1.0, solver=LieTrotter(), stepsize_controller=steps)
+        np.testing.assert_allclose(y, by_hand(parts, x, 0.25, 4), rtol=1e-13)
+
+
+def test_implicit_parts():
+    """(1 - h A)^-1, part by part."""
+    a, b = matrix(0), matrix(1)
+    x = points()
+    solver = LieTrotter(diffrax.ImplicitEuler(root_finder=diffrax.VeryChord(1e-12, 1e-13)))
+    field = jf.LinearDrift(a) + jf.LinearDrift(b)
+    y = final(field, x, t1=0.2, dt0=0.1, solver=solver, stepsize_controller=FIXED)
+    step = np.linalg.inv(np.eye(2) - 0.1 * b) @ np.linalg.inv(np.eye(2) - 0.1 * a)
+    np.testing.assert_allclose(y, x @ (step @ step).T, rtol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [LieTrotter(), Strang()], ids=["LieTrotter", "Strang"])
+def test_the_sphere_is_kept(solver):
+    sphere = jf.Sphere(2.0)
+    forward = jf.FeedForward(3, 4, jnp.tanh, geometry=sphere, key=jax.random.key(0))
+    field = jf.SelfAttention(beta=2.0, geometry=sphere) + forward
+    x = sphere.retract(points(5, 3))
+    sol = jf.flow(
+        field, jf.Measure(x), t1=2.0, dt0=0.5, solver=solver, stepsize_controller=FIXED,
+        saveat=diffrax.SaveAt(steps=True),
+    )  # fmt: skip
+    norms = jnp.linalg.norm(sol.measures.points[:4], axis=-1)
+    np.testing.assert_allclose(norms, 2.0, rtol=4 * np.finfo(float).eps)
+    assert np.abs(sol.measures.points[3] - x).max() > 0.1
+
+
+# ------------------------------------------------------------------ adjoints and steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "solver, geometry",
+    [(LieTrotter(diffrax.Heun()), jf.Euclidean()), (diffrax.Bosh3(), jf.Sphere())],
+    ids=["LieTrotter", "pieces on the sphere"],
+)
+def test_adjoints_agree(solver, geometry):
+    """Reverse and forward mode, through pieces: d/ds of the flow of s X."""
+    a, b, c = (jf.LinearDrift(matrix(seed), geometry=geometry) for seed in range(3))
+    pieces = jf.TimeDependent(jf.PiecewiseConstant([a + b, b + c], [0.0, 0.5, 1.0]))
+    x = geometry.retract(points())
+    steps = diffrax.StepTo(jnp.linspace(0.0, 1.0, 5))
+
+    def total(s, adjoint):
+        options: dict[str, Any] = {"solver": solver, "stepsize_controller": steps}
+        return final(s * pieces, x, t1=1.0, adjoint=adjoint, **options).sum()
+
+    s = jnp.asarray(0.7)
+    reverse = jax.grad(lambda s: total(s, diffrax.RecursiveCheckpointAdjoint()))(s)
+    direct = jax.grad(lambda s: total(s, diffrax.DirectAdjoint()))(s)
+    forward = jax.jacfwd(lambda s: total(s, diffrax.ForwardMode()))(s)
+    np.testing.assert_allclose([direct, forward], float(reverse), rtol=1e-11)
+
+
+def test_half_steps_make_strang_adaptive():
+    """Solutions at two step sizes estimate the error."""
+    field, x = moving(), points()
+    solver = diffrax.HalfSolver(Strang())
+    tight = diffrax.PIDController(1e-11, 1e-12)
+    loose = diffrax.PIDController(1e-5, 1e-5)
+    truth = final(field, x, t1=1.0, stepsize_controller=tight)
+    sol = jf.flow(field, jf.Measure(x), t1=1.0, solver=solver, stepsize_controller=loose)
+    steps = int(sol.stats["num_steps"])
+    assert 10 < steps < 200
+    assert np.abs(sol.measures.points[-1] - truth).max() < steps * 1e-5 * np.abs(truth).max()
+    # Strang twice and once, half a step of the first part twice, Midpoint's two stages; the first
+    # step is chosen by two more.
+    assert int(sol.stats["num_evaluations"]) == 3 * 2 * 2 * steps + 2
+
+
+@pytest.mark.parametrize("solver", [LieTrotter(), diffrax.HalfSolver(Strang())], ids=["one", "two"])
+def test_backsolve_cannot_be_split(solver):
+    with pytest.raises(ValueError, match="cannot be split"):
+        final(
+            moving(), points(), t1=1.0, dt0=0.1, solver=solver, adjoint=diffrax.BacksolveAdjoint()
+        )
+
+
+def test_default_adjoint():
+    """A state a step up to 64 steps, then 8 sqrt(steps) of them."""
+    kept = [default_adjoint(steps).checkpoints for steps in (1, 12, 64, 65, 256, 10_000)]
+    assert kept == [1, 12, 64, 65, 128, 800]
+    with pytest.raises(ValueError, match="at least one step"):
+        default_adjoint(0)
+
+
+# ------------------------------------------------------------------ counts, and methods by hand
+
+
+class Ledger(jf.AbstractField):
+    """x' = a x, and each evaluation by its name."""
+
+    rate: jax.Array
+    count: Any = eqx.field(static=True)
+    geometry: Any = jf.Euclidean()
+
+    def __call__(self, t, x, mu):
+        jax.debug.callback(self.count)
+        return self.rate * x
+
+
+COUNTS = [
+    (LieTrotter(), 1),
+    (LieTrotter(diffrax.Tsit5()), 6),
+    (Strang(), 4),
+    (diffrax.HalfSolver(diffrax.Heun()), 6),
+    (diffrax.HalfSolver(Strang(diffrax.Euler())), 6),
+]
+
+
+@pytest.mark.parametrize("solver, count", COUNTS, ids=lambda p: str(p)[:40])
+def test_evaluations_are_counted(solver, count):
+    """Of the first of three parts, over two steps."""
+    calls = []
+    first = Ledger(rate=jnp.asarray(0.1), count=lambda: calls.append(0))
+    field = first + jf.LinearDrift(0.2) + jf.LinearDrift(0.3)
+    sol = jf.flow(
+        field, jf.Measure(points()), t1=1.0, dt0=0.5, solver=solver, stepsize_controller=FIXED
+    )
+    jax.effects_barrier()
+    assert int(sol.stats["num_evaluations"]) == len(calls) == 2 * count
+
+
+def test_evaluations_of_one_step():
+    assert evaluations_per_step(diffrax.Euler()) == (0, 1)
+    assert evaluations_per_step(diffrax.Tsit5()) == (1, 6)
+    assert evaluations_per_step(Retracted(diffrax.Heun(), jf.Sphere())) == (0, 2)
+    assert evaluations_per_step(Strang(), parts=1) == (0, 2)
+    assert evaluations_per_step(Strang(), parts=2) == (0, 4)
+    assert evaluations_per_step(diffrax.HalfSolver(diffrax.Tsit5())) == (2, 18)
+    for implicit in (diffrax.Kvaerno3(), LieTrotter(diffrax.Kvaerno3())):
+        assert evaluations_per_step(implicit) is None
+
+
+EXPLICIT = [
+    diffrax.Euler(), diffrax.Heun(), diffrax.Midpoint(), diffrax.Ralston(), diffrax.Bosh3(),
+    diffrax.Tsit5(), diffrax.Dopri5(), diffrax.Dopri8(), Retracted(diffrax.Heun(), jf.Sphere()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", EXPLICIT, ids=lambda s: type(s).__name__)
+def test_methods_written_out_are_those_of_diffrax(solver):
+    """One step of x' = A x sin(t)."""
+    a, x = jnp.asarray(matrix(0)), points()
+    t0, t1 = jnp.asarray(0.3), jnp.asarray(0.7)
+    velocity = lambda t, y: jnp.sin(t) * jnp.matmul(y, a.T)
+
+    @jax.jit
+    def both(x):
+        term = diffrax.ODETerm(lambda t, y, args: velocity(t, y))
+        state = solver.init(term, t0, t1, x, None)
+        theirs = solver.step(term, t0, t1, x, None, state, False)[0]
+        evaluate = lambda field, t, y: velocity(t, y)
+        return theirs, explicit_step(solver, jf.LinearDrift(1.0), t0, t1, x, evaluate)
+
+    theirs, ours = both(x)
+    assert is_explicit(solver)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        diffrax.Kvaerno3(),
+        diffrax.HalfSolver(diffrax.Euler()),
+        LieTrotter(diffrax.ImplicitEuler()),
+        diffrax.HalfSolver(LieTrotter()),
+    ],
+    ids=lambda s: str(s)[:40],
+)
+def test_other_methods_are_not_written_out(solver):
+    assert not is_explicit(solver)
+    zero = jnp.zeros(())
+    with pytest.raises(ValueError, match="not an explicit Runge-Kutta method"):
+        explicit_step(solver, jf.LinearDrift(1.0), zero, zero, points(), lambda f, t, y: y)
