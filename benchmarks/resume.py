@@ -51,8 +51,8 @@ def train(run: Path, steps: int):
         steps=steps,
         run=run,
         resume=training.latest(run / "checkpoints") is not None,
-        checkpoint_every=4,
-        evaluate_every=15,
+        checkpoint_every=2,
+        evaluate_every=steps,
         log_every=1,
         progress=False,
     )
@@ -105,7 +105,7 @@ def compare(folder: Path, kills: int, steps: int) -> tuple[list[float], list[flo
     for _ in track(range(kills), "killing", disable=not sys.stdout.isatty()):
         child = start(killed, cache, steps)
         wait_for_step(child, killed)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.7))
         count += child.poll() is None
         child.kill()
         child.communicate()
@@ -117,7 +117,7 @@ def main(kills: Annotated[int, typer.Option(help="How often the run is killed.")
     """Kills a training run again and again, and compares its losses."""
     with tempfile.TemporaryDirectory() as folder:
         # Long enough that the last kill still finds it at work.
-        whole, killed, count = compare(Path(folder), kills, steps=8 * kills)
+        whole, killed, count = compare(Path(folder), kills, steps=20 * kills)
     print(f"{count} kills during {len(whole)} steps: losses equal: {whole == killed}")
     raise typer.Exit(0 if whole == killed else 1)
 

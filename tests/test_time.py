@@ -1,6 +1,6 @@
 """Fields whose parameters move in time: layers, breakpoints, curves, and what they cost."""
 
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import equinox as eqx
@@ -400,7 +400,7 @@ def test_sample_gives_the_layers_of_a_curve():
     curve = jf.PiecewiseLinear([jf.LinearDrift(0.0), jf.LinearDrift(2.0)], [0.0, 2.0])
     layers = time.sample(curve, [0.0, 0.5, 1.0, 2.0])
     assert layers.ts == (0.5, 1.0)
-    np.testing.assert_allclose(layers.coefficients.matrix, [0.25, 0.75, 1.5], rtol=1e-14)
+    np.testing.assert_allclose(cast(Any, layers.coefficients).matrix, [0.25, 0.75, 1.5], rtol=1e-14)
     for count in (4, 8):
         layers = time.sample(curve, np.linspace(0, 2, count + 1))
         distance = time.relative_distance(curve, layers, t1=2.0, samples=4096)

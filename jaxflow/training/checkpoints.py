@@ -169,7 +169,8 @@ def _key_impl(leaf: Any) -> Any:
 
 
 def _to_host(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    # A copy: the next step may write to the memory of the array.
+    return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def _from_host(stored: np.ndarray, leaf: Any) -> Any:

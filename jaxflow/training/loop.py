@@ -205,12 +205,13 @@ class _Step(eqx.Module):
         gradient = jax.tree.map(lambda g: g / len(inputs), total)
         return gradient, values.mean(), ok.all(), jax.tree.map(mean, metrics)
 
-    @eqx.filter_jit(donate="all-except-first")
     def __call__(self, state, step, batch):
         """(state, ok, metrics); a step that is not ok returns the state as it was."""
-        gradient, value, ok, metrics = self.gradient(
-            state.params, batch, jax.random.fold_in(self.key, step)
-        )
+        return _update((self, step, batch), state)
+
+    def update(self, state, step, batch):
+        key = jax.random.fold_in(self.key, step)
+        gradient, value, ok, metrics = self.gradient(state.params, batch, key)
         norm = optax.tree.norm(gradient)
         ok = ok & jnp.isfinite(value) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # Optax needs it
@@ -232,6 +233,12 @@ class _Step(eqx.Module):
             loss = self._loss_of_batch(params, jnp.asarray(inputs), jnp.asarray(targets))
             total, weight = total + size * float(loss), weight + size
         return total / weight if weight else math.nan
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _update(inputs, state):
+    step_fn, step, batch = inputs
+    return step_fn.update(state, step, batch)
 
 
 def _batches(data: Data, step: int, accumulate: int):
