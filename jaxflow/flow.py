@@ -507,10 +507,13 @@ def memory_estimate(
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),
     saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
     max_steps: int | None = 4096,
+    adjoint: diffrax.RecursiveCheckpointAdjoint | None = None,
 ) -> int:
     """The bytes that a flow of mu0 needs: the saved points and the stages of the solver.
 
-    What attention needs beside them is O(n * block), some tens of MB.
+    With an `adjoint`, also the states that a gradient keeps; see `jaxflow.solvers.default_adjoint`.
+    What attention and the step that is computed again need beside them is not counted: some tens
+    of MB, O(n * block).
     """
     dtype = accumulation_dtype(mu0.points.dtype)
     state = math.prod(mu0.points.shape) * dtype.itemsize
@@ -523,6 +526,8 @@ def memory_estimate(
             saves += sub.t0 + sub.t1 + times + steps
     if saveat.dense and max_steps is not None:
         saves += max_steps * (stages + 1)
+    if adjoint is not None:
+        saves += adjoint.checkpoints or (max_steps or 0)
     return state * (saves + stages + 8)
 
 

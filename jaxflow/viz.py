@@ -375,17 +375,16 @@ def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = No
     """
     if not history:
         raise ValueError("there is no logged step to draw.")
-    ax = _axes(ax)
+    axes = _axes(ax)
     both = {"loss": "training", "validation_loss": "validation"}
     for (name, label), colour in zip(both.items(), _COLOURS, strict=False):
         rows = [(row["step"], row[name]) for row in history if name in row]
         if rows:
             marker = "o" if name == "validation_loss" else None
-            ax.plot(*zip(*rows, strict=True), color=colour, marker=marker, label=label)
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss")
-    ax.legend(frameon=False)
-    return ax
+            axes.plot(*zip(*rows, strict=True), color=colour, marker=marker, label=label)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(frameon=False)
+    return axes
 
 
 def attention(

@@ -268,7 +268,8 @@ def resnet(
 def _settings(ctx: Context, task: str) -> tuple[Path, dict[str, Any]]:
     """The run folder and its settings: of the flags and the preset, or of the run to go on with."""
     given = {k: _json(v) for k, v in ctx.params.items() if k not in ("out", "resume")}
-    from_user = {k for k in given if ctx.get_parameter_source(k).name == "COMMANDLINE"}
+    sources = {k: ctx.get_parameter_source(k) for k in given}
+    from_user = {k for k, source in sources.items() if source and source.name == "COMMANDLINE"}
     if (run := ctx.params["resume"]) is not None:
         path = run / "config.json"
         if not path.is_file():
@@ -360,7 +361,9 @@ def _fit(run: Path, config: dict, model_config: dict, data, resume: bool):
         resume=resume,
         config=described,
     )
-    viz.training_curve(fitted.history).figure.savefig(run / "loss.png", dpi=120)
+    figure = viz.training_curve(fitted.history).get_figure(root=True)
+    assert figure is not None
+    figure.savefig(run / "loss.png", dpi=120)
     _summarise(run, fitted, data, time.perf_counter() - start)
 
 

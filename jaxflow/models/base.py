@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..fields import AbstractField
-from ..flow import FlowSolution, Observables, flow
+from ..flow import FlowSolution, Observables, flow, memory_estimate
 from ..measure import Measure
 from ..solvers import LieTrotter, default_adjoint
 
@@ -56,6 +56,13 @@ class Depth(eqx.Module):
                 f"{type(self.solver).__name__} takes fixed steps: give `steps`, or a solver with "
                 "an error estimate such as diffrax.Tsit5()."
             )
+
+    def memory(self, mu0: Measure) -> int:
+        """The bytes of the states that a gradient through the flow of mu0 keeps, and of a step."""
+        steps = self.steps or self.max_steps
+        adjoint = self.adjoint or default_adjoint(steps)
+        kept = adjoint if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint) else None
+        return memory_estimate(mu0, solver=self.solver, max_steps=steps, adjoint=kept)
 
     @property
     def times(self) -> np.ndarray:

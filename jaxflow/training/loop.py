@@ -140,7 +140,8 @@ def fit(
         record.begin()
         best = params
     every = checkpoint_every or evaluate_every
-    with _Signals() as signals, _Display(steps, place.step, progress, params) as display:
+    cost = _cost(model, params, data.batch(0)[0])
+    with _Signals() as signals, _Display(steps, place.step, progress, cost) as display:
         while not (reason := _reason_to_stop(place, steps, patience, budget, signals)):
             batch, start = _batches(data, place.step, accumulate), time.perf_counter()
             state, ok, metrics = step_fn(state, np.int32(place.step), batch)
@@ -387,6 +388,16 @@ class _Record:
 # ------------------------------------------------------------------ the outside world
 
 
+def _cost(model, params, inputs) -> str:
+    """What training takes, before it starts."""
+    count = sum(a.size for a in jax.tree.leaves(params))
+    text = f"{count:,} parameters: {16 * count / 1e6:.3g} MB with gradients and Adam's moments"
+    if isinstance(model, AbstractModel):
+        mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(inputs))
+        text += f"; states kept for the gradient: {model.depth.memory(mu0) / 1e6:.3g} MB"
+    return text
+
+
 class _Signals:
     """Notes SIGTERM and SIGINT, so that a step ends before the loop does."""
 
@@ -413,12 +424,9 @@ class _Signals:
 class _Display:
     """A progress bar with the last numbers."""
 
-    def __init__(self, steps: int, start: int, shown: bool, params):
-        count = sum(a.size for a in jax.tree.leaves(params))
+    def __init__(self, steps: int, start: int, shown: bool, cost: str):
         console = Console(stderr=True, quiet=not shown)
-        console.print(
-            f"{count:,} parameters; parameters, gradients and Adam take {16 * count / 1e6:.3g} MB"
-        )
+        console.print(cost)
         self.validation = math.nan
         columns = [
             TextColumn("training"),
