@@ -20,7 +20,7 @@ demo: $(STAMP)  ## Two simulations and a training, with pictures, in runs/
 	@echo "the language model is in runs/demo-lm/loss.png."
 
 test: $(STAMP)  ## The tests; PYTEST_ARGS is passed on
-	$(BIN)/python -m pytest tests -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Style, format and types
 	$(BIN)/ruff check .

@@ -131,7 +131,7 @@ def fit(
     optimiser = adamw(steps) if optimiser is None else optimiser
     step_fn = _Step(static, optimiser, loss, jax.random.key(0) if key is None else key)
     # The step gives its state's memory to the next one, and the caller keeps the model.
-    state = _State(jax.tree.map(jnp.copy, params), optimiser.init(params))
+    state = jax.tree.map(jnp.copy, _State(params, optimiser.init(params)))
     place = _Place(0, 0, math.inf, 0)
     record = _Record(None if run is None else Path(run), keep, dict(config or {}), data.describe())
     if resume:
