@@ -116,6 +116,22 @@ def test_resumed_losses_are_bit_identical(tmp_path):
     assert rest.validation_loss == whole.validation_loss
 
 
+def test_the_key_is_in_the_checkpoint(tmp_path):
+    class Noisy(training.AbstractLoss):
+        def __call__(self, model, inputs, targets, key):
+            noise = jax.random.normal(key, inputs.shape)
+            value = training.cross_entropy(model(inputs + noise), targets)
+            return training.Valued(value, jnp.array(True), {})
+
+    options = {"loss": Noisy(), "optimiser": optax.sgd(0.1)}
+    whole = fit(network(), Points(), key=jax.random.key(5), **options)
+    fit(network(), Points(), steps=3, key=jax.random.key(5), run=tmp_path, **options)
+    # Another key, or none, does not matter to a run that has one.
+    rest = fit(network(), Points(), run=tmp_path, resume=True, **options)
+    assert losses(rest) == losses(whole)
+    assert losses(fit(network(), Points(), **options)) != losses(whole)
+
+
 def test_a_run_is_not_overwritten_nor_resumed_on_other_data(tmp_path):
     fit(network(), Points(), steps=2, run=tmp_path)
     with pytest.raises(ValueError, match="holds a run already.*resume=True"):

@@ -103,7 +103,7 @@ def fit(
     - `optimiser`: any Optax optimiser; `None` is [`jaxflow.training.adamw`][] of the steps.
     - `loss`: (outputs, targets) -> number, or an [`jaxflow.training.AbstractLoss`][], such as
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
-    - `key`: PRNG key of losses that draw numbers.
+    - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
     - `accumulate`: batches whose gradients are averaged into one step.
     - `evaluate_every`: steps between evaluations, and one at the end, each on
       `evaluation_batches` batches (`None`: all). `patience`: evaluations without a better loss
@@ -129,9 +129,10 @@ def fit(
     params, static = eqx.partition(model, eqx.is_inexact_array)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     optimiser = adamw(steps) if optimiser is None else optimiser
-    step_fn = _Step(static, optimiser, loss, jax.random.key(0) if key is None else key)
+    step_fn = _Step(static, optimiser, loss)
+    key = jax.random.key(0) if key is None else key
     # The step gives its state's memory to the next one, and the caller keeps the model.
-    state = jax.tree.map(jnp.copy, _State(params, optimiser.init(params)))
+    state = jax.tree.map(jnp.copy, _State(params, optimiser.init(params), key))
     place = _Place(0, 0, math.inf, 0)
     record = _Record(None if run is None else Path(run), keep, dict(config or {}), data.describe())
     if resume:
@@ -148,12 +149,12 @@ def fit(
             numbers = {name: float(value) for name, value in metrics.items()}
             if not ok:
                 record.save(state, place)
-                raise TrainingError(_diagnosis(step_fn, state.params, batch, place.step, numbers))
-            place = place.after(numbers.get("num_evaluations", 0) * accumulate)
+                raise TrainingError(_diagnosis(step_fn, state, batch, place.step, numbers))
+            place = place.after(numbers.get("num_evaluations", 0.0) * accumulate)
             numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
             evaluated = place.step % evaluate_every == 0 or place.step == steps
             if evaluated:
-                validation_loss = step_fn.evaluate(state.params, data, evaluation_batches)
+                validation_loss = step_fn.evaluate(state, data, evaluation_batches)
                 if validation_loss < place.best:
                     best = jax.tree.map(jnp.copy, state.params)
                 place = place.evaluated(validation_loss)
@@ -176,6 +177,7 @@ def fit(
 class _State(eqx.Module):
     params: Any
     optimiser: Any
+    key: PRNGKeyArray
 
 
 class _Step(eqx.Module):
@@ -184,7 +186,6 @@ class _Step(eqx.Module):
     static: Any
     optimiser: optax.GradientTransformation = eqx.field(static=True)
     loss: AbstractLoss
-    key: PRNGKeyArray
 
     def value(self, params, inputs, targets, key):
         out = self.loss(eqx.combine(params, self.static), inputs, targets, key)
@@ -211,27 +212,28 @@ class _Step(eqx.Module):
         return _update((self, step, batch), state)
 
     def update(self, state, step, batch):
-        key = jax.random.fold_in(self.key, step)
+        key = jax.random.fold_in(state.key, step)
         gradient, value, ok, metrics = self.gradient(state.params, batch, key)
         norm = optax.tree.norm(gradient)
         ok = ok & jnp.isfinite(value) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # Optax needs it
             updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.params)
-            moved = _State(optax.apply_updates(state.params, updates), optimiser)
+            moved = optax.apply_updates(state.params, updates), optimiser
         keep = lambda new, old: jnp.where(ok, new, old)
-        state = jax.tree.map(keep, moved, state)
+        params, optimiser = jax.tree.map(keep, moved, (state.params, state.optimiser))
+        state = _State(params, optimiser, state.key)
         return state, ok, {"loss": value, "gradient_norm": norm} | metrics
 
     @eqx.filter_jit
-    def _loss_of_batch(self, params, inputs, targets):
-        return self.value(params, inputs, targets, self.key)[0]
+    def _loss_of_batch(self, state, inputs, targets):
+        return self.value(state.params, inputs, targets, state.key)[0]
 
-    def evaluate(self, params, data: Data, count: int | None) -> float:
+    def evaluate(self, state: _State, data: Data, count: int | None) -> float:
         """The mean loss over validation batches; rows with targets -1 count for nothing."""
         total, weight = 0.0, 0
         for inputs, targets in data.validation_batches(count):
             size = int((np.asarray(targets) != IGNORED).sum())
-            loss = self._loss_of_batch(params, jnp.asarray(inputs), jnp.asarray(targets))
+            loss = self._loss_of_batch(state, jnp.asarray(inputs), jnp.asarray(targets))
             total, weight = total + size * float(loss), weight + size
         return total / weight if weight else math.nan
 
@@ -249,11 +251,11 @@ def _batches(data: Data, step: int, accumulate: int):
     return jnp.asarray(np.stack(inputs)), jnp.asarray(np.stack(targets))
 
 
-def _diagnosis(step_fn: _Step, params, batch, step: int, numbers) -> str:
+def _diagnosis(step_fn: _Step, state: _State, batch, step: int, numbers) -> str:
     """What was not finite, computed again outside of jit for the time and the tensor."""
     text = f"step {step + 1} failed (loss {numbers['loss']:.6g}): "
     remedy = " Lower the learning rate, clip gradients, or look at the batch."
-    model = eqx.combine(params, step_fn.static)
+    model = eqx.combine(state.params, step_fn.static)
     for inputs in batch[0]:
         if not isinstance(model, AbstractModel):
             break
@@ -265,7 +267,8 @@ def _diagnosis(step_fn: _Step, params, batch, step: int, numbers) -> str:
             return text + str(error)
         if not np.isfinite(np.asarray(model.read_out(sol.measures[0][-1]))).all():
             return text + f"the outputs at t = {model.depth.t1:g} are not finite." + remedy
-    gradient = eqx.filter_jit(step_fn.gradient)(params, batch, step_fn.key)[0]
+    key = jax.random.fold_in(state.key, step)
+    gradient = eqx.filter_jit(step_fn.gradient)(state.params, batch, key)[0]
     for path, leaf in jtu.tree_leaves_with_path(gradient):
         if not np.isfinite(np.asarray(leaf)).all():
             return text + f"the gradient of {jtu.keystr(path)} is not finite." + remedy
