@@ -146,7 +146,7 @@ def fit(
         while not (reason := _reason_to_stop(place, steps, patience, budget, signals)):
             batch, start = _batches(data, place.step, accumulate), time.perf_counter()
             state, ok, metrics = step_fn(state, np.int32(place.step), batch)
-            numbers = {name: float(value) for name, value in metrics.items()}
+            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not ok:
                 record.save(state, place)
                 raise TrainingError(_diagnosis(step_fn, state, batch, place.step, numbers))
