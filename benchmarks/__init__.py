@@ -3,4 +3,4 @@
 A suite is a module with `BUDGET_S` and `run(options, watch)`, and a name in `SUITES`.
 """
 
-SUITES = ("kernels", "flow", "derivatives", "scaling", "compile", "training")
+SUITES = ("kernels", "flow", "derivatives", "scaling", "compile", "training", "observables")

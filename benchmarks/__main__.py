@@ -36,6 +36,7 @@ COLUMNS = {
     "ms": "{:.3g}",
     "vs_best": "{:.2f}",
     "vs_jnp": "{:.2f}",
+    "vs_numpy": "{:.3f}",
     "vs_scan": "{:.2f}",
     "compile_vs_scan": "{:.2f}",
     "vs_forward": "{:.1f}",

@@ -60,13 +60,14 @@ def start(n: int) -> np.ndarray:
 
 # ------------------------------------------------------------------ rivals
 
-Solve = Callable[[float], tuple[Any, int]]  # setting -> points at T1, evaluations of the field
+# setting -> points at T1, and evaluations of the field where they are known
+Solve = Callable[[float], tuple[Any, int | None]]
 
 
 class Rival(NamedTuple):
     """`make(x0)` is a solve; `ladder` holds its settings, which are of a `kind`."""
 
-    make: Callable[[np.ndarray], Solve]
+    make: Callable[[Any], Solve]
     kind: str
     ladder: Sequence[float]
 
@@ -208,16 +209,35 @@ def run(options: Options, watch: Watch) -> dict:
 
 
 def contest(case: Case, named: dict[str, Rival], repeats: tuple[int, int]) -> list[dict]:
-    x0, expected = start(case.n).astype(np.float32), exact(case.n)
+    row = {"shape": case.name, "n": case.n, "target": case.target}
+    rows, runners = race(row, named, start(case.n).astype(np.float32), exact(case.n), repeats)
+    for row in rows:
+        if row["rival"] in runners and case.n >= MEASURE_PEAK_FROM:
+            which = {"name": row["rival"], "n": case.n, "setting": row["value"]}
+            row |= peak("flow", which, runners[row["rival"]])
+    return rows
+
+
+def race(
+    row: dict[str, Any],
+    named: dict[str, Rival],
+    begin: Any,
+    expected: np.ndarray,
+    repeats: tuple[int, int],
+    limit_s: float = LIMIT_S,
+) -> tuple[list[dict], dict[str, Runner]]:
+    """A row for each rival, from `row`, whose "target" is theirs; and the runners that were timed.
+
+    `begin` is what a rival makes its solve of.
+    """
     rows, runners, first_s = [], {}, {}
     for name, rival in named.items():
-        row: dict[str, Any] = {"shape": case.name, "rival": name, "n": case.n}
-        rows.append(row | {"target": case.target})
+        rows.append(row | {"rival": name})
         # A rival that fails, in whatever way, must not cost the others their rows.
         try:
-            solve = rival.make(x0)
+            solve = rival.make(begin)
             first, again = (seconds(Runner(partial(solve, rival.ladder[0]))) for _ in range(2))
-            reached, first_s[name] = descend(solve, rival, expected, case.target)
+            reached, first_s[name] = descend(solve, rival, expected, row["target"], limit_s)
         except Exception as e:
             rows[-1]["note"] = failure(e)
             continue
@@ -226,21 +246,17 @@ def contest(case: Case, named: dict[str, Rival], repeats: tuple[int, int]) -> li
             launch = partial(solve, reached["value"])
             runners[name] = rivals.torch_runner(launch) if "torch" in name else Runner(launch)
     take_times(rows, runners, first_s, repeats=repeats)
-    for row in rows:
-        if row["rival"] in runners and case.n >= MEASURE_PEAK_FROM:
-            which = {"name": row["rival"], "n": case.n, "setting": row["value"]}
-            row |= peak("flow", which, runners[row["rival"]])
-    return rows
+    return rows, runners
 
 
 def descend(
-    solve: Solve, rival: Rival, expected: np.ndarray, target: float
+    solve: Solve, rival: Rival, expected: np.ndarray, target: float, limit_s: float = LIMIT_S
 ) -> tuple[dict[str, Any], float]:
     """The first setting within the target, or the last one tried and a note; and its seconds."""
     out, took = {}, 0.0
     for value in rival.ladder:
-        if 2 * took > LIMIT_S:
-            return out | {"note": f"the next step takes over {LIMIT_S:.0f} s"}, took
+        if 2 * took > limit_s:
+            return out | {"note": f"the next step takes over {limit_s:.0f} s"}, took
         begin = time.perf_counter()
         points, evaluations = solve(value)
         took = time.perf_counter() - begin

@@ -5,19 +5,21 @@
 The map, in reading order:
 
     measure      mu                    Measure, and samplers in `jaxflow.measure`
-    geometry     where tokens live     Sphere, Euclidean
+    geometry     where tokens live     Sphere, Euclidean, Ellipsoid
     field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b
     time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
-    flow         X -> mu(T)            flow(field, mu0, t1=...)
+    flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
     observables  functions of (t, mu)  `jaxflow.observables`
+    phase        p(beta, t)            phase_diagram(betas, ts, n=..., d=...)
     models       embed, flow, read out `jaxflow.models`, trained by `jaxflow.training`
     pictures     `jaxflow.viz`
 
 All attention runs through one operation, `softmax_expectation`.
 """
 
-from . import measure, models, observables, solvers, training, viz
+from . import events, measure, models, observables, phase, solvers, training, viz
 from .fields import (
+    NGPT,
     AbstractField,
     Constant,
     FeedForward,
@@ -32,27 +34,33 @@ from .fields import (
     PeriNorm,
     PiecewiseConstant,
     PiecewiseLinear,
+    PostNorm,
     PreNorm,
     RMSNorm,
     Scaled,
     SelfAttention,
     Sinkhorn,
     Softmax,
+    SqrtScaling,
     Sum,
     TimeDependent,
+    UnitNorm,
     Unnormalised,
     divergence,
 )
 from .flow import FlowError, FlowSolution, flow, memory_estimate
-from .geometry import Euclidean, Sphere
+from .geometry import Ellipsoid, Euclidean, Sphere
 from .kernels import select_backend, softmax_expectation
+from .lyapunov import lyapunov_exponents
 from .measure import Measure
+from .phase import PhaseDiagram, phase_diagram
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AbstractField",
     "Constant",
+    "Ellipsoid",
     "Euclidean",
     "FeedForward",
     "FlowError",
@@ -66,9 +74,12 @@ __all__ = [
     "LinearDrift",
     "Measure",
     "MultiHeadAttention",
+    "NGPT",
     "PeriNorm",
+    "PhaseDiagram",
     "PiecewiseConstant",
     "PiecewiseLinear",
+    "PostNorm",
     "PreNorm",
     "RMSNorm",
     "Scaled",
@@ -76,15 +87,21 @@ __all__ = [
     "Sinkhorn",
     "Softmax",
     "Sphere",
+    "SqrtScaling",
     "Sum",
     "TimeDependent",
+    "UnitNorm",
     "Unnormalised",
     "divergence",
+    "events",
     "flow",
+    "lyapunov_exponents",
     "measure",
     "memory_estimate",
     "models",
     "observables",
+    "phase",
+    "phase_diagram",
     "select_backend",
     "softmax_expectation",
     "solvers",

@@ -27,6 +27,7 @@ from .measure import Measure
 from .solvers import (
     AbstractSplitting,
     Frozen,
+    Geodesic,
     PiecewiseSteps,
     Retracted,
     default_adjoint,
@@ -57,7 +58,8 @@ class FlowSolution(eqx.Module):
     - `ts`: the saved times, shape `(times,)`; padded with inf where nothing was saved (after an
       event, or past the last step of `SaveAt(steps=True)`), as diffrax does.
     - `measures`: the measures at those times, points `(times, *batch, n, d)`; `measures[-1]` is
-      the last one. `None` if `SaveAt(fn=...)` saved something else.
+      the last one, and `last` the last one that was reached. `None` if `SaveAt(fn=...)` saved
+      something else.
     - `observed`: `{name: values}` of `observe`, one entry a saved time, in floating point (counts
       too, so that a time that was not reached can hold inf).
     - `ys`: what a `SaveAt(fn=...)` of the user's own saved, else `None`.
@@ -79,6 +81,19 @@ class FlowSolution(eqx.Module):
     interpolation: diffrax.DenseInterpolation | None
     geometry: AbstractGeometry
     log_weights: LogWeights | None
+
+    @property
+    def last(self) -> Measure:
+        """The measure at the last time that was saved, before the padding that an event leaves."""
+        if not isinstance(self.measures, Measure):
+            raise ValueError(
+                "last needs saved points: neither SaveAt(fn=...) nor SaveAt(subs=...)."
+            )
+        if self.ts.ndim != 1:
+            raise ValueError(
+                f"last is of one flow, got times of shape {self.ts.shape}: jax.vmap it, too."
+            )
+        return self.measures[jnp.isfinite(self.ts).sum() - 1]
 
     def evaluate(self, t: float | Array) -> Measure:
         """The measure at any time, for a flow with `SaveAt(dense=True)`."""
@@ -121,8 +136,10 @@ def flow(
       that share one step size; `jax.vmap` of `flow` gives each its own.
     - `t0`, `t1`: the interval, t0 <= t1. To go back in time, flow along `-field`.
     - `dt0`: the step of a fixed-step solve, or the first step of an adaptive one (`None` chooses).
-    - `solver`: any diffrax solver, or [`jaxflow.solvers.LieTrotter`][] and
-      [`jaxflow.solvers.Strang`][], which step with the parts of a sum of fields one by one.
+    - `solver`: any diffrax solver, each step of which is retracted to the geometry; or
+      [`jaxflow.solvers.Geodesic`][], which moves along geodesics; or
+      [`jaxflow.solvers.LieTrotter`][] and [`jaxflow.solvers.Strang`][], which step with the parts
+      of a sum of fields one by one.
     - `stepsize_controller`: `None` is adaptive where the solver estimates its error, with
       rtol = atol = 1e-5 in float32 and 1e-8 in float64, and fixed steps `dt0` otherwise.
     - `saveat`, `event`, `max_steps`, `progress_meter`: as in `diffrax.diffeqsolve`. The state that
@@ -209,7 +226,7 @@ def _solve(
         solver = solver if plain else Retracted(solver, geometry)
     inner = saveat if plain else _saving(saveat, geometry)
     sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(_velocity),
+        diffrax.ODETerm(particle_velocity),
         solver,
         t0,
         t1,
@@ -246,7 +263,7 @@ def _solve(
     return out, last, _finite(out)
 
 
-def _velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
+def particle_velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
     """X_t[mu](x) at x = mu.points: the one place where the flow becomes self-consistent."""
     y = args.field.geometry.retract(y)
 
@@ -359,10 +376,11 @@ def _at_breakpoints(controller, field, adjoint, solver, dtype):
     """The controller, made to end a step at each breakpoint of the field."""
     points = breakpoints(field)
     backsolve = isinstance(adjoint, diffrax.BacksolveAdjoint)
-    if backsolve and isinstance(solver, AbstractSplitting):
+    if backsolve and isinstance(solver, AbstractSplitting | Geodesic):
         raise ValueError(
-            "BacksolveAdjoint solves an equation of its own, which cannot be split. Use "
-            "diffrax.RecursiveCheckpointAdjoint() with a splitting method."
+            "BacksolveAdjoint solves an equation of its own, which cannot be split and does not "
+            "live on the geometry of the field. Use diffrax.RecursiveCheckpointAdjoint() with a "
+            "splitting method or Geodesic."
         )
     if isinstance(controller, diffrax.StepTo) and is_concrete(controller.ts):
         ts = step_times(np.asarray(controller.ts), jumps(field))
@@ -491,7 +509,7 @@ def _not_finite(sol, last, t1, field):
         return f"the points are not finite (first at index {where})"
     ahead = t + 1e-3 * (t1 - t)
     for time in (t, ahead):
-        velocity = np.asarray(_velocity(time, y, FlowArgs(field, sol.log_weights, {})))
+        velocity = np.asarray(particle_velocity(time, y, FlowArgs(field, sol.log_weights, {})))
         if not np.isfinite(velocity).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(velocity))[0])
             return f"the velocity X_t[mu](x) is not finite (first at index {where})"

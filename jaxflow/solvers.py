@@ -1,6 +1,8 @@
 """One-step methods that respect the geometry and the parts of a field, as diffrax solvers.
 
 Retracted(solver)    y_{k+1} = retract(step(y_k)): any diffrax method, projected back
+Geodesic(solver)     y_{k+1} = exp_{y_k}(u), u by any explicit Runge-Kutta method
+RK4                  the classical method, with an error estimate
 Frozen(solver)       in each step a field made of pieces is the piece of that step
 LieTrotter(solver)   step_K o ... o step_1, over the parts of a sum of fields
 Strang(solver)       half steps of 1, ..., K-1, a step of K, half steps of K-1, ..., 1
@@ -15,6 +17,7 @@ from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -119,6 +122,93 @@ class Frozen(AbstractFieldSolver):
         # Up to rounding: one that is missed costs accuracy, one too many an evaluation.
         near = jnp.abs(jnp.asarray(self.jumps, t0.dtype) - t0) < 1e-3 * (t1 - t0)
         return self.wrapped.step(terms, t0, t1, y0, args, solver_state, made_jump | near.any())
+
+
+# ------------------------------------------------------------------ exponential maps
+
+
+class RK4(diffrax.AbstractERK):
+    """The classical Runge-Kutta method of order 4 (Kutta 1901), with an error estimate.
+
+    With k_5 the velocity at the end of the step, the first of the next one, the weights
+    (1/6, 1/3, 1/3, 1/15, 1/10) have order 3, so h (k_4 - k_5) / 10 is the embedded estimate. Four
+    evaluations a step.
+    """
+
+    tableau: ClassVar[diffrax.ButcherTableau] = diffrax.ButcherTableau(
+        c=np.array([1 / 2, 1 / 2, 1, 1]),
+        a_lower=(
+            np.array([1 / 2]),
+            np.array([0, 1 / 2]),
+            np.array([0, 0, 1]),
+            np.array([1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+        ),
+        b_sol=np.array([1 / 6, 1 / 3, 1 / 3, 1 / 6, 0]),
+        b_error=np.array([0, 0, 0, 1 / 10, -1 / 10]),
+    )
+    interpolation_cls: ClassVar = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+
+    def order(self, terms):
+        return 4
+
+
+class Geodesic(diffrax.AbstractAdaptiveSolver):
+    """An explicit Runge-Kutta method in normal coordinates of the field's geometry.
+
+        y_{k+1} = exp_{y_k}(u(h)),    u' = (D exp_{y_k}(u))^{-1} X(exp_{y_k}(u)),    u(0) = 0
+
+    A step is a step of the method for u, in the tangent space at y_k, so that its order and its
+    error estimate carry over and each stage lies on the manifold: a Runge-Kutta-Munthe-Kaas
+    method of a homogeneous space (Munthe-Kaas 1999; Iserles et al., Lie-group methods, 2000). On
+    R^d it is the method itself. `Geodesic(diffrax.Heun())` has order 2, `Geodesic()` order 4.
+
+    **Arguments:** `solver`, any explicit Runge-Kutta method of diffrax's, or `RK4()`.
+
+    **Raises:** `ValueError` for other methods.
+    """
+
+    solver: diffrax.AbstractSolver = RK4()
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar = diffrax.ThirdOrderHermitePolynomialInterpolation
+
+    def __check_init__(self):
+        if _tableau(self.solver) is None:
+            raise ValueError(
+                f"Geodesic takes an explicit Runge-Kutta method, got {type(self.solver).__name__}: "
+                "use diffrax.Heun(), diffrax.Tsit5(), jaxflow.solvers.RK4(), ..."
+            )
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def init(self, terms, t0, t1, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        geometry, tableau = args.field.geometry, cast(diffrax.ButcherTableau, _tableau(self.solver))
+        h = t1 - t0
+        start = lambda: terms.vf(t0, y0, args)
+        slopes = [jax.lax.cond(made_jump, start, lambda: solver_state)]
+        velocity = slopes[0]
+        for c, row in zip(tableau.c, tableau.a_lower, strict=True):
+            u = h * _combine(row, slopes)
+            velocity = terms.vf(t0 + float(c) * h, geometry.exp(y0, u), args)
+            slopes.append(geometry.exp_inverse_derivative(y0, u, velocity))
+        y1 = geometry.exp(y0, h * _combine(tableau.b_sol, slopes))
+        error = h * _combine(tableau.b_error, slopes)
+        last = velocity if tableau.fsal else terms.vf(t1, y1, args)
+        dense_info = {"y0": y0, "y1": y1, "k0": h * slopes[0], "k1": h * last}
+        return y1, error, dense_info, last, diffrax.RESULTS.successful
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+def _combine(weights, slopes):
+    """sum_j a_j k_j, without the terms that are zero."""
+    pairs = zip(weights, slopes, strict=True)
+    return sum(float(a) * k for a, k in pairs if a) + jnp.zeros_like(slopes[0])
 
 
 # ------------------------------------------------------------------ splitting
@@ -308,6 +398,9 @@ def evaluations_per_step(solver: diffrax.AbstractSolver, parts: int = 1) -> tupl
         return inner and (0, times * (inner[1] if is_explicit(solver.solver) else sum(inner)))
     if _is(solver, diffrax.Euler):
         return 0, 1
+    if _is(solver, Geodesic):
+        stages = cast(diffrax.ButcherTableau, _tableau(solver.solver))
+        return 1, stages.num_stages - stages.fsal
     if tableau := _tableau(solver):
         return (1, tableau.num_stages - 1) if tableau.fsal else (0, tableau.num_stages)
     return None
@@ -355,6 +448,5 @@ def explicit_step(
     # The last stage of a method that reuses it (FSAL) is the first of the next step.
     rows = tableau.a_lower[:-1] if tableau.fsal else tableau.a_lower
     for c, row in zip(tableau.c, rows, strict=False):
-        moved = sum(float(a) * k for a, k in zip(row, slopes, strict=True))
-        slopes.append(evaluate(field, t0 + float(c) * h, y + h * moved))
-    return y + h * sum(float(b) * k for b, k in zip(tableau.b_sol, slopes, strict=False))
+        slopes.append(evaluate(field, t0 + float(c) * h, y + h * _combine(row, slopes)))
+    return y + h * _combine(tableau.b_sol[: len(slopes)], slopes)

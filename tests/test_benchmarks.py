@@ -16,7 +16,9 @@ from benchmarks import (
     device,
     flow,
     kernels,
+    observables,
     peak,
+    phase,
     plots,
     rivals,
     scaling,
@@ -374,6 +376,37 @@ def test_memory_of_training_grows_as_the_root_of_the_steps(monkeypatch):
     assert rows[0]["peak_mib"] < rows[1]["peak_mib"]
     (fit,) = training.fits(rows)
     assert 0.4 < fit["memory_exponent"] < 0.6
+
+
+# ------------------------------------------------------------------ observables
+
+
+@pytest.mark.parametrize("what", observables.OPERATIONS)
+def test_functions_of_a_measure_agree_with_their_rivals(what):
+    rows = observables.contest(observables.Sample(what, 600), (1, 1), with_memory=False)
+    assert [row["rival"] for row in rows] == ["jaxflow", observables.OPERATIONS[what].rival]
+    # float32 and sums of 600 terms; W_2 has an integral of squares, at 600 cumulated weights.
+    assert rows[0]["error"] < 600 * 6e-8 and all(row["ms"] > 0 for row in rows)
+
+
+def test_tokens_in_blobs_have_one_cluster_each():
+    (x,) = observables.blobs(3000)
+    labels = observables.components(x)
+    assert labels.max() + 1 == len(np.unique(np.random.default_rng(3000).integers(0, 1000, 3000)))
+
+
+@pytest.mark.slow
+def test_a_phase_diagram_at_equal_error(monkeypatch):
+    for name, value in (("N", 6), ("D", 12), ("TIMES", np.linspace(0, 8, 41)), ("TARGET", 0.05)):
+        monkeypatch.setattr(phase, name, value)
+    monkeypatch.setattr(phase, "exact", phase.exact.__wrapped__)
+    rows = phase.contest(phase.Phase(1.0, 4), phase.RIVALS, (1, 1))
+    rows = {row["rival"]: row for row in rows}
+    assert all(rows[name]["error"] <= 0.05 and rows[name]["ms"] > 0 for name in phase.RIVALS)
+    assert rows["numpy"]["vs_numpy"] == 1 and rows["jaxflow"]["vs_numpy"] > 0
+    script = rows["numpy as published"]
+    assert script["evaluations"] == 80 and script["error"] >= rows["numpy"]["error"]
+    assert (script["note"] is None) == (script["error"] <= 0.05)
 
 
 # ------------------------------------------------------------------ the command

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -44,6 +45,101 @@ def test_simulate_reads_a_text(tmp_path):
     assert "mat" in (tmp_path / "run" / "flow.html").read_text()
 
 
+@pytest.mark.slow
+def test_simulate_with_everything(tmp_path):
+    """An event, log times, every observable, merges and a film; the same again from its file."""
+    pytest.importorskip("PIL")
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    flags = "--n 6 --d 2 --law circle --beta 1 --t1 40 --until clustered --log-time --frames 12"
+    names = "diameter", "order", "hull-area", "kinetic", "entropy", "rank"
+    observed = [flag for name in names for flag in ("--observe", name)]
+    law = [*flags.replace("--law circle", "--law uniform").split(), *observed, "--double"]
+    result = run("simulate", *law, "--merges", "--film", "--out", first)
+    assert result.exit_code == 0, result.output
+    assert "stopped by --until clustered" in result.output
+    rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    assert set(rows[0]) == {"t", "energy", "clusters", *names}
+    assert rows[-1]["clusters"] == 1 and rows[-2]["clusters"] > 1 and rows[-1]["t"] < 40
+    assert rows[-1]["hull-area"] < rows[0]["hull-area"] and rows[-1]["order"] > 0.99
+    merges = json.loads((first / "merges.json").read_text())
+    assert len(merges) == 5 and merges[-1]["size"] == 6
+    # The event looks at clusters of one time, as the merges do here.
+    np.testing.assert_allclose(merges[-1]["t"], rows[-1]["t"], rtol=1e-4)
+    assert (first / "merges.png").exists() and list(first.glob("film.*"))
+    result = run("simulate", "--config", first / "config.json", "--out", again)
+    assert result.exit_code == 0, result.output
+    for name in ("metrics.jsonl", "merges.json", "config.json"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+    changed = ["--config", first / "config.json", "--seed", 4, "--out", other]
+    assert run("simulate", *changed).exit_code == 0
+    assert json.loads((other / "config.json").read_text())["seed"] == 4
+    compared = run("compare", first, other, "--metric", "order", "--out", tmp_path / "two.png")
+    assert compared.exit_code == 0, compared.output
+    assert "seed" in compared.output and "rtol" not in compared.output
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, shape",
+    [
+        ("--normalisation pre --law gaussian", "12 in R^3"),
+        ("--normalisation peri", "12 in R^3"),
+        ("--normalisation ngpt --alpha 0.5 --solver geodesic", "12 in R^3"),
+        ("--normalisation sqrt --geometry layer-norm --d 4", "12 in R^4"),
+        ("--geometry rms-norm --law simplex --d 12 --solver rk4", "12 in R^12"),
+        ("--law cap --until steady --speed 10", "12 in R^3"),
+    ],
+)
+def test_simulate_elsewhere(tmp_path, flags, shape):
+    result = run("simulate", *SMALL, *flags.split(), "--observe", "entropy", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert shape in result.output
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["entropy"] <= np.log(12) + 1e-5 for row in rows)
+
+
+def test_simulate_reads_an_image(tmp_path):
+    """The patches of a picture, cropped to whole ones: 3 x 2 of 4 x 4 pixels."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 9), np.uint8)
+    image.fromarray(pixels).save(tmp_path / "noise.png")
+    np.save(tmp_path / "noise.npy", pixels)
+    folders = []
+    for name in ("noise.png", "noise.npy"):
+        folders.append(tmp_path / f"run-{name}")
+        flags = ["--image", tmp_path / name, "--patch", 4, "--t1", 1, "--frames", 3]
+        result = run("simulate", *flags, "--out", folders[-1])
+        assert result.exit_code == 0, result.output
+        assert "6 in R^16" in result.output
+    one, other = ((folder / "metrics.jsonl").read_text() for folder in folders)
+    assert one == other
+    assert run("simulate", "--image", tmp_path / "noise.npy", "--patch", 20).exit_code == 2
+
+
+def test_compare_refuses_what_it_cannot_compare(tmp_path):
+    for name, rows in (("a", [{"t": 0, "x": 1}]), ("b", [{"step": 0, "x": 1}])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert "two or more" in run("compare", a).output
+    assert "no run" in run("compare", a, tmp_path).output
+    assert "different commands" in run("compare", a, b).output
+    assert "not measured by all" in run("compare", a, a, "--metric", "y").output
+
+
+def test_completion_knows_the_commands():
+    environment = {
+        "_JAXFLOW_COMPLETE": "complete_bash",
+        "COMP_WORDS": "jaxflow ",
+        "COMP_CWORD": "1",
+    }
+    result = CliRunner().invoke(app, [], env=environment, prog_name="jaxflow")
+    assert {"simulate", "compare", "phase-diagram", "train"} <= set(result.output.split())
+
+
 def test_info():
     result = run("info", "--n", 1000, "--d", 64)
     assert result.exit_code == 0
@@ -63,6 +159,11 @@ def test_bad_options_are_refused(tmp_path):
     assert run("simulate", "--interaction", "sotfmax").exit_code == 2
     assert run("simulate", "--frames", 1).exit_code == 2
     assert run("simulate", "--text", tmp_path / "absent.txt").exit_code == 2
+    pre = run("simulate", "--normalisation", "pre", "--geometry", "sphere")
+    assert pre.exit_code == 2 and "euclidean" in pre.output
+    assert run("simulate", "--law", "circle", "--d", 3).exit_code == 2
+    (tmp_path / "other.json").write_text('{"command": "simulate", "colour": "red"}')
+    assert "not known" in run("simulate", "--config", tmp_path / "other.json").output
 
 
 TINY = ["--dim", "8", "--heads", "2", "--layers", "2", "--batch", "2", "--evaluate-every", "2"]

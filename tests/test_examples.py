@@ -63,6 +63,35 @@ def test_clustering_on_the_sphere(run):
 
 
 @pytest.mark.slow
+def test_metastability(run):
+    result = run("metastability")
+    ts, clusters, tree = result["ts"], result["clusters"], result["tree"]
+    assert (np.diff(clusters) <= 0).all() and clusters[-1] == 1
+    assert (np.diff(result["energy"]) > -1e-9).all()
+    assert len(tree.times) == 47
+    # Steps are controlled to 1e-7 each; a time as long as this multiplies it.
+    np.testing.assert_allclose(tree.times[-1], ts[-1], rtol=1e-3)
+    np.testing.assert_allclose(tree.times[-2:], [822.648, 5.498e6], rtol=1e-3)
+    assert set(clusters[(ts > 1000.1) & (ts < ts[-1])]) == {2}
+
+
+@pytest.mark.slow
+def test_normalisation_schemes(run):
+    result = run("normalisation_schemes")
+    expected = {"Post-LN": -2, "nGPT": -1, "sqrt-scaling": -4, "Pre-LN": -2, "Peri-LN": -2}
+    for name, rate in expected.items():
+        np.testing.assert_allclose(result["rates"][name], rate, rtol=1e-3)
+    np.testing.assert_allclose(result["times"]["Post-LN"], 6.128, rtol=1e-3)
+    np.testing.assert_allclose(result["times"]["Pre-LN"], 115.758, rtol=1e-3)
+
+
+def test_image_as_a_measure(run):
+    result = run("image_as_a_measure")
+    assert result["labels"].max() == 2
+    assert result["agreement"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.slow
 def test_sinkhorn_against_softmax(run):
     result = run("sinkhorn_against_softmax")
     for name, softmax, converged in (

@@ -9,14 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxflow.geometry import Euclidean, Sphere
+from jaxflow.geometry import Ellipsoid, Euclidean, Sphere
 
-GEOMETRIES = [Euclidean(), Sphere(), Sphere(2.5)]
-SPHERES = [Sphere(), Sphere(2.5)]
+SPHERES = {"unit sphere": lambda: Sphere(), "sphere": lambda: Sphere(2.5)}
+GAIN, BIAS = np.array([0.5, 1.0, 2.0, 1.5]), np.array([0.3, 0.0, -1.0, 2.0])
+# Made within a test, where float64 is on.
+GEOMETRIES = SPHERES | {
+    "euclidean": lambda: Euclidean(),
+    "layer norm": lambda: Ellipsoid(GAIN, BIAS),
+    "rms norm": lambda: Ellipsoid(GAIN, centred=False),
+}
 
 pytestmark = pytest.mark.usefixtures("x64")
-every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-every_sphere = pytest.mark.parametrize("geometry", SPHERES, ids=str)
+every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, indirect=True)
+every_sphere = pytest.mark.parametrize("geometry", SPHERES, indirect=True)
+
+
+@pytest.fixture
+def geometry(request, x64):
+    return GEOMETRIES[request.param]()
 
 
 def vectors(seed: int, *shape: int):
@@ -28,7 +39,11 @@ def point_and_tangent(geometry, n=6, d=4):
     x = geometry.retract(vectors(0, n, d))
     v = geometry.project(x, vectors(1, n, d))
     lengths = 0.1 * (1 + jnp.arange(n, dtype=v.dtype))
-    return x, v * (lengths / jnp.linalg.norm(v, axis=1))[:, None]
+    return x, v * (lengths / norm(geometry, v))[:, None]
+
+
+def norm(geometry, v):
+    return jnp.sqrt(geometry.inner(v, v))
 
 
 @every_geometry
@@ -38,7 +53,8 @@ def test_project_is_an_orthogonal_projection(geometry):
     v, w = vectors(2, 6, 4), vectors(3, 6, 4)
     pv, pw = geometry.project(x, v), geometry.project(x, w)
     np.testing.assert_allclose(geometry.project(x, pv), pv, rtol=0, atol=1e-13)
-    np.testing.assert_allclose((pv * w).sum(1), (v * pw).sum(1), rtol=0, atol=1e-13)
+    one, other = geometry.inner(pv, w), geometry.inner(v, pw)
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-13)
 
 
 @every_geometry
@@ -47,11 +63,12 @@ def test_normals_and_the_tangent_space_span_everything(geometry):
     x, _ = point_and_tangent(geometry)
     v = vectors(2, 6, 4)
     normals = geometry.normals(x)
-    assert len(normals) == (0 if isinstance(geometry, Euclidean) else 1)
+    codimension = 2 if isinstance(geometry, Ellipsoid) and geometry.centred else 1
+    assert len(normals) == (0 if isinstance(geometry, Euclidean) else codimension)
     total = geometry.project(x, v)
     for nu in normals:
-        np.testing.assert_allclose(jnp.linalg.norm(nu, axis=1), 1, rtol=1e-13)
-        total = total + (nu * v).sum(axis=1, keepdims=True) * nu
+        np.testing.assert_allclose(norm(geometry, nu), 1, rtol=1e-13)
+        total = total + geometry.inner(nu, v)[:, None] * nu
     np.testing.assert_allclose(total, v, rtol=0, atol=1e-13)
 
 
@@ -87,7 +104,7 @@ def test_exp_travels_the_length_of_its_velocity(geometry):
     x, v = point_and_tangent(geometry)
     y = geometry.exp(x, v)
     assert geometry.contains(y).all()
-    length = jnp.linalg.norm(v, axis=1)
+    length = norm(geometry, v)
     np.testing.assert_allclose(geometry.distance(x, y), length, rtol=1e-13)
     np.testing.assert_allclose(geometry.distance(y, x), length, rtol=1e-13)
 
@@ -99,11 +116,22 @@ def test_exp_is_a_geodesic(geometry):
     curve = lambda t: geometry.exp(x, t * v)
     velocity = lambda t: jax.jvp(curve, (t,), (jnp.ones_like(t),))[1]
     zero, later = jnp.asarray(0.0), jnp.asarray(0.7)
-    np.testing.assert_allclose(curve(zero), x, rtol=1e-14)
+    np.testing.assert_allclose(curve(zero), x, rtol=0, atol=2e-15)
     np.testing.assert_allclose(velocity(zero), v, rtol=0, atol=1e-14)
     acceleration = jax.jvp(velocity, (later,), (jnp.ones_like(later),))[1]
     tangential = geometry.project(curve(later), acceleration)
     np.testing.assert_allclose(tangential, jnp.zeros_like(x), rtol=0, atol=1e-13)
+
+
+@every_geometry
+@pytest.mark.parametrize("length", [0.0, 1e-3, 0.1, 0.5, 2.0])
+def test_normal_coordinates(geometry, length):
+    """exp_inverse_derivative undoes the derivative of exp, from zero to past the series."""
+    x, u = point_and_tangent(geometry)
+    u = length * u / norm(geometry, u)[:, None]
+    w = geometry.project(x, vectors(3, 6, 4))
+    _, v = jax.jvp(lambda u: geometry.exp(x, u), (u,), (w,))
+    np.testing.assert_allclose(geometry.exp_inverse_derivative(x, u, v), w, rtol=0, atol=1e-13)
 
 
 @every_sphere
@@ -140,7 +168,7 @@ def test_derivatives_are_finite_at_distance_zero(geometry):
     _, derivative = jax.jvp(lambda v: geometry.exp(x, v), (jnp.zeros_like(v),), (v,))
     np.testing.assert_allclose(derivative, v, rtol=0, atol=1e-15)
     gradient = jax.grad(lambda v: geometry.exp(x, v).sum())(jnp.zeros_like(v))
-    np.testing.assert_allclose(gradient, jnp.ones_like(v), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(gradient, jnp.ones_like(v), rtol=0, atol=4e-16)
 
 
 @every_geometry
@@ -149,7 +177,9 @@ def test_the_gradient_of_distance_is_a_unit_vector(geometry):
     x, v = point_and_tangent(geometry)
     y = geometry.exp(x, v)
     gradient = jax.grad(lambda y: geometry.distance(x, y).sum())(y)
-    length = jnp.linalg.norm(geometry.project(y, gradient), axis=1)
+    if isinstance(geometry, Ellipsoid):  # of the derivative, by the metric
+        gradient = gradient * geometry.gain[None] ** 2
+    length = norm(geometry, geometry.project(y, gradient))
     np.testing.assert_allclose(length, 1, rtol=1e-13)
 
 
@@ -161,7 +191,7 @@ def test_divergence_correction(geometry):
     field = lambda x: geometry.project(x, force(x))
 
     def difference(x):
-        projection = jax.vmap(lambda e: geometry.project(x, e))(jnp.eye(4))
+        projection = jax.vmap(lambda e: geometry.project(x, e))(jnp.eye(4)).T
         whole = jnp.trace(projection @ jax.jacfwd(field)(x))
         return whole - jnp.trace(projection @ jax.jacfwd(force)(x))
 
@@ -202,6 +232,37 @@ def test_methods_map_over_leading_axes_and_keep_the_dtype(geometry):
     assert geometry.retract(xs).dtype == jnp.float32
     assert geometry.retract(xs).shape == xs.shape
     assert geometry.contains(xs).shape == (2, 3)
+
+
+def test_an_ellipsoid_is_the_image_of_layer_normalisation():
+    """Tokens of LayerNorm lie on it; its retraction is layer normalisation of (x - b) / g."""
+    gain, bias = GAIN, BIAS
+    geometry = Ellipsoid(gain, bias)
+    normalise = lambda z: (
+        2
+        * (z - z.mean(1, keepdims=True))
+        / jnp.linalg.norm(z - z.mean(1, keepdims=True), axis=1, keepdims=True)
+    )
+    x = vectors(0, 6, 4)
+    tokens = gain[None] * normalise(x) + bias[None]
+    assert geometry.contains(tokens).all() and not geometry.contains(x).any()
+    np.testing.assert_allclose(geometry.retract(tokens), tokens, rtol=1e-13)
+    expected = gain[None] * normalise((x - bias[None]) / gain[None]) + bias[None]
+    np.testing.assert_allclose(geometry.retract(x), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((np.ones((2, 2)),), "one shape"),
+        ((np.ones(3), np.zeros(4)), "one shape"),
+        ((np.array([1.0, -1.0, 2.0]),), "must be positive"),
+        ((np.ones(2),), "from d = 3 on"),
+    ],
+)
+def test_bad_ellipsoids(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Ellipsoid(*arguments)
 
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("nan")])

@@ -1,8 +1,5 @@
-"""Pictures are compared by their data; a page is also opened in a browser."""
+"""Figures and films are compared by their data."""
 
-import re
-import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -13,239 +10,108 @@ import numpy as np
 import pytest
 
 import jaxflow as jf
+from jaxflow.observables import MergeTree
+from jaxflow.phase import PhaseDiagram
 
-go = pytest.importorskip("plotly.graph_objects")
 Figure = pytest.importorskip("matplotlib.figure").Figure
+viz: Any = jf.viz  # a checker of types cannot follow matplotlib's artists
 
 N, TIMES = 24, 9
+LINEAR = jnp.linspace(0.0, 8.0, TIMES)
+SPACED = jnp.concatenate([jnp.zeros(1), jnp.geomspace(0.1, 1e3, TIMES - 1)])
 
 
-def solve(batch=()):
-    x = jax.random.normal(jax.random.key(0), (*batch, N, 3))
-    return jf.flow(
-        jf.SelfAttention(beta=4.0),
-        jf.Measure(jf.Sphere().retract(x)),
-        t1=8.0,
-        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 8.0, TIMES)),
-        observe={"energy": jf.observables.InteractionEnergy(4.0)},
+def solution(points, ts=LINEAR, geometry: Any = jf.Sphere(), **observed):
+    """A solution without a solve."""
+    return jf.FlowSolution(
+        ts=ts,
+        measures=jf.Measure(points),
+        observed=observed,
+        ys=None,
+        stats={},
+        result=diffrax.RESULTS.successful,
+        event_mask=None,
+        interpolation=None,
+        geometry=geometry,
+        log_weights=None,
     )
+
+
+def gathering(d, ts=LINEAR, geometry: Any = jf.Sphere(), n=N):
+    """Tokens that move to the nearest of six places."""
+    centres, x = jnp.split(jax.random.normal(jax.random.key(0), (6 + n, d)), [6])
+    goals = centres[jnp.argmax(x @ centres.T, axis=1)]
+    left = jnp.exp(-ts)[:, None, None]
+    points = geometry.retract(goals[None] * (1 - left) + x[None] * left)
+    return solution(points, ts, geometry, energy=ts**2)
 
 
 @pytest.fixture(scope="module")
 def sol():
-    return solve()
+    return gathering(3)
 
 
-@pytest.fixture(scope="module")
-def batched():
-    return solve(batch=(2,))
+def last_labels(sol):
+    return np.asarray(jf.observables.cluster_labels(sol.measures[-1]))
 
 
-def elsewhere(sol, d, geometry: Any = jf.Sphere()):
-    """A solution in R^d without a solve: lines, put on the geometry."""
-    x, v = jax.random.normal(jax.random.key(0), (2, N, d))
-    points = geometry.retract(x[None] + sol.ts[:, None, None] * v[None])
-    return replace(sol, measures=jf.Measure(points), geometry=geometry)
+# ------------------------------------------------------------------ tokens
 
 
-def replace(sol, **fields):
-    """The solution with other fields."""
-    values = {f: getattr(sol, f) for f in sol.__dataclass_fields__} | fields
-    return jf.FlowSolution(**values)
+def test_points(sol):
+    mu = sol.measures[0]
+    ax = Figure().add_subplot()
+    assert viz.points(mu, labels=[str(j) for j in range(N)], ax=ax) is ax
+    drawn = np.concatenate([c.get_offsets() for c in ax.collections])
+    expected = np.asarray(mu.points[:, :2])  # flat axes see the first two coordinates
+    np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0), rtol=1e-6)
+    assert [t.get_text().strip() for t in ax.texts] == [str(j) for j in range(N)]
+    assert viz.points(mu).name == "3d"
 
 
-def sphere(sol, **options) -> Any:  # a checker of types cannot follow a plotly figure
-    return jf.viz.sphere(sol, **options)
+def test_trajectories_in_space_end_in_their_clusters(sol):
+    ax = viz.trajectories(sol)
+    assert ax.name == "3d"
+    paths = [np.array(line.get_data_3d()) for line in ax.lines][-N:]
+    np.testing.assert_allclose(np.array(paths), jnp.moveaxis(sol.measures.points, 0, 2))
+    colours = np.array([line.get_color() for line in ax.lines[-N:]])
+    labels = last_labels(sol)
+    np.testing.assert_array_equal(labels[:, None] == labels, colours[:, None] == colours)
 
 
-def tokens(trace):
-    """(k, n) coordinates of a trace or frame."""
-    return np.stack([getattr(trace, a) for a in "xyz" if getattr(trace, a, None) is not None])
+def test_trajectories_of_few_tokens_in_many_dimensions():
+    ax = viz.trajectories(gathering(5), max_points=4)
+    paths = np.array([line.get_data_3d() for line in ax.lines[-4:]])
+    assert paths.shape == (4, 3, TIMES) and np.linalg.norm(paths, axis=1).max() < 1 + 1e-6
+    assert ax.get_xlabel() == r"$\langle x, v_1 \rangle$"
 
 
-def moving(figure):
-    """The traces that play: tokens, then a dot a panel."""
-    return [figure.data[i] for i in figure.frames[0].traces]
+def test_trajectories_on_the_circle_go_through_the_cut():
+    # Nearly one and a half times around, in opposite directions.
+    angles = np.linspace(0.0, 2.9 * np.pi, TIMES)[:, None] * np.array([1.0, -1.0]) + 0.1
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    ax = viz.trajectories(solution(points))
+    assert ax.get_ylim() == pytest.approx((-np.pi, np.pi)) and ax.get_ylabel() == r"$\theta_i$"
+    copies = np.array([line.get_ydata() for line in ax.lines])
+    turns = 2 * np.pi * np.array([0, -1, 1, 0])
+    expected = angles.T[[0, 0, 1, 1]] + turns[:, None]
+    np.testing.assert_allclose(copies, expected, atol=1e-5)  # ten roundings of 3 pi in float32
+    # At each time one of the two copies of a token is in sight.
+    assert ((np.abs(copies) <= np.pi).sum(axis=0) == 2).all()
 
 
-# ------------------------------------------------------------------ the page
+def test_trajectories_on_the_line():
+    sol = gathering(1, geometry=jf.Euclidean())
+    ax = viz.trajectories(sol)
+    np.testing.assert_array_equal([x.get_ydata() for x in ax.lines], sol.measures.points[..., 0].T)
+    assert ax.get_ylabel() == "$x_i$" and ax.get_xlabel() == "$t$"
 
 
-def test_frames_hold_the_tokens_at_each_time(sol):
-    figure = sphere(sol)
-    assert isinstance(figure, go.Figure) and len(figure.frames) == TIMES
-    for k, frame in enumerate(figure.frames):
-        # Rounded to four decimals.
-        np.testing.assert_allclose(tokens(frame.data[0]), sol.measures.points[k].T, atol=6e-5)
-    np.testing.assert_array_equal(tokens(moving(figure)[0]), tokens(figure.frames[0].data[0]))
-
-
-def test_colour_is_the_last_cluster(sol):
-    labels = np.asarray(jf.observables.cluster_labels(sol.measures[-1]))
-    colours = np.array(moving(sphere(sol))[0].marker.color)
-    assert 1 < labels.max() + 1 <= 8
-    np.testing.assert_array_equal(
-        labels[:, None] == labels, colours[:, None] == colours, "one colour a cluster"
-    )
-
-
-def test_many_clusters_differ_in_colour_or_marker(sol):
-    marker = moving(sphere(sol, threshold=1.1))[0].marker  # no two tokens are linked
-    assert len(set(zip(marker.color, marker.symbol, strict=True))) == N
-
-
-def test_panels_follow_clusters_and_energy(sol):
-    figure = sphere(sol)
-    counts = jf.observables.cluster_count(sol.measures)
-    for panel, values in enumerate((counts, sol.observed["energy"])):
-        curve = figure.data[figure.frames[0].traces[0] - 2 + panel]
-        np.testing.assert_array_equal(curve.y, values)
-        np.testing.assert_array_equal(curve.x, sol.ts)
-        for k, frame in enumerate(figure.frames):
-            assert frame.data[1 + panel].x == (sol.ts[k],)
-            assert frame.data[1 + panel].y == (values[k],)
-
-
-def test_play_pause_and_slider(sol):
-    layout = sphere(sol).layout
-    assert [b.label.split()[-1] for b in layout.updatemenus[0].buttons] == ["Play", "Pause"]
-    assert [s.label for s in layout.sliders[0].steps] == [f"{t:g}" for t in sol.ts]
-    assert layout.sliders[0].currentvalue.prefix == "t = "
-
-
-def test_labels_are_under_the_pointer(sol):
-    words = [f"<w{j}>" for j in range(N)]
-    text = moving(sphere(sol, labels=words))[0].text
-    assert text[3].startswith("&lt;w3&gt;<br>cluster ")
-    with pytest.raises(ValueError, match="one string a token: 24, got 23"):
-        sphere(sol, labels=words[1:])
-
-
-def test_subsample(sol):
-    figure = sphere(sol, max_points=10, max_frames=5)
-    assert "10 of them drawn" in figure.layout.title.text
-    assert [s.label for s in figure.layout.sliders[0].steps] == ["0", "2", "4", "6", "8"]
-    drawn = tokens(figure.frames[-1].data[0])
-    last = np.asarray(sol.measures.points[-1])
-    assert drawn.shape == (3, 10)
-    np.testing.assert_allclose(drawn[:, [0, -1]], last[[0, -1]].T, atol=6e-5)
-    with pytest.raises(ValueError, match="at least 2"):
-        sphere(sol, max_points=1)
-
-
-def test_projection_is_on_principal_directions(sol):
-    projected = elsewhere(sol, 5)
-    figure = sphere(projected)
-    assert "principal directions" in figure.layout.title.text
-    assert figure.layout.scene.xaxis.title.text == "v<sub>1</sub>"
-    last = np.asarray(projected.measures.points[-1], float)
-    energy = np.linalg.eigvalsh(last.T @ last)[:-4:-1]
-    drawn = tokens(figure.frames[-1].data[0]).astype(float)
-    # Four decimals of n numbers below 1: a sum of squares within 2 n 5e-5; and the first measure's
-    # share of 1e-6.
-    np.testing.assert_allclose(np.diag(drawn @ drawn.T), energy, atol=3e-3)
-    assert np.abs(drawn @ drawn.T - np.diag(energy)).max() < 3e-3
-
-
-@pytest.mark.parametrize("d", [1, 2, 3])
-def test_euclidean_axes_hold_the_tokens(sol, d):
-    figure = sphere(elsewhere(sol, d, jf.Euclidean()))
-    assert figure.frames[0].traces[0] == 2  # after the two curves: no sphere
-    for frame in figure.frames:
-        x = tokens(frame.data[0])
-        space = frame.layout.scene if d == 3 else frame.layout
-        ranges = np.array([space[f"{a}axis"].range for a in "xyz"[: len(x)]])
-        assert (ranges[:, :1] <= x).all() and (x <= ranges[:, 1:]).all()
-
-
-def test_system_chooses_among_several(sol, batched):
-    with pytest.raises(ValueError, match=r"shape \(2,\): choose one, such as system=\(0,\)"):
-        sphere(batched)
-    with pytest.raises(ValueError, match="drop system"):
-        sphere(sol, system=0)
-    figure = sphere(batched, system=1)
-    expected = batched.measures.points[-1, 1].T
-    np.testing.assert_allclose(tokens(figure.frames[-1].data[0]), expected, atol=6e-5)
-    dot = figure.frames[-1].data[-1]
-    assert dot.y == (batched.observed["energy"][-1, 1],)
-    # The systems of jax.vmap(flow) come before the times.
-    swap = lambda a: a.swapaxes(0, 1)
-    mapped = replace(
-        batched,
-        ts=jnp.stack([batched.ts, batched.ts]),
-        measures=jf.Measure(swap(batched.measures.points)),
-        observed={"energy": swap(batched.observed["energy"])},
-    )
-    again = sphere(mapped, system=1)
-    np.testing.assert_array_equal(
-        tokens(again.frames[-1].data[0]), tokens(figure.frames[-1].data[0])
-    )
-
-
-def test_times_not_reached_are_left_out(sol):
-    unreached = jf.Measure(sol.measures.points.at[6:].set(jnp.inf))
-    stopped = replace(sol, ts=sol.ts.at[6:].set(jnp.inf), measures=unreached)
-    assert len(sphere(stopped).frames) == 6
-    with pytest.raises(ValueError, match=r"two or more saved times, got 1: .*SaveAt\(ts="):
-        sphere(replace(sol, ts=sol.ts.at[1:].set(jnp.inf)))
-
-
-def test_needs_points(sol):
-    with pytest.raises(ValueError, match=r"needs the points: .*SaveAt\(ts="):
-        jf.viz.summary(replace(sol, measures=None))
-
-
-def test_tokens_without_mass_are_grey(sol):
-    logs = jnp.where(jnp.arange(N) < N // 2, 0.0, -jnp.inf)
-    mu = jf.Measure(sol.measures.points, logs)
-    colours = moving(sphere(replace(sol, measures=mu)))[0].marker.color
-    assert set(colours[N // 2 :]) == {"#999999"} and "#999999" not in colours[: N // 2]
-
-
-def test_page_holds_all_it_needs(sol, tmp_path):
-    path = tmp_path / "flow.html"
-    sphere(sol).write_html(path)
-    page = path.read_text(encoding="utf-8")
-    assert not re.search(r"<(script|link)[^>]+(src|href)=", page)
-    assert "Plotly.addFrames(" in page and "Plotly.animate('" not in page
-    assert len(page) < 6e6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("d", [2, 3])
-def test_page_plays_in_a_browser(sol, d, tmp_path):
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    path = tmp_path / "flow.html"
-    sphere(sol if d == 3 else elsewhere(sol, d)).write_html(path)
-    script = """<script>setTimeout(() => {
-        const figure = document.querySelector(".plotly-graph-div");
-        figure.on("plotly_animatingframe", e => document.title = "playing frame " + e.name);
-        document.querySelector(".updatemenu-button").dispatchEvent(new MouseEvent("click"));
-    }, 1000)</script></body>"""
-    path.write_text(path.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    flags += "--disable-background-networking --disable-component-update --use-angle=swiftshader "
-    flags += "--enable-unsafe-swiftshader --dump-dom --virtual-time-budget=10000"
-    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'user'}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    dom = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
-    assert "▶ Play" in dom and "❚❚ Pause" in dom
-    assert re.search(r'class="slider-label"[^>]*>t = ', dom)
-    assert "<title>playing frame " in dom
-    if d == 2:
-        assert dom.count('class="point"') == N + 2
-    else:
-        assert "<canvas" in dom and "WebGL is not supported" not in dom
-
-
-# ------------------------------------------------------------------ figures
+# ------------------------------------------------------------------ over time
 
 
 def test_summary_has_five_panels(sol, tmp_path):
-    figure = jf.viz.summary(sol, title="A flow")
+    figure = viz.summary(sol, title="A flow")
     panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
     assert [ax.name for ax in panels] == ["3d", "3d", *["rectilinear"] * 3]
     assert [ax.get_title() for ax in panels[:2]] == ["$t$ = 0", "$t$ = 8"]
@@ -253,23 +119,12 @@ def test_summary_has_five_panels(sol, tmp_path):
 
 
 @pytest.mark.parametrize("d, geometry", [(2, jf.Sphere()), (2, jf.Euclidean()), (5, jf.Sphere())])
-def test_summary_elsewhere(sol, d, geometry, tmp_path):
-    jf.viz.summary(elsewhere(sol, d, geometry)).savefig(tmp_path / "flow.png")
-
-
-def test_points(sol):
-    mu = sol.measures[0]
-    ax = Figure().add_subplot()
-    assert jf.viz.points(mu, labels=[str(j) for j in range(N)], ax=ax) is ax
-    drawn = np.concatenate([c.get_offsets() for c in ax.collections])
-    expected = np.asarray(mu.points[:, :2])  # flat axes see the first two coordinates
-    np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0), rtol=1e-6)
-    assert [t.get_text().strip() for t in ax.texts] == [str(j) for j in range(N)]
-    assert jf.viz.points(mu).name == "3d"
+def test_summary_elsewhere(d, geometry, tmp_path):
+    viz.summary(gathering(d, SPACED, geometry)).savefig(tmp_path / "flow.png")
 
 
 def test_inner_products(sol):
-    ax: Any = jf.viz.inner_product_histogram(sol, bins=50)
+    ax = viz.inner_product_histogram(sol, bins=50)
     density = np.ma.filled(ax.collections[0].get_array(), 0)
     assert density.shape == (50, TIMES)
     np.testing.assert_allclose(density.sum(axis=0) * 2 / 50, 1, rtol=1e-5)
@@ -279,40 +134,247 @@ def test_inner_products(sol):
     assert ax.get_xlabel() == "$t$"
 
 
-def test_curves(sol):
-    ax = jf.viz.cluster_staircase(sol)
+def test_curves_over_time(sol):
+    ax = viz.cluster_staircase(sol)
     np.testing.assert_array_equal(
         ax.lines[0].get_ydata(), jf.observables.cluster_count(sol.measures)
     )
     np.testing.assert_array_equal(
-        jf.viz.energy_curve(sol).lines[0].get_ydata(), sol.observed["energy"]
+        viz.energy_curve(sol).lines[0].get_ydata(), sol.observed["energy"]
     )
     with pytest.raises(ValueError, match="did not observe its energy"):
-        jf.viz.energy_curve(replace(sol, observed={}))
+        viz.energy_curve(solution(sol.measures.points))
+
+
+PANELS = [viz.inner_product_histogram, viz.cluster_staircase, viz.energy_curve, viz.trajectories]
+
+
+@pytest.mark.parametrize("panel", PANELS)
+def test_time_axes_are_logarithmic_where_times_are(panel):
+    assert panel(gathering(2)).get_xscale() == "linear"
+    ax = panel(gathering(2, SPACED))
+    assert ax.get_xscale() == "log"
+    if panel is viz.inner_product_histogram:  # which leaves out t = 0
+        assert ax.collections[0].get_array().shape[1] == TIMES - 1
+    assert 0.05 < ax.get_xlim()[0] <= 0.1001 and 999 < ax.get_xlim()[1] < 2000
+
+
+@pytest.mark.parametrize(
+    "ts",
+    [
+        np.linspace(0.1, 100, 9),  # evenly spaced
+        np.geomspace(1, 90, 9),  # within two decades
+        np.array([0, 0, 1, 10, 100, 1000]),
+        np.array([1, 1e3]),
+        np.array([1, 2, 100, 1000]),
+    ],
+)
+def test_other_times_have_a_linear_axis(ts):
+    sol = gathering(2, jnp.asarray(ts, jnp.float32))
+    assert viz.energy_curve(sol).get_xscale() == "linear"
+
+
+def test_curves_of_several_runs():
+    runs = {"one": (LINEAR, LINEAR**2), "two": ([0.0, 1.0, 2.0], [3, float("nan"), 5])}
+    ax = viz.curves(runs, ylabel="energy")
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), LINEAR**2)
+    np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[0, 3], [2, 5]])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("$t$", "energy", "linear")
+    assert viz.curves({"one": (SPACED, SPACED)}).get_xscale() == "log"
+    with pytest.raises(ValueError, match=r"'two' has \(3,\) times and \(2,\) values"):
+        viz.curves({"two": ([0, 1, 2], [3, 4])})
+    with pytest.raises(ValueError, match="no curve to draw"):
+        viz.curves({})
+
+
+def test_needs_points(sol):
+    empty = jf.FlowSolution(**{**vars(sol), "measures": None})
+    with pytest.raises(ValueError, match=r"needs the points: .*SaveAt\(ts="):
+        viz.summary(empty)
+
+
+# ------------------------------------------------------------------ diagrams
 
 
 def test_attention(sol):
     field, mu = jf.SelfAttention(beta=4.0), sol.measures[0]
     words = [f"w{j}" for j in range(N)]
-    ax = jf.viz.attention(field, mu, labels=words)
+    ax = viz.attention(field, mu, labels=words)
     matrix = jf.observables.attention_matrix(field, mu)
     np.testing.assert_array_equal(ax.images[0].get_array(), matrix)
     assert [t.get_text() for t in ax.get_yticklabels()] == words
 
 
+def test_attention_writes_as_many_words_as_there_is_room_for():
+    mu = gathering(2, n=120).measures[0]
+    ticks = viz.attention(jf.SelfAttention(), mu, labels=[str(j) for j in range(120)]).get_xticks()
+    assert 20 < len(ticks) < 60 and (ticks[0], ticks[-1]) == (0, 119)
+    with pytest.raises(ValueError, match="one string a token: 120, got 1"):
+        viz.attention(jf.SelfAttention(), mu, labels=["one"])
+
+
+def test_attention_of_many_tokens_is_refused():
+    mu = jf.Measure(jnp.ones((100_000, 2)))
+    with pytest.raises(ValueError, match=r"got 100000: take .*Measure\(mu.points\[::100\]\)"):
+        viz.attention(jf.SelfAttention(beta=4.0), mu)
+
+
+def diagram(betas, ts):
+    betas, ts = np.asarray(betas, float), np.asarray(ts, float)
+    curve = np.where(betas > 4, np.inf, betas)
+    return PhaseDiagram(
+        betas=betas,
+        ts=ts,
+        probability=1 / (1 + np.exp(betas[:, None] - ts)),
+        standard_error=np.zeros((len(betas), len(ts))),
+        curve=curve,
+        threshold=0.999,
+        n=32,
+        d=128,
+        systems=1,
+    )
+
+
+def test_phase_diagram(tmp_path):
+    drawn = diagram([5.0, 1.0, 3.0], [0.0, 1.0, 2.0, 4.0])
+    ax = viz.phase_diagram(drawn)
+    mesh, line = ax.collections[0], ax.lines[0]
+    np.testing.assert_array_equal(mesh.get_array(), drawn.probability[[1, 2, 0]])
+    corners = mesh.get_coordinates()
+    np.testing.assert_allclose(corners[0, :, 0], [0, 0.5, 1.5, 3, 4])
+    np.testing.assert_allclose(corners[:, 0, 1], [1, 2, 4, 5])
+    np.testing.assert_array_equal(line.get_xydata(), [[1, 1], [3, 3], [np.nan, 5]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("$t$", r"$\beta$")
+    assert ax.get_title() == "$n$ = 32, $d$ = 128"
+    ax.get_figure().savefig(tmp_path / "phase.png")
+
+
+def test_phase_diagram_on_logarithmic_axes():
+    ax = viz.phase_diagram(diagram(np.geomspace(0.1, 100, 5), SPACED))
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert ax.collections[0].get_array().shape == (5, TIMES - 1)
+    one = viz.phase_diagram(diagram([2.0], LINEAR))
+    assert one.get_ylim() == (1.5, 2.5)
+
+
+def random_tree(n, k, seed=0):
+    """k mergers of random pairs of clusters."""
+    rng = np.random.default_rng(seed)
+    sizes, pairs, merged = {i: 1 for i in range(n)}, [], []
+    for _ in range(k):
+        a, b = sorted(rng.choice(list(sizes), 2, replace=False).tolist())
+        sizes[a] += sizes.pop(b)
+        pairs.append((a, b))
+        merged.append(sizes[a])
+    return MergeTree(n, np.sort(rng.uniform(1, 9, k)), np.array(pairs), np.array(merged))
+
+
+def pieces(ax):
+    """Horizontal (y, from, to) and vertical (t, from, to) pieces of the lines."""
+    lines = [np.array(line) for line in ax.collections[0].get_segments()]
+    ends = np.array([piece for line in lines for piece in zip(line[:-1], line[1:], strict=True)])
+    level = ends[:, 0, 1] == ends[:, 1, 1]
+    across = [(a[1], *sorted((a[0], b[0]))) for a, b in ends[level]]
+    return across, [(a[0], *sorted((a[1], b[1]))) for a, b in ends[~level]]
+
+
+@pytest.mark.parametrize("k", [29, 20])
+def test_lines_of_a_merge_tree_do_not_cross(k):
+    tree = random_tree(30, k)
+    ax = viz.merge_tree(tree)
+    across, up = pieces(ax)
+    assert sorted(t for t, *_ in up) == sorted(tree.times)
+    for t, low, high in up:
+        assert not [y for y, start, end in across if low < y < high and start < t < end]
+    right = ax.get_xlim()[1]
+    assert sum(end == right for *_, end in across) == 30 - k  # the roots
+    heights = dict(zip(ax.get_yticks().astype(int), range(30), strict=True))
+    assert sorted(heights) == list(range(30)), "each leaf has a height of its own"
+    assert [t.get_text() for t in ax.get_yticklabels()] == [str(i) for i in range(30)]
+
+
+def test_a_merge_tree_by_hand():
+    tree = MergeTree(
+        4, np.array([1.0, 2.0, 4.0]), np.array([[1, 3], [0, 2], [0, 1]]), np.array([2, 2, 4])
+    )
+    ax = viz.merge_tree(tree)
+    one, two, three, root = (np.array(line).tolist() for line in ax.collections[0].get_segments())
+    # The leaves from below: 0, 2, 1, 3.
+    assert one == [[0, 2], [1, 2], [1, 3], [0, 3]]
+    assert two == [[0, 0], [2, 0], [2, 1], [0, 1]]
+    assert three == [[2, 0.5], [4, 0.5], [4, 2.5], [1, 2.5]]
+    assert root == [[4, 1.5], [4.2, 1.5]]
+
+
+def test_a_large_tree_is_drawn_from_above():
+    tree = random_tree(1000, 995)
+    ax = viz.merge_tree(tree, max_leaves=50)
+    across, up = pieces(ax)
+    np.testing.assert_array_equal(sorted(t for t, *_ in up), tree.times[950:])
+    assert ax.get_xlim()[0] == tree.times[949]
+    assert sum(start == ax.get_xlim()[0] for _, start, _ in across) == 50
+    with pytest.raises(ValueError, match="at most 5 clusters; this one has 995 merges"):
+        viz.merge_tree(tree, max_leaves=5)
+
+
+def test_a_merge_tree_over_decades_has_a_logarithmic_axis():
+    sizes, pairs = np.array([2, 3, 4]), np.array([[0, 1], [0, 2], [0, 3]])
+    ax = viz.merge_tree(MergeTree(4, np.array([0.0, 1.0, 1e3]), pairs, sizes))
+    assert ax.get_xscale() == "log" and 0 < ax.get_xlim()[0] < 1
+    assert all(start > 0 for _, start, _ in pieces(ax)[0])
+
+
+# ------------------------------------------------------------------ films
+
+
+def test_film(sol, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    calls = []
+    path = viz.film(
+        sol,
+        tmp_path / "flow.gif",
+        fps=4,
+        seconds=1,
+        max_points=10,
+        dpi=40,
+        progress=lambda *done: calls.append(done),
+    )
+    assert calls == [(k, 4) for k in range(1, 5)]
+    with image.open(path) as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"]) == (4, (200, 180), 250)
+        frames = []
+        for k in range(4):
+            gif.seek(k)
+            frames.append(np.asarray(gif.convert("RGB"), int))
+    for one, other in zip(frames[:-1], frames[1:], strict=True):
+        assert np.abs(one - other).max() > 50
+
+
+def test_film_without_ffmpeg(sol, tmp_path, monkeypatch):
+    animation = pytest.importorskip("matplotlib.animation")
+    monkeypatch.setattr(animation.FFMpegWriter, "isAvailable", lambda: False)
+    with pytest.raises(RuntimeError, match=r"flow.mp4 needs ffmpeg, .* or write flow.gif"):
+        viz.film(sol, tmp_path / "flow.mp4")
+    with pytest.raises(ValueError, match=r".mp4 or .gif, got .*flow.avi"):
+        viz.film(sol, tmp_path / "flow.avi")
+    plane = gathering(2, geometry=jf.Euclidean())
+    path = viz.film(plane, str(tmp_path / "flow"), fps=2, seconds=1, dpi=20)
+    assert path == tmp_path / "flow.gif" and path.read_bytes()[:6] == b"GIF89a"
+
+
+def test_film_by_ffmpeg(sol, tmp_path):
+    animation = pytest.importorskip("matplotlib.animation")
+    if not animation.FFMpegWriter.isAvailable():
+        pytest.skip("no ffmpeg on this machine")
+    path = viz.film(sol, tmp_path / "flow", fps=4, seconds=1, dpi=40)
+    assert path == tmp_path / "flow.mp4" and path.read_bytes()[4:8] == b"ftyp"
+
+
 # ------------------------------------------------------------------ optional libraries
 
 
-def test_import_takes_no_extra():
-    code = "import jaxflow, sys; sys.exit(bool({'matplotlib', 'plotly'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    "module, picture",
-    [("plotly.graph_objects", jf.viz.sphere), ("matplotlib.figure", jf.viz.summary)],
-)
-def test_missing_library_is_named(sol, monkeypatch, module, picture):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'pip install "jaxflow\[viz\]"'):
-        picture(sol)
+def test_missing_matplotlib_is_named(sol, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'matplotlib: pip install "jaxflow\[viz\]"'):
+        viz.summary(sol)

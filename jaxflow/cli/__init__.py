@@ -1,15 +1,17 @@
-"""The command line: `jaxflow simulate`, `train`, `sample`, `info`.
+"""The command line: `jaxflow simulate`, `phase-diagram`, `compare`, `train`, `sample`, `info`.
 
 Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
-pictures.
+pictures. `jaxflow --install-completion` teaches the shell its commands and options.
 """
 
 import typer
 
 from ..flow import FlowError
 from ..training import TrainingError
+from .compare import compare
 from .console import console
 from .info import info
+from .phase import COMMAND, phase
 from .sample import sample
 from .simulate import simulate
 from .train import train
@@ -18,6 +20,8 @@ app = typer.Typer(
     help="Transformers as flows of measures.", no_args_is_help=True, rich_markup_mode="markdown"
 )
 app.command()(simulate)
+app.command(COMMAND)(phase)
+app.command()(compare)
 app.add_typer(train, name="train")
 app.command()(sample)
 app.command()(info)

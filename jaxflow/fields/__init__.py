@@ -11,7 +11,17 @@ from .interactions import (
     Softmax,
     Unnormalised,
 )
-from .normalisation import AbstractNorm, LayerNorm, PeriNorm, PreNorm, RMSNorm
+from .normalisation import (
+    NGPT,
+    AbstractNorm,
+    LayerNorm,
+    PeriNorm,
+    PostNorm,
+    PreNorm,
+    RMSNorm,
+    SqrtScaling,
+    UnitNorm,
+)
 from .time import (
     AbstractCurve,
     Constant,
@@ -39,17 +49,21 @@ __all__ = [
     "Linear",
     "LinearDrift",
     "MultiHeadAttention",
+    "NGPT",
     "PeriNorm",
     "PiecewiseConstant",
     "PiecewiseLinear",
+    "PostNorm",
     "PreNorm",
     "RMSNorm",
     "Scaled",
     "SelfAttention",
     "Sinkhorn",
     "Softmax",
+    "SqrtScaling",
     "Sum",
     "TimeDependent",
+    "UnitNorm",
     "Unnormalised",
     "divergence",
 ]

@@ -9,7 +9,7 @@ the operation with the channels (v, k', <k', v>). On a submanifold with unit nor
 
     div (P F) = tr DF - sum_nu <nu, DF nu> + correction      sphere: - (d-1) <x, F> / R^2
 
-where DF nu is one tangent of the operation.
+(in the inner product of the geometry) where DF nu is one tangent of the operation.
 """
 
 from functools import partial
@@ -282,7 +282,7 @@ def _divergence(geometry, force, trace, x):
         return trace
     for normal in geometry.normals(x):
         f, df = jax.jvp(force, (x,), (normal,))
-        trace = trace - (normal * df).sum(axis=1)
+        trace = trace - geometry.inner(normal, df)
     return trace + geometry.divergence_correction(x, f)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._types import ScalarLike, accumulation_dtype
+from .._types import ScalarLike, accumulation_dtype, is_concrete
 from ..geometry import AbstractGeometry
 from ..measure import Measure
 
@@ -85,7 +86,7 @@ class Sum(AbstractDivergenceField):
         for field in fields:
             if not isinstance(field, AbstractField):
                 raise TypeError(f"only fields can be added to a field, got {field!r}.")
-        if len({(type(f.geometry), *jax.tree.leaves(f.geometry)) for f in fields}) != 1:
+        if not all(_same(f.geometry, fields[0].geometry) for f in fields):
             raise ValueError(
                 "the fields of a sum must live on one geometry, got "
                 f"{', '.join(repr(f.geometry) for f in fields)}. Pass the same `geometry=` to each."
@@ -190,13 +191,24 @@ def divergence_by_derivatives(field: AbstractField, t, x: Float[Array, "m d"], m
 
 
 def _derivative_along(field, t, x, mu):
-    """z -> <P z, DX P z>, one row a query."""
+    """z -> <z, P DX P z>, one row a query."""
 
     def along(z):
-        tangent = field.geometry.project(x, jnp.broadcast_to(z, x.shape))
-        return (tangent * jax.jvp(lambda x: field(t, x, mu), (x,), (tangent,))[1]).sum(axis=1)
+        z = jnp.broadcast_to(z, x.shape)
+        tangent = field.geometry.project(x, z)
+        moved = jax.jvp(lambda x: field(t, x, mu), (x,), (tangent,))[1]
+        return (z * field.geometry.project(x, moved)).sum(axis=1)
 
     return along
+
+
+def _same(one: AbstractGeometry, other: AbstractGeometry) -> bool:
+    """Whether two geometries are one; numbers that are not known yet may be."""
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    known = [(a, b) for a, b in pairs if is_concrete(a, b)]
+    return all(np.array_equal(a, b) for a, b in known)
 
 
 def visible_log_weights(kept: Array, index: ScalarLike, left: int | None = None):

@@ -1,10 +1,17 @@
 """Normalisation, inside fields and as geometry.
 
-    Pre-LN    X[mu](x) = F[N_# mu](N(x))            on R^d
-    Peri-LN   X[mu](x) = N_2( F[N_# mu](N(x)) )     on R^d
-    Post-LN   the geometry Sphere(sqrt(d)) of any field: its retraction is layer normalisation
+    Post-LN        X[mu](x) = P_x F[mu](x)                      on the sphere
+    nGPT           X[mu](x) = alpha P_x ( F[mu](x) / |F[mu](x)| )    on the sphere
+    sqrt-scaling   X_t[mu](x) = X[mu](x) / sqrt(t + 1)
+    Pre-LN         X[mu](x) = F[N_# mu](N(x))                   on R^d
+    Peri-LN        X[mu](x) = N_2( F[N_# mu](N(x)) )            on R^d
 
-N is LayerNorm or RMSNorm, N_# mu the law of N(y) for y of law mu (arXiv 2510.22026).
+F is a field on R^d; N is UnitNorm, LayerNorm or RMSNorm, N_# mu the law of N(y) for y of law mu
+(arXiv 2510.22026). In all of them the direction theta = x / |x| moves with the attention A of the
+directions, theta' = P_theta A / s, at a speed s of its own: Post 1, Pre |x|, Peri |x| |A|,
+nGPT |A| / alpha, sqrt-scaling sqrt(t + 1).
+
+What LayerNorm's gain and bias do to Post-LN is the geometry [`jaxflow.Ellipsoid`][].
 """
 
 import abc
@@ -14,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import accumulation_dtype
-from ..geometry import AbstractGeometry, Euclidean
+from .._types import Scalar, ScalarLike, accumulation_dtype
+from ..geometry import AbstractGeometry, Euclidean, Sphere
 from ..measure import Measure
 from .base import AbstractField
 
@@ -26,6 +33,24 @@ class AbstractNorm(eqx.Module):
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """N(x)."""
+
+
+class UnitNorm(AbstractNorm):
+    """N(x) = radius x / |x|, and N(0) = 0.
+
+    **Arguments:** `radius`, 1 if not given; it may be traced.
+    """
+
+    radius: Scalar
+
+    def __init__(self, radius: ScalarLike = 1.0):
+        self.radius = jnp.asarray(radius, float)
+
+    def __call__(self, x):
+        wide = _wide(x)
+        square = (wide**2).sum(axis=-1, keepdims=True)
+        scale = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+        return (self.radius.astype(wide.dtype) * scale * wide).astype(x.dtype)
 
 
 class LayerNorm(AbstractNorm):
@@ -138,6 +163,91 @@ class PeriNorm(AbstractField):
 
     def attend(self, t, x, keys_values, index):
         return self.norm(self.field.attend(t, x, keys_values, index))
+
+
+class PostNorm(AbstractField):
+    """X[mu](x) = P_x F[mu](x): a field of R^d on a sphere or ellipsoid, as Post-LN puts it there.
+
+    **Arguments:** `field` F, on R^d; `geometry`, such as `Sphere()`, `Sphere(sqrt(d))`, or
+    `Ellipsoid(gain, bias)`.
+    """
+
+    field: AbstractField
+    geometry: AbstractGeometry
+
+    def __init__(self, field: AbstractField, geometry: AbstractGeometry = Sphere()):
+        _check_flat(field)
+        self.field = field
+        self.geometry = geometry
+
+    def __call__(self, t, x, mu):
+        return self.geometry.project(x, self.field(t, x, mu))
+
+    def keys_values(self, t, y, start=0):
+        return self.field.keys_values(t, y, start)
+
+    def attend(self, t, x, keys_values, index):
+        return self.geometry.project(x, self.field.attend(t, x, keys_values, index))
+
+
+class NGPT(AbstractField):
+    """X[mu](x) = alpha P_x ( F[mu](x) / |F[mu](x)| ) on the unit sphere (nGPT, arXiv 2410.01131).
+
+    **Arguments:** `field` F, on R^d; `alpha`, the step towards the normalised output, which may be
+    traced.
+    """
+
+    field: AbstractField
+    alpha: Scalar
+
+    def __init__(self, field: AbstractField, alpha: ScalarLike = 1.0):
+        _check_flat(field)
+        self.field = field
+        self.alpha = jnp.asarray(alpha, float)
+
+    @property
+    def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return Sphere()
+
+    def _projected(self, x, force):
+        return self.geometry.project(x, UnitNorm(self.alpha)(force))
+
+    def __call__(self, t, x, mu):
+        return self._projected(x, self.field(t, x, mu))
+
+    def keys_values(self, t, y, start=0):
+        return self.field.keys_values(t, y, start)
+
+    def attend(self, t, x, keys_values, index):
+        return self._projected(x, self.field.attend(t, x, keys_values, index))
+
+
+class SqrtScaling(AbstractField):
+    """X_t[mu](x) = F_t[mu](x) / sqrt(t + 1), for t > -1: residual branches that shrink with depth.
+
+    **Arguments:** `field` F, on any geometry.
+    """
+
+    field: AbstractField
+
+    def __init__(self, field: AbstractField):
+        self.field = field
+
+    @property
+    def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.field.geometry
+
+    def _scaled(self, t, velocity):
+        return velocity * jax.lax.rsqrt(jnp.asarray(t, velocity.dtype) + 1)
+
+    def __call__(self, t, x, mu):
+        return self._scaled(t, self.field(t, x, mu))
+
+    def keys_values(self, t, y, start=0):
+        return self.field.keys_values(t, y, start)
+
+    def attend(self, t, x, keys_values, index):
+        return self._scaled(t, self.field.attend(t, x, keys_values, index))
 
 
 def _check_flat(field: AbstractField):

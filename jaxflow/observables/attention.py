@@ -1,0 +1,249 @@
+"""What attention does to a measure, as an operator on functions of its tokens.
+
+A_ij        the weight of token j in mu_{x_i}
+columns     sum_i w_i A_ij / w_j, the mass that token j receives; 1 for Sinkhorn attention
+entropy     -sum_j A_ij log A_ij
+spectrum    the singular values of A on L^2(mu), those of the matrix sqrt(w_i) A_ij / sqrt(w_j)
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._types import Scalar, ScalarLike
+from ..fields import (
+    AbstractField,
+    MultiHeadAttention,
+    PeriNorm,
+    PreNorm,
+    Scaled,
+    SelfAttention,
+    Softmax,
+    Sum,
+    TimeDependent,
+)
+from ..kernels import softmax_expectation
+from ..measure import Measure
+from .base import AbstractObservable, over_leading
+
+# Up to this many tokens the singular values are those of the whole matrix.
+DENSE = 512
+
+
+def attention_matrix(
+    field: SelfAttention, mu: Measure, x: Float[Array, "*batch m d"] | None = None
+) -> Float[Array, "*batch m n"]:
+    """A_ij, the weight of token j under mu_{x_i}, for any interaction; x defaults to the tokens.
+
+    The rows of softmax, hardmax and Sinkhorn attention sum to 1.
+    """
+
+    def one(x, y, logs):
+        tokens = field.tokens(Measure(y, logs))
+        queries = field.tokens(Measure(x)).queries
+        identity = jnp.eye(mu.n, dtype=y.dtype)
+        return field.interaction.expectation(queries, tokens, identity, field.beta)
+
+    mapped = jnp.vectorize(one, signature="(m,d),(n,d),(n)->(m,n)")
+    return mapped(mu.points if x is None else x, mu.points, mu.log_probabilities)
+
+
+def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:
+    """max_j |sum_i w_i A_ij / w_j - 1|: how far attention is from preserving the mass of tokens.
+
+    0 for Sinkhorn attention at convergence, so that the token mean obeys m' = V m.
+    """
+
+    def one(y, logs):
+        tokens = field.tokens(Measure(y, logs))
+        # The columns' masses are the gradient in v of sum_i w_i E_{mu_i}[v], for one channel v.
+        received = lambda v: jnp.vdot(
+            jnp.exp(logs),
+            field.interaction.expectation(tokens.queries, tokens, v, field.beta)[:, 0],
+        )
+        columns = jax.grad(received)(jnp.ones((y.shape[0], 1), y.dtype))[:, 0]
+        massive = ~jnp.isneginf(logs)
+        ratio = columns / jnp.where(massive, jnp.exp(logs), 1)
+        return jnp.max(jnp.where(massive, jnp.abs(ratio - 1), 0))
+
+    return over_leading(one, mu)
+
+
+# ------------------------------------------------------------------ spectrum and rank
+
+
+def attention_spectrum(
+    field: SelfAttention, mu: Measure, *, probes: int = 32, key: PRNGKeyArray | None = None
+) -> Float[Array, "*batch values"]:
+    """The singular values of attention on L^2(mu), largest first.
+
+    Those of sqrt(w_i) A_ij / sqrt(w_j), for equal weights those of A: they do not change when a
+    token is split into two that share its mass. Tokens without mass add zeros.
+
+    All n of them for n <= 512, from the matrix. For more tokens the largest `probes`, by the
+    randomised range finder with one power iteration (Halko, Martinsson and Tropp 2011, algorithms
+    4.4 and 5.1), through the expectation and its transpose: four passes over n^2 pairs with
+    `probes` channels and O(n (d + probes)) memory (hardmax, whose transpose keeps the weights,
+    O(n^2)). The last few are then underestimated, and a spectrum that does not decay all are.
+
+    **Arguments:** `key`: of the probes, `jax.random.key(0)` by default.
+
+    **Returns:** shape `(*batch, n)`, or `(*batch, min(n, probes))` for n > 512.
+    """
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}.")
+    return _spectrum(field, mu, jax.random.key(0) if key is None else key, probes)
+
+
+def attention_rank(
+    field: SelfAttention,
+    mu: Measure,
+    *,
+    tolerance: ScalarLike = 1e-3,
+    probes: int = 32,
+    key: PRNGKeyArray | None = None,
+) -> Int[Array, "*batch"]:
+    """The number of singular values above `tolerance` times the largest.
+
+    In d = 1 with V > 0, QK > 0 the matrix tends to a Boolean one of rank <= 2 (arXiv 2305.05465).
+    Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 it saturates at `probes`, and is
+    to be believed below it.
+    """
+    values = attention_spectrum(field, mu, probes=probes, key=key)
+    level = jnp.asarray(tolerance, values.dtype) * values[..., :1]
+    return (values > level).sum(axis=-1)
+
+
+def effective_rank(
+    field: SelfAttention, mu: Measure, *, probes: int = 32, key: PRNGKeyArray | None = None
+) -> Float[Array, "*batch"]:
+    """exp(-sum_k p_k log p_k), p_k = s_k / sum_l s_l, s the singular values (Roy, Vetterli 2007).
+    2007).
+
+    Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 of its `probes` largest.
+    """
+    values = attention_spectrum(field, mu, probes=probes, key=key)
+    p = values / values.sum(axis=-1, keepdims=True)
+    return jnp.exp(jax.scipy.special.entr(p).sum(axis=-1))
+
+
+class AttentionRank(AbstractObservable):
+    """t, mu -> [`jaxflow.observables.attention_rank`][]; the tolerance may be traced."""
+
+    field: SelfAttention
+    tolerance: Scalar
+    probes: int = eqx.field(static=True)
+
+    def __init__(self, field: SelfAttention, *, tolerance: ScalarLike = 1e-3, probes: int = 32):
+        self.field = field
+        self.tolerance = jnp.asarray(tolerance, float)
+        self.probes = probes
+
+    def __call__(self, t, mu):
+        return attention_rank(self.field, mu, tolerance=self.tolerance, probes=self.probes)
+
+
+@eqx.filter_jit
+def _spectrum(field, mu, key, probes):
+    def one(y, logs):
+        dtype = jnp.promote_types(y.dtype, jnp.float32)
+        root = jnp.exp(logs / 2).astype(dtype)
+        inverse = jnp.where(jnp.isneginf(logs), 0, jnp.exp(-logs / 2)).astype(dtype)
+        tokens = field.tokens(Measure(y, logs))
+
+        def apply(v):
+            v = (inverse[:, None] * v).astype(y.dtype)
+            mean = field.interaction.expectation(tokens.queries, tokens, v, field.beta)
+            return root[:, None] * mean.astype(dtype)
+
+        if len(y) <= DENSE:
+            return jnp.linalg.svd(apply(jnp.eye(len(y), dtype=dtype)), compute_uv=False)
+        return _largest(apply, len(y), min(probes, len(y)), dtype, key)
+
+    return over_leading(one, mu, batch_size=max(1, 2**22 // mu.n**2))
+
+
+def _largest(apply, n, probes, dtype, key):
+    """The largest singular values of a linear map of (n, probes) arrays."""
+    transpose = lambda v: jax.vjp(apply, jnp.zeros_like(v))[1](v)[0]
+    basis = lambda v: jnp.linalg.qr(v)[0]
+    image = basis(apply(jax.random.normal(key, (n, probes), dtype)))
+    image = basis(apply(basis(transpose(image))))
+    return jnp.linalg.svd(transpose(image), full_matrices=False, compute_uv=False)
+
+
+# ------------------------------------------------------------------ entropy
+
+
+def attention_entropy(
+    field: AbstractField, mu: Measure, *, t: ScalarLike = 0.0
+) -> Float[Array, "*batch"]:
+    """The mean over heads and tokens of -sum_j A_ij log A_ij, A the softmax attention.
+
+    Between 0, each token sees one other, and log n. Of a field with several attention parts, such
+    as a sum, the mean over them. O(n * block) memory, as -sum_j A_ij s_ij + log-partition.
+
+    **Arguments:** `field`, with softmax attention somewhere in it; `t`, the time at which a
+    time-dependent field is taken.
+    """
+    return over_leading(lambda x, logs: _mean_entropy(field, t, Measure(x, logs)), mu)
+
+
+class AttentionEntropy(AbstractObservable):
+    """(t, mu) -> [`jaxflow.observables.attention_entropy`][] of the field at time t.
+
+    **Arguments:** `field`, with softmax attention somewhere in it.
+    """
+
+    field: AbstractField
+
+    def __call__(self, t, mu):
+        return _mean_entropy(self.field, t, mu)
+
+
+def _mean_entropy(field, t, mu):
+    entropies = [_entropy(part, seen) for part, seen in _attentions(field, t, mu)]
+    if not entropies:
+        raise TypeError(f"{type(field).__name__} has no attention whose entropy could be taken.")
+    return sum(entropies) / len(entropies)
+
+
+def _attentions(field, t, mu):
+    """The attention fields inside a field at time t, each with the measure that it sees."""
+    match field:
+        case SelfAttention() | MultiHeadAttention():
+            return [(field, mu)]
+        case TimeDependent():
+            return _attentions(field.at(t), t, mu)
+        case Sum():
+            return [pair for part in field.fields for pair in _attentions(part, t, mu)]
+        case PreNorm():
+            return _attentions(field.field, t, field.seen(mu))
+        case PeriNorm() | Scaled():
+            return _attentions(field.field, t, mu)
+    return []
+
+
+def _entropy(field, mu):
+    if not isinstance(field.interaction, Softmax):
+        raise TypeError(f"the entropy of attention is that of softmax, got {field.interaction!r}.")
+    scale, pairs = field.scores(mu)
+
+    def head(q, k):
+        log_weights = mu.log_weights
+        finite = (
+            jnp.zeros(mu.n)
+            if log_weights is None
+            else jnp.where(jnp.isneginf(log_weights), 0, log_weights)
+        )
+        values = jnp.concatenate([k, finite.astype(k.dtype)[:, None]], axis=1)
+        mean, log_partition = softmax_expectation(
+            q, k, values, log_weights, scale=scale, causal=field.causal, window=field.window,
+            backend=field.backend,
+        )  # fmt: skip
+        q, mean, beta = (a.astype(log_partition.dtype) for a in (q, mean, scale))
+        return log_partition - beta * (q * mean[:, :-1]).sum(axis=1) - mean[:, -1]
+
+    entropies = jax.vmap(head)(*pairs).mean(axis=0)
+    return (entropies * mu.weights.astype(entropies.dtype)).sum()

@@ -1,0 +1,58 @@
+"""What observables share: the class for `flow(observe=...)` and the map over leading axes."""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._types import ScalarLike
+from ..measure import Measure
+
+
+class AbstractObservable(eqx.Module):
+    """A function (t, mu) -> array that a flow evaluates at each saved time."""
+
+    @abc.abstractmethod
+    def __call__(self, t: ScalarLike, mu: Measure) -> Array:
+        """The value at time t."""
+
+
+def over_leading(fn: Callable, mu: Measure, *args: Array, batch_size: int | None = None):
+    """fn(points (n, d), log_probabilities (n,), *args) over the leading axes of mu.
+
+    `batch_size` systems are computed together, one batch after the other, so that memory is that
+    of one batch; `None` computes all together.
+    """
+    shape = mu.points.shape[:-2]
+    systems = (mu.points, mu.log_probabilities)
+    if not shape:
+        return fn(*systems, *args)
+    flat = [a.reshape(-1, *a.shape[len(shape) :]) for a in systems]
+    one = lambda system: fn(*system, *args)
+    if batch_size is None:
+        out = jax.vmap(one)(flat)
+    else:
+        out = jax.lax.map(one, flat, batch_size=min(batch_size, len(flat[0])))
+    return jax.tree.map(lambda a: a.reshape(shape + a.shape[1:]), out)
+
+
+def one_by_one(fn: Callable, mu: Measure, *args: Array):
+    """fn over the leading axes of mu as in `over_leading`, systems one after the other.
+
+    They stay so under any `jax.vmap` outside, which would make each branch of a system run both of
+    its sides. Not differentiable.
+    """
+    fn = jax.custom_batching.sequential_vmap(fn)
+    mu, args = jax.lax.stop_gradient((mu, args))
+    mapped = fn
+    for _ in mu.points.shape[:-2]:
+        mapped = jax.vmap(mapped, in_axes=(0, 0, *(None for _ in args)))
+    return mapped(mu.points, mu.log_probabilities, *args)
+
+
+def present(x: Array, logs: Array) -> Array:
+    """Which tokens count: those with mass and finite coordinates; shape `(n,)`."""
+    return ~jnp.isneginf(logs) & jnp.isfinite(x).all(axis=1)

@@ -1,0 +1,159 @@
+"""The Sinkhorn divergence: optimal transport in any dimension, regularised by entropy.
+
+    OT(mu, nu) = min over couplings pi of int c dpi + epsilon KL(pi | mu x nu),  c = dist(x, y)^2
+               = int f dmu + int g dnu        at the potentials that solve
+    f = T_nu g,  g = T_mu f,    (T_nu g)(x) = -epsilon log int exp((g(y) - c(x, y)) / epsilon) nu(dy)
+
+    S(mu, nu) = OT(mu, nu) - OT(mu, mu) / 2 - OT(nu, nu) / 2
+
+In R^d, c = |x|^2 + |y|^2 - 2 <x, y> makes T_nu one log-partition of attention with the inverse
+temperature 2 / epsilon and log-weights log w_j + (g_j - |y_j|^2) / epsilon.
+
+Derivatives are those of one more application of T at potentials that are held fixed: S is
+stationary in them, dS/dx_i = w_i grad (T_nu g - T_mu p)(x_i) with p the potential of OT(mu, mu).
+"""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._types import ScalarLike, accumulation_dtype, is_concrete
+from ..geometry import AbstractGeometry, Euclidean
+from ..kernels import softmax_expectation
+from ..measure import Measure
+
+# Rows of geodesic distances that are computed together, times their length.
+BLOCK = 2**20
+
+
+def sinkhorn_divergence(
+    mu: Measure,
+    nu: Measure,
+    *,
+    epsilon: ScalarLike,
+    geometry: AbstractGeometry = Euclidean(),
+    tolerance: ScalarLike = 1e-4,
+    max_iterations: int = 2000,
+) -> Float[Array, "*batch"]:
+    """S(mu, nu), the debiased entropic transport cost (Genevay et al. 2018; Feydy et al. 2019).
+
+        S(mu, nu) = OT(mu, nu) - OT(mu, mu) / 2 - OT(nu, nu) / 2
+        OT(mu, nu) = min over couplings pi of int dist(x, y)^2 dpi + epsilon KL(pi | mu x nu)
+
+    At least 0, and 0 for mu = nu; tends to W_2^2 as epsilon -> 0 and, in R^d, to
+    |E_mu x - E_nu x|^2 as epsilon -> infinity.
+
+    **Arguments:**
+
+    - `mu`, `nu`: measures with any weights and numbers of tokens; leading axes are broadcast.
+    - `epsilon`: > 0, in the units of the squared distance; may be traced.
+    - `geometry`: whose distance counts: `Euclidean()` for |x - y|, `Sphere(radius)` for arcs.
+    - `tolerance`: of the weights of the couplings, the sum of their errors.
+    - `max_iterations`: of Sinkhorn's algorithm, which starts from a large epsilon, halves it, and
+      then needs some multiple of the squared diameter / epsilon.
+
+    An iteration is two passes over the pairs of mu and nu (the few of mu with itself, one), with
+    O(n * block) memory for any n: some 0.3 s for n = 10^4 in R^3 on two cores, and 100 times that
+    for n = 10^5. In float32 S has errors of about 1e-6 times the squared diameter. Reverse-mode
+    differentiable once, in points and weights.
+
+    **Returns:** S, shape `(*batch,)`.
+
+    **Raises:** `ValueError` for bad input, the run-time error of `equinox.error_if` where
+    `max_iterations` do not reach the tolerance.
+    """
+    if is_concrete(epsilon) and not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}.")
+    if mu.d != nu.d:
+        raise ValueError(f"both measures must have the same dimension d, got {mu.d} and {nu.d}.")
+    dtype = accumulation_dtype(jnp.promote_types(mu.points.dtype, nu.points.dtype))
+    cast = lambda a: jnp.asarray(a).astype(dtype)
+    arrays = map(cast, (mu.points, mu.weights, nu.points, nu.weights, epsilon, tolerance))
+    return _divergence(*arrays, geometry, max_iterations)
+
+
+@eqx.filter_jit
+def _divergence(x, v, y, w, epsilon, tolerance, geometry, max_iterations):
+    fixed = jax.lax.stop_gradient
+
+    def one(x, v, y, w):
+        if isinstance(geometry, Euclidean):  # Smaller terms in |x|^2 + |y|^2 - 2 <x, y>.
+            middle = fixed(v @ x)[None]
+            x, y = x - middle, y - middle
+        x0, a, y0, b = fixed((x, jnp.log(v), y, jnp.log(w)))
+        transform = partial(_transform, geometry)
+        widest = 4 * jnp.maximum(_squares(x0).max(), _squares(y0).max())
+        solve = partial(_solve, widest, epsilon, tolerance, max_iterations)
+        (f, g), error = solve(partial(_two, transform, x0, a, y0, b), (a, b))
+        p, error_x = solve(partial(_one, transform, x0, a), a)
+        q, error_y = solve(partial(_one, transform, y0, b), b)
+        along_x = transform(x, y0, b, g, epsilon) - transform(x, x0, a, p, epsilon)
+        along_y = transform(y, x0, a, f, epsilon) - transform(y, y0, b, q, epsilon)
+        return v @ along_x + w @ along_y, jnp.stack([error, error_x, error_y]).max()
+
+    value, error = jnp.vectorize(one, signature="(n,d),(n),(m,d),(m)->(),()")(x, v, y, w)
+    message = "Sinkhorn's algorithm did not reach tolerance: raise max_iterations or epsilon."
+    return eqx.error_if(value, ~(error <= tolerance).all(), message)
+
+
+def _solve(widest, epsilon, tolerance, max_iterations, update, like):
+    """The potentials at which update(potentials, epsilon) -> (potentials, error) stands still.
+
+    Epsilon starts from the squared diameter and is halved until it is what it should be.
+    """
+
+    def unfinished(state):
+        k, error, _ = state
+        return ~(error <= tolerance) & (k < max_iterations)
+
+    def iterate(state):
+        k, _, potentials = state
+        current = jnp.maximum(epsilon, widest * 0.5 ** k.astype(epsilon.dtype))
+        potentials, error = update(potentials, current)
+        return k + 1, jnp.where(current > epsilon, jnp.inf, error), potentials
+
+    start = jnp.array(0), jnp.full_like(epsilon, jnp.inf), jax.tree.map(jnp.zeros_like, like)
+    _, error, potentials = jax.lax.while_loop(unfinished, iterate, start)
+    return potentials, error
+
+
+def _two(transform, x, a, y, b, potentials, epsilon):
+    """One iteration for two measures; the error is that of the coupling before it."""
+    f, g = potentials
+    new_f = transform(x, y, b, g, epsilon)
+    new_g = transform(y, x, a, new_f, epsilon)
+    return (new_f, new_g), _coupling_error(a, (f - new_f) / epsilon)
+
+
+def _one(transform, x, a, p, epsilon):
+    """One iteration for a measure with itself, p = T p, by averages."""
+    new = transform(x, x, a, p, epsilon)
+    return (p + new) / 2, _coupling_error(a, (p - new) / epsilon)
+
+
+def _coupling_error(log_weights, excess):
+    """sum_i |w_i exp(excess_i) - w_i|: a coupling has the weights w_i exp((f - T g)_i / epsilon)."""
+    return (jnp.exp(log_weights) * jnp.abs(jnp.expm1(jnp.minimum(excess, 50)))).sum()
+
+
+def _squares(x):
+    return (x**2).sum(axis=1)
+
+
+def _transform(geometry, x, y, log_weights, g, epsilon) -> Float[Array, " n"]:
+    """T_nu g at the points x, for nu of the points y."""
+    if isinstance(geometry, Euclidean):
+        ones = jnp.ones((len(y), 1), y.dtype)
+        biases = log_weights + (g - _squares(y)) / epsilon
+        log_partition = softmax_expectation(x, y, ones, biases, scale=2 / epsilon)[1]
+        return _squares(x) - epsilon * log_partition
+
+    @jax.checkpoint
+    def row(xi):
+        costs = geometry.distance(jnp.broadcast_to(xi, y.shape), y) ** 2
+        return -epsilon * jax.nn.logsumexp(log_weights + (g - costs) / epsilon)
+
+    return jax.lax.map(row, x, batch_size=max(1, min(len(x), BLOCK // len(y))))

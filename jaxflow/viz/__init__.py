@@ -1,0 +1,53 @@
+"""Pictures of a flow: a page that plays it, figures for print, a film.
+
+    sphere(sol)                    plotly       sphere(sol).write_html("flow.html") opens from disk
+    summary(sol)                   matplotlib   the first panels below on one sheet
+    film(sol, "flow.mp4")          matplotlib   the tokens in motion
+
+    points(mu)                     tokens on the circle or the sphere, coloured by cluster
+    inner_product_histogram(sol)   the density of <x_i, x_j> against t
+    cluster_staircase(sol)         the number of clusters against t
+    energy_curve(sol)              sol.observed["energy"] against t
+    trajectories(sol)              the path of each token
+    attention(field, mu)           the matrix A_ij
+    merge_tree(tree)               which clusters merge, and when
+    phase_diagram(diagram)         the probability of clustering over (t, beta)
+    curves({name: (ts, values)})   one curve a run
+    training_curve(history)        training and validation loss against the step
+
+Every panel takes and returns a matplotlib `Axes`. Tokens in more than three dimensions are
+projected on principal directions: leading eigenvectors of E[x x^T] at the last time. The axis of
+time is logarithmic where the saved times are. Both libraries come with `jaxflow[viz]` and are
+imported where they are used.
+"""
+
+from .diagrams import attention, merge_tree, phase_diagram
+from .figures import (
+    cluster_staircase,
+    curves,
+    energy_curve,
+    inner_product_histogram,
+    summary,
+    training_curve,
+)
+from .film import film
+from .page import sphere
+from .run import System
+from .tokens import points, trajectories
+
+__all__ = [
+    "System",
+    "attention",
+    "cluster_staircase",
+    "curves",
+    "energy_curve",
+    "film",
+    "inner_product_histogram",
+    "merge_tree",
+    "phase_diagram",
+    "points",
+    "sphere",
+    "summary",
+    "training_curve",
+    "trajectories",
+]

@@ -1,0 +1,194 @@
+"""Curves over time, and one sheet of all that a flow did."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._types import ArrayLike, ScalarLike
+from ..flow import FlowSolution
+from .run import System, evenly, read_run
+from .style import COLOURS, ROUND, cell_edges, limits, log_spaced, new_axes, require, time_axis
+from .tokens import points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+else:  # an annotation imports no extra
+    Axes = Figure = Any
+
+_DASHES = ["-", "--", "-.", ":"]
+
+
+def summary(
+    sol: FlowSolution,
+    *,
+    system: System = None,
+    threshold: ScalarLike = 0.999,
+    title: str | None = None,
+) -> Figure:
+    """One sheet: the tokens at the first and last time, then <x_i, x_j>, clusters, energy over t.
+
+    Arguments as in [`jaxflow.viz.sphere`][]. Tokens are coloured by cluster at the last time; of
+    more than 5,000, evenly spaced ones are drawn.
+    """
+    run = read_run(sol, system)
+    shown = evenly(run.n, 5000)
+    clusters = run.clusters(threshold)[shown]
+    figure = require("matplotlib.figure").Figure(figsize=(11, 8.5), layout="constrained")
+    upper, lower = figure.add_gridspec(2, 1, height_ratios=[1.4, 1])
+    lower = lower.subgridspec(1, 2 if run.energy is None else 3)
+    for k, cell in zip((0, -1), upper.subgridspec(1, 2), strict=True):
+        ax = figure.add_subplot(cell, projection="3d" if run.d >= 3 else None)
+        ax.set_title(f"$t$ = {run.ts[k]:.4g}")
+        points(
+            run.measure(k, shown),
+            clusters=clusters,
+            directions=run.directions(),
+            geometry=sol.geometry,
+            ax=ax,
+        )
+    inner_product_histogram(sol, system=system, ax=figure.add_subplot(lower[0]))
+    cluster_staircase(sol, system=system, threshold=threshold, ax=figure.add_subplot(lower[1]))
+    if run.energy is not None:
+        energy_curve(sol, system=system, ax=figure.add_subplot(lower[2]))
+    figure.suptitle(title or f"{run.n} tokens in dimension {run.d}, coloured by their last cluster")
+    return figure
+
+
+def inner_product_histogram(
+    sol: FlowSolution,
+    *,
+    system: System = None,
+    bins: int = 80,
+    max_points: int = 300,
+    ax: Axes | None = None,
+) -> Axes:
+    """The density of <x_i, x_j>, i != j, against t, a pair weighted by w_i w_j.
+
+    On a sphere of radius R, a cluster is mass at R^2. Of more than `max_points` tokens, or 300
+    times, evenly spaced ones are taken.
+    """
+    run = read_run(sol, system, max_frames=300)
+    shown = evenly(run.n, max_points)
+    if len(shown) < 2:
+        raise ValueError("inner products <x_i, x_j>, i != j, need two or more tokens; got one.")
+    times = np.flatnonzero(run.ts > 0) if run.log_time else np.arange(len(run.ts))
+    i, j = np.triu_indices(len(shown), 1)
+    few = np.ix_(times, shown)
+    pairs = np.stack([(x @ x.T)[i, j] for x in run.points[few]])
+    weights = np.exp(run.log_weights[few][:, i] + run.log_weights[few][:, j])
+    [(low, high)] = limits(pairs[..., None], run.radius and run.radius**2, margin=0.0)
+    edges = np.linspace(low, high, bins + 1)
+    rows = zip(np.clip(pairs, low, high), weights, strict=True)
+    density = np.stack([np.histogram(p, edges, weights=w, density=True)[0] for p, w in rows])
+    axes = new_axes(ax)
+    time_axis(axes, run.log_time)
+    image = axes.pcolormesh(
+        cell_edges(run.ts[times], run.log_time),
+        edges,
+        np.ma.masked_equal(density.T, 0),
+        norm="log",
+        cmap="cividis",
+        rasterized=True,
+    )
+    axes.figure.colorbar(image, ax=axes, label="density")
+    axes.set_ylabel(r"$\langle x_i, x_j \rangle$")
+    return axes
+
+
+def cluster_staircase(
+    sol: FlowSolution,
+    *,
+    system: System = None,
+    threshold: ScalarLike = 0.999,
+    ax: Axes | None = None,
+) -> Axes:
+    """The number of clusters against t, on a logarithmic scale.
+
+    Arguments as in [`jaxflow.viz.sphere`][], which says where the numbers come from.
+    """
+    run, axes = read_run(sol, system), new_axes(ax)
+    ts, counts = run.cluster_counts(threshold)
+    marker = "." if len(ts) < len(run.ts) else None
+    axes.step(ts, counts, where="post", color=COLOURS[0], marker=marker)
+    ticks = [k for k in ROUND if k <= 2 * counts.max()]
+    axes.set_yscale("log")
+    axes.set_yticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    time_axis(axes, run.log_time)
+    axes.set(ylabel="number of clusters", ylim=(0.8, 1.25 * counts.max()))
+    return axes
+
+
+def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = None) -> Axes:
+    """The energy against t, for a flow with `observe={"energy": InteractionEnergy(beta)}`.
+
+    It is a staircase where clusters are metastable: long plateaus between merges.
+    """
+    run = read_run(sol, system)
+    if run.energy is None:
+        raise ValueError(
+            "the flow did not observe its energy: pass "
+            "observe={'energy': jaxflow.observables.InteractionEnergy(beta)}."
+        )
+    axes = new_axes(ax)
+    axes.plot(run.ts, run.energy, color=COLOURS[0])
+    time_axis(axes, run.log_time)
+    axes.ticklabel_format(axis="y", useMathText=True)
+    axes.set_ylabel("energy")
+    return axes
+
+
+def curves(
+    ts_values: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    xlabel: str = "$t$",
+    ylabel: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """One curve a name: energies, numbers of clusters or losses of several runs.
+
+    **Arguments:** `ts_values`: `{name: (ts, values)}`, two sequences of one length; values that
+    are not finite are left out. The axis of t is logarithmic where the times of all curves are.
+    `ax`: Matplotlib axes, default new ones.
+    """
+    if not ts_values:
+        raise ValueError("there is no curve to draw: pass {name: (ts, values)}.")
+    drawn = {name: tuple(map(np.asarray, pair)) for name, pair in ts_values.items()}
+    for name, (ts, values) in drawn.items():
+        if ts.ndim != 1 or ts.shape != values.shape or not ts.size:
+            raise ValueError(
+                f"a curve needs as many values as times, in one dimension; {name!r} has "
+                f"{ts.shape} times and {values.shape} values."
+            )
+    axes = new_axes(ax)
+    looks = zip(cycle(COLOURS[:-1]), cycle(_DASHES), strict=False)
+    for (name, (ts, values)), (colour, dash) in zip(drawn.items(), looks, strict=False):
+        kept = np.isfinite(values.astype(float))
+        axes.plot(ts[kept], values[kept], color=colour, linestyle=dash, label=name)
+    time_axis(axes, all(log_spaced(ts) for ts, _ in drawn.values()), xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False)
+    return axes
+
+
+def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
+    """Training and validation loss against the step.
+
+    **Arguments:** `history`: of [`jaxflow.training.Fitted`][], or the lines of a metrics.jsonl;
+    `ax`: Matplotlib axes, default new ones.
+    """
+    if not history:
+        raise ValueError("there is no logged step to draw.")
+    axes = new_axes(ax)
+    both = {"loss": "training", "validation_loss": "validation"}
+    for (name, label), colour in zip(both.items(), COLOURS, strict=False):
+        rows = [(row["step"], row[name]) for row in history if name in row]
+        if rows:
+            marker = "o" if name == "validation_loss" else None
+            axes.plot(*zip(*rows, strict=True), color=colour, marker=marker, label=label)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(frameon=False)
+    return axes

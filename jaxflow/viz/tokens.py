@@ -1,0 +1,133 @@
+"""Tokens in their space: where they are, and the paths that they took."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._types import ArrayLike, ScalarLike
+from ..flow import FlowSolution
+from ..geometry import AbstractGeometry, Sphere
+from ..measure import Measure
+from .run import Run, System, arrays, evenly, radius, read_run
+from .style import FAINT, MARKERS, axis_names, limits, new_axes, style, time_axis, wires, words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:  # an annotation imports no extra
+    Axes = Any
+
+
+def points(
+    mu: Measure,
+    *,
+    clusters: ArrayLike | None = None,
+    directions: ArrayLike | None = None,
+    labels: Sequence[str] | None = None,
+    geometry: AbstractGeometry = Sphere(),
+    ax: Axes | None = None,
+) -> Axes:
+    """The tokens of one measure, coloured by cluster; in three dimensions where d >= 3.
+
+    **Arguments:**
+
+    - `clusters`: a cluster a token; default [`jaxflow.observables.cluster_labels`][].
+    - `directions`: the columns on which tokens are projected, shape `(d, 2)` or `(d, 3)`; default
+      the coordinates or, where d > 3, the principal directions.
+    - `labels`: a word a token, written beside it.
+    - `geometry`: a `Sphere` is drawn behind the tokens.
+    - `ax`: Matplotlib axes, default new ones.
+    """
+    x, log_weights = arrays(mu)
+    run = Run(np.zeros(1), x[None], log_weights[None], None, None, radius(geometry), False)
+    colour, marker = style(run.clusters(0.999) if clusters is None else np.asarray(clusters))
+    directions = np.asarray(run.directions() if directions is None else directions)
+    axes = new_axes(ax, "3d" if directions.shape[1] == 3 else None)
+    x = _project(axes, x, directions)
+    _dress(axes, x, directions, run.radius)
+    for m, shape in enumerate(MARKERS.values()):
+        own = marker == m
+        look = dict(c=colour[own], marker=shape, s=36, edgecolors="white", linewidths=0.4)
+        axes.scatter(*x[own].T, **look)
+    for word, place in zip(words(labels, mu.n), x, strict=True) if labels is not None else ():
+        axes.text(*place, f" {word}")
+    return axes
+
+
+def trajectories(
+    sol: FlowSolution,
+    *,
+    system: System = None,
+    threshold: ScalarLike = 0.999,
+    max_points: int = 200,
+    ax: Axes | None = None,
+) -> Axes:
+    """The path of each token, coloured by the cluster where it ends up.
+
+    On the circle that is its angle theta_i(t) = atan2(x_i2, x_i1) against t, and on the line
+    x_i(t) against t; elsewhere a curve in space, with a dot at its end. In three dimensions where
+    d >= 3, on principal directions where d > 3.
+
+    **Arguments:** `sol`, `system` and `threshold` as in [`jaxflow.viz.sphere`][]; `max_points`: how
+    many tokens to draw at most, evenly spaced; `ax`: Matplotlib axes, default new ones.
+    """
+    run = read_run(sol, system)
+    shown = evenly(run.n, max_points)
+    colour = style(run.clusters(threshold)[shown])[0]
+    x = run.points[:, shown]
+    circle = run.d == 2 and run.radius is not None
+    if run.d > 1 and not circle:
+        return _curves_in_space(run, x, colour, ax)
+    axes = new_axes(ax)
+    for path, own in _angles(x, colour) if circle else zip(x[..., 0].T, colour, strict=True):
+        axes.plot(run.ts, path, color=own, linewidth=0.8)
+    time_axis(axes, run.log_time)
+    axes.margins(x=0)
+    if circle:
+        axes.set(ylabel=r"$\theta_i$", ylim=(-np.pi, np.pi))
+        axes.set_yticks(np.pi * np.linspace(-1, 1, 5), _QUARTER_TURNS)
+    else:
+        axes.set_ylabel("$x_i$")
+    return axes
+
+
+_QUARTER_TURNS = [r"$-\pi$", r"$-\pi/2$", "0", r"$\pi/2$", r"$\pi$"]
+
+
+def _curves_in_space(run, x, colour, ax):
+    directions = run.directions()
+    axes = new_axes(ax, "3d" if directions.shape[1] == 3 else None)
+    x = _project(axes, x, directions)
+    _dress(axes, x, directions, run.radius)
+    for j, own in enumerate(colour):
+        axes.plot(*x[:, j].T, color=own, linewidth=0.7, alpha=0.8)
+    axes.scatter(*x[-1].T, c=colour, s=24, edgecolors="white", linewidths=0.4)
+    return axes
+
+
+def _angles(x, colour):
+    """Continuous angles, and copies moved by full turns, so that one is in sight at all times."""
+    angles = np.unwrap(np.arctan2(x[..., 1], x[..., 0]), axis=0)
+    turns = np.floor((angles + np.pi) / (2 * np.pi)).astype(int)
+    for angle, turn, own in zip(angles.T, turns.T, colour, strict=True):
+        for k in range(turn.min(), turn.max() + 1):
+            yield angle - 2 * np.pi * k, own
+
+
+def _project(axes, x, directions):
+    """Coordinates on the directions, as many as the axes have."""
+    return x @ directions[:, : 3 if axes.name == "3d" else 2]
+
+
+def _dress(axes, x, directions, radius):
+    """The sphere behind the tokens, and names and limits of the axes."""
+    k = x.shape[-1]
+    for line in [] if radius is None else wires(k).swapaxes(0, 1) * radius:
+        axes.plot(*line, color=FAINT, linewidth=0.5, zorder=0)
+    names = axis_names(directions, "$x_{}$", r"$\langle x, v_{} \rangle$")
+    for axis, name, ends in zip("xyz", names, limits(x, radius), strict=False):
+        axes.set(**{f"{axis}label": name, f"{axis}lim": ends})
+        axes.locator_params(axis, nbins=4)
+    axes.grid(False)
+    if radius is not None:
+        axes.set_aspect("equal")
