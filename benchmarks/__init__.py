@@ -3,4 +3,13 @@
 A suite is a module with `BUDGET_S` and `run(options, watch)`, and a name in `SUITES`.
 """
 
-SUITES = ("kernels", "flow", "derivatives", "scaling", "compile", "training", "observables")
+SUITES = (
+    "kernels",
+    "flow",
+    "derivatives",
+    "scaling",
+    "compile",
+    "training",
+    "observables",
+    "solvers",
+)

@@ -163,7 +163,7 @@ class Sample(NamedTuple):
 
 def cases(quick: bool) -> list[Sample]:
     """n = 1e5; all pairs are counted of fewer, for numpy needs minutes there."""
-    sizes = {what: 100_000 for what in OPERATIONS} | dict.fromkeys(ALL_PAIRS, 32_768)
+    sizes = {what: 100_000 for what in OPERATIONS} | dict.fromkeys(ALL_PAIRS, 16_384)
     return [Sample(what, 10_000 if quick else n) for what, n in sizes.items()]
 
 
@@ -201,7 +201,7 @@ def contest(case: Sample, repeats: tuple[int, int], *, with_memory: bool) -> lis
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
     rows = []
-    every = [*cases(options.quick), *phase.cases(options.quick)]
+    every = [*phase.cases(options.quick), *cases(options.quick)]
     chosen = [case for case in every if case.name.startswith(options.only)]
     for case in watch.each(chosen, lambda case: case.name):
         if isinstance(case, phase.Phase):

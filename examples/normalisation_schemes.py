@@ -5,8 +5,8 @@ The same attention moves 16 equiangular tokens, <x_i, x_j> = 0 at first, under e
 
     Post-LN e^{-2t}   nGPT e^{-2 alpha t}   sqrt-scaling e^{-4 sqrt(t+1)}   Pre-LN, Peri-LN t^{-2}
 
-Expected: the measured rates agree with these to three digits. 1 - rho falls to 1e-4 at t = 6.1 under
-Post-LN and at t = 116 under Pre-LN: deep networks can afford it.
+Expected: the measured rates agree with these to three digits. 1 - rho falls to 1e-4 at t = 6.1
+under Post-LN and at t = 116 under Pre-LN: deep networks can afford it.
 """
 
 import diffrax

@@ -123,3 +123,16 @@ def test_text_as_a_measure(run, tmp_path):
     assert different / 2 > clusters[2] > 2 * clusters[3] > 2
     if importlib.util.find_spec("plotly"):
         assert "exception" in (tmp_path / "runs" / "text.html").read_text()
+
+
+@pytest.mark.slow
+def test_phase_diagram(run, tmp_path):
+    result = run("phase_diagram")
+    curve, boundaries = result["curve"], result["boundaries"]
+    np.testing.assert_allclose(curve, [5.2703, 5.8976, 9.5443], rtol=0, atol=5e-5)
+    betas = np.array([1.0, 3.0, 5.0])
+    error = 0.1 + np.expm1(betas**2 / 2048) * curve
+    assert (np.abs(boundaries[1024] - curve) < error).all()
+    assert 3 < boundaries[8][-1] - curve[-1] < 5
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "phase.png").exists()

@@ -135,24 +135,27 @@ def _solve(folder: Path, config: dict[str, Any]) -> PhaseDiagram:
 
 
 class _Clock:
-    """Says after the first beta that was solved for what the others will cost."""
+    """Says after the second beta that was solved for what the others will cost."""
 
     def __init__(self, betas: int):
-        self.left, self.kept, self.said = betas, 0, False
+        self.left, self.kept = betas, 0
+        self.took: list[float] = []
         self.start = time.perf_counter()
 
     def tick(self, row: PhaseRow) -> str | None:
         now, self.left = time.perf_counter(), self.left - 1
+        took, self.start = now - self.start, now
         if row.kept:
-            self.kept, self.start = self.kept + 1, now
-        if row.kept or self.said:
+            self.kept += 1
             return None
-        self.said = True
-        took = now - self.start
-        found = f"{self.kept} of the betas were there already. " if self.kept else ""
+        self.took.append(took)
+        if len(self.took) == 1:
+            return f"{self.kept} of the betas were there already." if self.kept else None
+        if len(self.took) > 2:
+            return None
         return (
-            f"{found}The first beta took {took:.2g} s, compilation included: at most about "
-            f"{took * self.left:.2g} s for the other {self.left}."
+            f"The first beta took {self.took[0]:.2g} s, compilation included, the second "
+            f"{took:.2g} s: about {took * self.left:.0f} s for the other {self.left}."
         )
 
 

@@ -2,13 +2,15 @@
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from .._types import ScalarLike
+from .._types import ScalarLike, accumulation_dtype
 from ..measure import Measure
 
 
@@ -51,6 +53,24 @@ def one_by_one(fn: Callable, mu: Measure, *args: Array):
     for _ in mu.points.shape[:-2]:
         mapped = jax.vmap(mapped, in_axes=(0, 0, *(None for _ in args)))
     return mapped(mu.points, mu.log_probabilities, *args)
+
+
+def over_two(fn: Callable, mu: Measure, nu: Measure, *args: Any):
+    """fn(x, v, y, w, *args) of the points and weights of two measures, over their leading axes.
+
+    Leading axes are broadcast; both measures come in the wider of their dtypes.
+    """
+    dtype = accumulation_dtype(jnp.promote_types(mu.points.dtype, nu.points.dtype))
+    shape = np.broadcast_shapes(mu.points.shape[:-2], nu.points.shape[:-2])
+
+    def arrays(measure):
+        pair = (measure.points, (measure.n, measure.d)), (measure.weights, (measure.n,))
+        return (jnp.broadcast_to(a.astype(dtype), shape + core) for a, core in pair)
+
+    mapped = lambda *systems: fn(*systems, *args)
+    for _ in shape:
+        mapped = jax.vmap(mapped)
+    return mapped(*arrays(mu), *arrays(nu))
 
 
 def present(x: Array, logs: Array) -> Array:

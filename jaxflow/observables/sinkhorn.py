@@ -2,7 +2,7 @@
 
     OT(mu, nu) = min over couplings pi of int c dpi + epsilon KL(pi | mu x nu),  c = dist(x, y)^2
                = int f dmu + int g dnu        at the potentials that solve
-    f = T_nu g,  g = T_mu f,    (T_nu g)(x) = -epsilon log int exp((g(y) - c(x, y)) / epsilon) nu(dy)
+    f = T_nu g,  g = T_mu f,   (T_nu g)(x) = -epsilon log int exp((g(y) - c(x, y)) / epsilon) nu(dy)
 
     S(mu, nu) = OT(mu, nu) - OT(mu, mu) / 2 - OT(nu, nu) / 2
 
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import ScalarLike, accumulation_dtype, is_concrete
+from .._types import ScalarLike, is_concrete
 from ..geometry import AbstractGeometry, Euclidean
 from ..kernels import softmax_expectation
 from ..measure import Measure
+from .base import over_two
 
 # Rows of geodesic distances that are computed together, times their length.
 BLOCK = 2**20
@@ -69,17 +70,15 @@ def sinkhorn_divergence(
         raise ValueError(f"epsilon must be positive, got {epsilon}.")
     if mu.d != nu.d:
         raise ValueError(f"both measures must have the same dimension d, got {mu.d} and {nu.d}.")
-    dtype = accumulation_dtype(jnp.promote_types(mu.points.dtype, nu.points.dtype))
-    cast = lambda a: jnp.asarray(a).astype(dtype)
-    arrays = map(cast, (mu.points, mu.weights, nu.points, nu.weights, epsilon, tolerance))
-    return _divergence(*arrays, geometry, max_iterations)
+    return _divergence(mu, nu, epsilon, tolerance, geometry, max_iterations)
 
 
 @eqx.filter_jit
-def _divergence(x, v, y, w, epsilon, tolerance, geometry, max_iterations):
-    fixed = jax.lax.stop_gradient
+def _divergence(mu, nu, epsilon, tolerance, geometry, max_iterations):
+    fixed, options = jax.lax.stop_gradient, (epsilon, tolerance)
 
     def one(x, v, y, w):
+        epsilon, tolerance = (jnp.asarray(a, x.dtype) for a in options)
         if isinstance(geometry, Euclidean):  # Smaller terms in |x|^2 + |y|^2 - 2 <x, y>.
             middle = fixed(v @ x)[None]
             x, y = x - middle, y - middle
@@ -94,9 +93,9 @@ def _divergence(x, v, y, w, epsilon, tolerance, geometry, max_iterations):
         along_y = transform(y, x0, a, f, epsilon) - transform(y, y0, b, q, epsilon)
         return v @ along_x + w @ along_y, jnp.stack([error, error_x, error_y]).max()
 
-    value, error = jnp.vectorize(one, signature="(n,d),(n),(m,d),(m)->(),()")(x, v, y, w)
+    value, error = over_two(one, mu, nu)
     message = "Sinkhorn's algorithm did not reach tolerance: raise max_iterations or epsilon."
-    return eqx.error_if(value, ~(error <= tolerance).all(), message)
+    return eqx.error_if(value, ~(error <= jnp.asarray(tolerance, error.dtype)).all(), message)
 
 
 def _solve(widest, epsilon, tolerance, max_iterations, update, like):
@@ -135,7 +134,7 @@ def _one(transform, x, a, p, epsilon):
 
 
 def _coupling_error(log_weights, excess):
-    """sum_i |w_i exp(excess_i) - w_i|: a coupling has the weights w_i exp((f - T g)_i / epsilon)."""
+    """sum_i w_i |exp(excess_i) - 1|: a coupling has the weights w_i exp((f - T g)_i / epsilon)."""
     return (jnp.exp(log_weights) * jnp.abs(jnp.expm1(jnp.minimum(excess, 50)))).sum()
 
 

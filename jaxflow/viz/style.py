@@ -50,12 +50,15 @@ def axis_names(directions: np.ndarray, coordinate: str, projection: str) -> list
 
 
 def log_spaced(values: np.ndarray) -> bool:
-    """Whether values, but for a first 0, cover over two decades in a nearly constant ratio."""
+    """Whether values, but for a first 0, cover over two decades in a nearly constant ratio.
+
+    The last step may be shorter: there an event has stopped the flow.
+    """
     positive = values[1:] if values[0] == 0 else values
-    if len(positive) < 3 or (positive <= 0).any():
+    if len(positive) < 4 or (positive <= 0).any():
         return False
     steps = np.diff(np.log10(positive))
-    return bool(steps.sum() > 2 and steps.max() < 1.5 * steps.min())
+    return bool(steps.sum() > 2 and steps.max() < 1.5 * steps[:-1].min())
 
 
 def cell_edges(centres: np.ndarray, log: bool) -> np.ndarray:
