@@ -1,12 +1,13 @@
 """Metastability: clusters that last exponentially long, and when they end.
 
-48 uniform tokens on the circle move by self-attention at beta = 9. At t = 10 they are three clusters;
-then nothing seems to happen, until two of them meet (arXiv 2410.06833). An implicit method takes
-steps as long as the motion of the clusters allows, times are saved evenly in log t, and an event
-stops the flow when one cluster is left.
+48 uniform tokens on the circle move by self-attention at beta = 9. At t = 10 they are three
+clusters; then nothing seems to happen, until two of them meet (arXiv 2410.06833). An implicit
+method takes steps as long as the motion of the clusters allows, times are saved evenly in log t,
+and an event stops the flow when one cluster is left.
 
-Expected: 3 clusters from t = 10, 2 from t = 823, and one from t = 5.5 million, after about a thousand
-steps. The energy rises all along, and the merges, found by bisection, agree with the staircase.
+Expected: 3 clusters from t = 10, 2 from t = 823, and one from t = 5.5 million, after about a
+thousand steps. The energy rises all along, and the merges, found by bisection, agree with the
+staircase.
 """
 
 import diffrax

@@ -136,21 +136,21 @@ def test_a_token_without_direction_or_not_finite_is_alone(copies):
     assert (labels[::4] == 0).all() and labels.max() == copies + 2
 
 
-def test_clusters_map_over_leading_axes_and_vmap(key):
+@pytest.mark.parametrize("n", [7, pytest.param(1500, marks=pytest.mark.slow)])
+def test_clusters_map_over_leading_axes_and_vmap(n, key):
     """Few tokens run together, many one by one; the results are those of each alone."""
-    for n in (7, 1500):
-        points = jax.random.normal(key, (2, 2, n, 3))
-        mu = jf.Measure(points)
-        labels = observables.cluster_labels(mu, 0.99)
-        assert labels.shape == (2, 2, n)
-        np.testing.assert_array_equal(observables.cluster_count(mu, 0.99), labels.max(axis=-1) + 1)
-        alone = observables.cluster_labels(mu[1][0], 0.99)
-        np.testing.assert_array_equal(labels[1, 0], alone)
-        mapped = jax.vmap(lambda x: observables.cluster_labels(jf.Measure(x), 0.99))(points)
-        np.testing.assert_array_equal(mapped, labels)
-        levels = jnp.array([0.9, 0.99])
-        counts = jax.vmap(lambda level: observables.cluster_count(mu[1][0], level))(levels)
-        assert int(counts[1]) == alone.max() + 1 and int(counts[0]) < int(counts[1])
+    points = jax.random.normal(key, (2, 2, n, 3))
+    mu = jf.Measure(points)
+    labels = observables.cluster_labels(mu, 0.99)
+    assert labels.shape == (2, 2, n)
+    np.testing.assert_array_equal(observables.cluster_count(mu, 0.99), labels.max(axis=-1) + 1)
+    alone = observables.cluster_labels(mu[1][0], 0.99)
+    np.testing.assert_array_equal(labels[1, 0], alone)
+    mapped = jax.vmap(lambda x: observables.cluster_labels(jf.Measure(x), 0.99))(points)
+    np.testing.assert_array_equal(mapped, labels)
+    levels = jnp.array([0.9, 0.99])
+    counts = jax.vmap(lambda level: observables.cluster_count(mu[1][0], level))(levels)
+    assert int(counts[1]) == alone.max() + 1 and int(counts[0]) < int(counts[1])
 
 
 @pytest.mark.slow

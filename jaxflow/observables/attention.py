@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._types import Scalar, ScalarLike
+from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..fields import (
+    NGPT,
     AbstractField,
     MultiHeadAttention,
     PeriNorm,
+    PostNorm,
     PreNorm,
     Scaled,
     SelfAttention,
     Softmax,
+    SqrtScaling,
     Sum,
     TimeDependent,
 )
@@ -147,7 +150,7 @@ class AttentionRank(AbstractObservable):
 @eqx.filter_jit
 def _spectrum(field, mu, key, probes):
     def one(y, logs):
-        dtype = jnp.promote_types(y.dtype, jnp.float32)
+        dtype = accumulation_dtype(y.dtype)
         root = jnp.exp(logs / 2).astype(dtype)
         inverse = jnp.where(jnp.isneginf(logs), 0, jnp.exp(-logs / 2)).astype(dtype)
         tokens = field.tokens(Measure(y, logs))
@@ -220,7 +223,7 @@ def _attentions(field, t, mu):
             return [pair for part in field.fields for pair in _attentions(part, t, mu)]
         case PreNorm():
             return _attentions(field.field, t, field.seen(mu))
-        case PeriNorm() | Scaled():
+        case NGPT() | PeriNorm() | PostNorm() | Scaled() | SqrtScaling():
             return _attentions(field.field, t, mu)
     return []
 
@@ -245,5 +248,5 @@ def _entropy(field, mu):
         q, mean, beta = (a.astype(log_partition.dtype) for a in (q, mean, scale))
         return log_partition - beta * (q * mean[:, :-1]).sum(axis=1) - mean[:, -1]
 
-    entropies = jax.vmap(head)(*pairs).mean(axis=0)
+    entropies = jnp.maximum(jax.vmap(head)(*pairs).mean(axis=0), 0)  # but for rounding
     return (entropies * mu.weights.astype(entropies.dtype)).sum()

@@ -60,7 +60,7 @@ def over_two(fn: Callable, mu: Measure, nu: Measure, *args: Any):
 
     Leading axes are broadcast; both measures come in the wider of their dtypes.
     """
-    dtype = accumulation_dtype(jnp.promote_types(mu.points.dtype, nu.points.dtype))
+    dtype = np.promote_types(*(accumulation_dtype(m.points.dtype) for m in (mu, nu)))
     shape = np.broadcast_shapes(mu.points.shape[:-2], nu.points.shape[:-2])
 
     def arrays(measure):

@@ -73,7 +73,7 @@ def _order(mu: Measure) -> Array:
     return over_leading(one, mu)
 
 
-def _length(x, zero: float = 0):
+def _length(x, zero=0):
     """|x| along the last axis, `zero` at 0, with derivative 0 there."""
     square = (x**2).sum(axis=-1)
     positive = square > 0
