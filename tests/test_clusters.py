@@ -258,6 +258,8 @@ def test_merge_tree_checks_its_mergers():
     one = np.array([1.0]), np.array([[0, 1]]), np.array([2])
     with pytest.raises(ValueError, match="merge at most 0 times"):
         MergeTree(1, *one)
+    met = np.array([[2, 1]])
+    assert MergeTree(3, *one, links=met).links is met
     with pytest.raises(ValueError, match="must ascend: sort the mergers"):
         MergeTree(3, np.array([2.0, 1.0]), np.array([[0, 1], [0, 2]]), np.array([2, 3]))
     with pytest.raises(ValueError, match="not the first tokens of two clusters"):
