@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from benchmarks import (
     rivals,
     scaling,
     shapes,
+    solvers,
     timing,
     training,
     transformers,
@@ -407,6 +409,22 @@ def test_a_phase_diagram_at_equal_error(monkeypatch):
     script = rows["numpy as published"]
     assert script["evaluations"] == 80 and script["error"] >= rows["numpy"]["error"]
     assert (script["note"] is None) == (script["error"] <= 0.05)
+
+
+# ------------------------------------------------------------------ solvers
+
+
+def test_solvers_wait_for_clusters(monkeypatch):
+    """The quadrature gives the published times; a solver that stops short says how far it came."""
+    for beta, time in ((1.0, 1.917028), (4.0, 8.390296), (8.0, 194.134994)):
+        np.testing.assert_allclose(solvers.exact_time(beta), time, rtol=0, atol=5e-7)
+    monkeypatch.setattr(solvers, "SOLVERS", {"Tsit5": diffrax.Tsit5()})
+    with jax.enable_x64(True):
+        (row,) = solvers.contest(solvers.Wait("two", 1.0), (1, 1))
+        monkeypatch.setattr(solvers, "MAX_STEPS", 5)
+        (short,) = solvers.contest(solvers.Wait("two", 8.0), (1, 1))
+    assert row["error"] < 1e-7 and row["evaluations"] == 6 * row["steps"] + 3 and row["ms"] > 0
+    assert short["note"].endswith("after 5 steps") and "ms" not in short
 
 
 # ------------------------------------------------------------------ the command

@@ -121,7 +121,7 @@ def attention_rank(
 def effective_rank(
     field: SelfAttention, mu: Measure, *, probes: int = 32, key: PRNGKeyArray | None = None
 ) -> Float[Array, "*batch"]:
-    """exp(-sum_k p_k log p_k), p_k = s_k / sum_l s_l, s the singular values (Roy, Vetterli 2007).
+    """exp(-sum_k p_k log p_k), p_k = s_k / sum_l s_l, s the singular values (Roy and Vetterli
     2007).
 
     Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 of its `probes` largest.
