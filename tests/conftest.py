@@ -8,6 +8,7 @@ if importlib.util.find_spec("beartype"):
     jaxtyping.install_import_hook("jaxflow", "beartype.beartype")
 
 import contextlib
+import gc
 import inspect
 
 import jax
@@ -24,6 +25,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Programs are dropped after each file: XLA ends in a segmentation fault, not an error, where
+    the thousands that all files compile no longer fit one process."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
