@@ -75,15 +75,17 @@ def until_above(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
     return _event(Crossing(observable, _level(level), -1.0))
 
 
-def until_clustered(count: int = 1, threshold: ScalarLike = 0.999) -> diffrax.Event:
+def until_clustered(
+    count: int = 1, threshold: ScalarLike = 0.999, *, radius: ScalarLike | None = None
+) -> diffrax.Event:
     """Stops at the first time with at most `count` clusters, in every system.
 
-    **Arguments:** `count`; `threshold`, the least cosine of linked tokens
-    ([`jaxflow.observables.cluster_labels`][]).
+    **Arguments:** `count`; `threshold`, the least cosine of linked tokens, or `radius`, their
+    largest distance ([`jaxflow.observables.cluster_labels`][]).
     """
     if count < 1:
         raise ValueError(f"tokens have at least one cluster, got count={count}.")
-    return until_below(ClusterCount(threshold), count + 0.5)
+    return until_below(ClusterCount(threshold, radius=radius), count + 0.5)
 
 
 def until_steady(speed: ScalarLike = 1e-6) -> diffrax.Event:
@@ -97,7 +99,9 @@ def until_steady(speed: ScalarLike = 1e-6) -> diffrax.Event:
     return _event(_Slowest(_level(speed)))
 
 
-def log_times(first: float, t1: float, count: int, *, t0: float = 0.0) -> Float[Array, " times"]:
+def log_times(
+    first: float | int, t1: float | int, count: int, *, t0: float | int = 0.0
+) -> Float[Array, " times"]:
     """t0, and then `count` times from t0 + first to t1, evenly spread in log (t - t0).
 
     For `SaveAt(ts=log_times(...))`: each decade of time is seen equally well.
@@ -119,7 +123,7 @@ def merges(
     mu0: Measure,
     *,
     t1: ScalarLike,
-    threshold: float = 0.999,
+    threshold: float | int = 0.999,
     t0: ScalarLike = 0.0,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,

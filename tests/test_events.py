@@ -95,6 +95,15 @@ def test_levels_of_observables():
         jf.flow(jf.SelfAttention(beta=0.0), mu0, event=vector, **options)
 
 
+def test_clusters_by_distance():
+    """x' = (mean - x) on R^1 of two tokens at +-1: they are 0.1 apart at t = log 20."""
+    drift = jf.SelfAttention(beta=0.0, geometry=jf.Euclidean()) - jf.LinearDrift(jnp.eye(1))
+    mu0 = jf.Measure(jnp.array([[-1.0], [1.0]]))
+    until = events.until_clustered(radius=0.1)
+    sol = jf.flow(drift, mu0, t1=9.0, event=until, stepsize_controller=TIGHT)
+    np.testing.assert_allclose(sol.ts[-1], np.log(20), rtol=1e-9)
+
+
 def test_steady_states():
     """At beta = 0 both tokens move at sqrt(1 - rho^2) / 2 = sech(t) / 2 from rho = 0."""
     until = events.until_steady(1e-3)
