@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from ._types import Points, Scalar, ScalarLike, is_concrete
 from .fields import AbstractField
-from .flow import FlowArgs, flow, particle_velocity
+from .flow import FlowArgs, flow, over_systems, particle_velocity
 from .measure import Measure
 from .observables import ClusterCount, MergeTree
 
@@ -45,7 +45,14 @@ class Crossing(eqx.Module):
         def one(y, log_weights):
             return jnp.asarray(self.observable(t, Measure(y, log_weights)))
 
-        return _largest(one, y, args.log_weights, self.sign, self.level, t <= t0)
+        values = over_systems(one, y, args.log_weights)
+        if values.ndim != y.ndim - 2:
+            raise ValueError(
+                "an event needs an observable with a scalar value, got shape "
+                f"{values.shape[y.ndim - 2 :]}."
+            )
+        excess = self.sign * (values.astype(y.dtype) - self.level.astype(y.dtype))
+        return _from_above(excess.max(), t <= t0)
 
 
 class _Slowest(eqx.Module):
@@ -125,6 +132,7 @@ def merges(
     t1: ScalarLike,
     threshold: float | int = 0.999,
     t0: ScalarLike = 0.0,
+    dt0: ScalarLike | None = None,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     max_steps: int | None = 4096,
@@ -165,6 +173,7 @@ def merges(
             mu,
             t0=t,
             t1=t1,
+            dt0=dt0,
             solver=solver,
             stepsize_controller=stepsize_controller,
             max_steps=max_steps,
@@ -237,21 +246,6 @@ def _merge(labels, links, t, found):
 
 
 # ------------------------------------------------------------------ pieces
-
-
-def _largest(one, y, log_weights, sign, level, at_start):
-    """sign (value - level), of several systems the largest."""
-    shared = log_weights is None or log_weights.ndim == 1
-    for _ in range(y.ndim - 2):
-        one = jax.vmap(one, in_axes=(0, None if shared else 0))
-    values = one(y, log_weights)
-    if values.ndim != y.ndim - 2:
-        raise ValueError(
-            "an event needs an observable with a scalar value, got shape "
-            f"{values.shape[y.ndim - 2 :]}."
-        )
-    values = values.astype(y.dtype)
-    return _from_above((sign * (values - level.astype(y.dtype))).max(), at_start)
 
 
 def _from_above(value, at_start):

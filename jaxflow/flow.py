@@ -276,10 +276,10 @@ def particle_velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
             )
         return velocity
 
-    return _over_systems(one, y, args.log_weights)
+    return over_systems(one, y, args.log_weights)
 
 
-def _over_systems(fn: Callable, y: Points, log_weights: Array | None):
+def over_systems(fn: Callable, y: Points, log_weights: Array | None):
     """fn(points, log_weights) over the leading axes of the points."""
     shared = log_weights is None or log_weights.ndim == 1
     for _ in range(y.ndim - 2):
@@ -327,7 +327,7 @@ def _observe(t, y, log_weights, observe):
         value = jnp.asarray(value)
         return value if eqx.is_inexact_array(value) else value.astype(y.dtype)
 
-    return jtu.tree_map(as_float, _over_systems(all_of, y, log_weights))
+    return jtu.tree_map(as_float, over_systems(all_of, y, log_weights))
 
 
 def _observe_saved(sol, geometry, log_weights, observe):

@@ -1,12 +1,16 @@
 """The command line, through its own parser."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import jaxflow as jf
 from jaxflow.cli import app, main
+from jaxflow.cli.systems import make_field
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
@@ -97,6 +101,30 @@ def test_simulate_elsewhere(tmp_path, flags, shape):
     assert shape in result.output
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0 <= row["entropy"] <= np.log(12) + 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "flags, kind, place",
+    [
+        ({}, jf.SelfAttention, jf.Sphere),
+        ({"geometry": "euclidean"}, jf.SelfAttention, jf.Euclidean),
+        ({"geometry": "layer-norm"}, jf.SelfAttention, jf.Ellipsoid),
+        ({"normalisation": "sqrt"}, jf.SqrtScaling, jf.Sphere),
+        ({"normalisation": "pre"}, jf.PreNorm, jf.Euclidean),
+        ({"normalisation": "peri"}, jf.PeriNorm, jf.Euclidean),
+        ({"normalisation": "ngpt", "alpha": 0.5}, jf.NGPT, jf.Sphere),
+    ],
+)
+def test_flags_choose_the_field(flags, kind, place):
+    plain = {"normalisation": "post", "geometry": None, "alpha": 1.0, "repulsive": True}
+    attention = {"beta": 3.0, "interaction": "unnormalised", "causal": True}
+    field: Any = make_field(SimpleNamespace(**plain | attention | flags), 4)
+    assert type(field) is kind and type(field.geometry) is place
+    assert kind is not jf.NGPT or field.alpha == 0.5
+    while not isinstance(field, jf.SelfAttention):
+        field = field.field
+    assert field.beta == 3 and field.causal and isinstance(field.interaction, jf.Unnormalised)
+    np.testing.assert_array_equal(field.value, -np.eye(4))
 
 
 def test_simulate_reads_an_image(tmp_path):

@@ -150,6 +150,9 @@ def test_simultaneous_merges_are_all_found():
     tree = events.merges(field, jf.measure.simplex(4, 4), t1=20.0)
     assert tree.sizes.tolist() == [2, 3, 4] and np.ptp(tree.times) < 1e-6
     x = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    fixed = {"solver": diffrax.Euler(), "dt0": 1e-3, "max_steps": None}
+    by_euler = events.merges(field, jf.measure.simplex(4, 4), t1=20.0, **fixed)
+    np.testing.assert_allclose(by_euler.times, tree.times, rtol=1e-3)
     masked = events.merges(field, jf.Measure(x, jnp.array([0.0, 0.0, -jnp.inf, 0.0])), t1=20.0)
     assert masked.pairs.tolist() == [[0, 1], [0, 3]] and masked.times[0] == 0
     assert masked.tokens.tolist() == [0, 1, 3]

@@ -129,20 +129,20 @@ def simulate(
     """
     settings = _settings(ctx)
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    with jax.enable_x64(settings["double"]):
-        _run(SimpleNamespace(**settings), folder)
     described = {"command": COMMAND} | settings | {"jaxflow": __version__}
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    with jax.enable_x64(settings["double"]):
+        _run(SimpleNamespace(**settings), folder, described)
 
 
-def _run(s: SimpleNamespace, folder: Path):
+def _run(s: SimpleNamespace, folder: Path, described: dict[str, Any]):
     mu0, words = initial_measure(s)
     field = make_field(s, mu0.d)
     mu0 = Measure(field.geometry.retract(mu0.points), mu0.log_weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     start = time.perf_counter()
     sol = _solve(s, field, mu0)
     seconds = time.perf_counter() - start
-    folder.mkdir(parents=True, exist_ok=True)
     files = _write_run(folder, sol, words, s)
     if s.merges:
         files |= _write_merges(folder, field, mu0, s)
@@ -186,7 +186,6 @@ def _solve(s: SimpleNamespace, field, mu0: Measure) -> FlowSolution:
     ts = jnp.linspace(0, s.t1, s.frames) if ts is None else ts
     # The last time is t1, or that of the event.
     saveat = diffrax.SaveAt(ts=ts[:-1], t1=True)
-    fixed = diffrax.ConstantStepSize()
     names: list[str] = ["energy", "clusters", *(s.observe or [])]
     _announce(field, mu0, SOLVERS[s.solver], saveat)
     columns = TextColumn("t = {task.completed:.3g} of {task.total:g}"), TimeElapsedColumn()
@@ -196,19 +195,29 @@ def _solve(s: SimpleNamespace, field, mu0: Measure) -> FlowSolution:
             field,
             mu0,
             t1=s.t1,
-            dt0=s.dt,
-            solver=SOLVERS[s.solver],
-            stepsize_controller=fixed if s.dt else diffrax.PIDController(s.rtol, s.rtol),
             saveat=saveat,
             event=EVENTS[s.until](s),
-            max_steps=s.max_steps,
             progress_meter=meter,
             observe={name: OBSERVABLES[name](s, field) for name in names},
+            **_steps(s),
         )
         jax.block_until_ready(sol.measures.points)
         jax.effects_barrier()
         bar.update(meter.task, completed=float(sol.ts[jnp.isfinite(sol.ts)][-1]))
     return sol
+
+
+def _steps(s: SimpleNamespace) -> dict[str, Any]:
+    """How the run steps, in the words of `flow` and `merges`."""
+    adaptive = s.dt is None
+    return {
+        "dt0": s.dt,
+        "solver": SOLVERS[s.solver],
+        "stepsize_controller": diffrax.PIDController(s.rtol, s.rtol)
+        if adaptive
+        else diffrax.ConstantStepSize(),
+        "max_steps": s.max_steps,
+    }
 
 
 def _announce(field, mu0: Measure, solver, saveat):
@@ -285,10 +294,8 @@ def _write_merges(folder: Path, field, mu0: Measure, s) -> dict[str, str]:
             mu0,
             t1=s.t1,
             threshold=s.threshold,
-            solver=SOLVERS[s.solver],
-            stepsize_controller=diffrax.PIDController(s.rtol, s.rtol),
-            max_steps=s.max_steps,
             progress=lambda t, left: status.update(f"merges: t = {t:.4g}, {left} clusters left"),
+            **_steps(s),
         )
     links = [] if tree.links is None else tree.links.tolist()
     merged = zip(tree.times.tolist(), links, tree.sizes.tolist(), strict=True)
