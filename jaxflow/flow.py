@@ -7,7 +7,6 @@ and each step is retracted, so repulsive fields keep the space to rounding as at
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
+from ._memory import check_fits
 from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
 from .fields import AbstractField
 from .fields.time import breakpoints, jumps
@@ -163,7 +163,12 @@ def flow(
     dtype = accumulation_dtype(mu0.points.dtype)
     if stepsize_controller is None:
         stepsize_controller = _default_controller(solver, dt0, dtype)
-    _check_memory(memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps))
+    check_fits(
+        memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps),
+        "the flow",
+        "Save fewer times, or save statistics instead of points: observe={...} with "
+        "saveat=SaveAt(ts=..., fn=lambda t, y, args: None).",
+    )
     stepsize_controller = _at_breakpoints(stepsize_controller, field, adjoint, solver, dtype)
     if adjoint == diffrax.RecursiveCheckpointAdjoint() and isinstance(
         stepsize_controller, diffrax.StepTo
@@ -547,24 +552,3 @@ def memory_estimate(
     if adjoint is not None:
         saves += adjoint.checkpoints or (max_steps or 0)
     return state * (saves + stages + 8)
-
-
-def _check_memory(needed: int):
-    available = _available_memory()
-    if available is not None and needed > available:
-        raise MemoryError(
-            f"the flow needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. "
-            "Save fewer times, or save statistics instead of points: observe={...} with "
-            "saveat=SaveAt(ts=..., fn=lambda t, y, args: None)."
-        )
-
-
-def _available_memory() -> int | None:
-    device = jax.devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None

@@ -344,3 +344,12 @@ def test_order_parameter_counts_a_token_at_zero_as_no_direction():
     order = lambda x: observables.order_parameter(jf.Measure(x))
     np.testing.assert_allclose(order(x), 0.5)
     assert np.isfinite(jax.grad(order)(x)).all()
+
+
+def test_matrices_that_do_not_fit_are_refused():
+    """A million tokens: 4 TB, which is said, and what does without."""
+    mu = jf.Measure(jnp.zeros((1_000_000, 1)))
+    with pytest.raises(MemoryError, match=r"4000\.0 GB .*pair_correlations"):
+        observables.inner_products(mu)
+    with pytest.raises(MemoryError, match="attention matrix .*attention_spectrum"):
+        observables.attention_matrix(jf.SelfAttention(), mu)

@@ -6,11 +6,14 @@ entropy     -sum_j A_ij log A_ij
 spectrum    the singular values of A on L^2(mu), those of the matrix sqrt(w_i) A_ij / sqrt(w_j)
 """
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._memory import check_fits
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..fields import (
     NGPT,
@@ -40,7 +43,17 @@ def attention_matrix(
     """A_ij, the weight of token j under mu_{x_i}, for any interaction; x defaults to the tokens.
 
     The rows of softmax, hardmax and Sinkhorn attention sum to 1.
+
+    **Raises:** `MemoryError` where the matrix does not fit; `attention_spectrum`,
+    `attention_entropy` and `column_defect` do without it.
     """
+    points = mu.points if x is None else x
+    entries = math.prod(points.shape[:-1]) * mu.n + mu.n**2
+    check_fits(
+        entries * points.dtype.itemsize,
+        f"the attention matrix of {points.shape[-2]} x {mu.n} tokens",
+        "Pass fewer queries x, or take attention_spectrum, attention_entropy or column_defect.",
+    )
 
     def one(x, y, logs):
         tokens = field.tokens(Measure(y, logs))
@@ -49,7 +62,7 @@ def attention_matrix(
         return field.interaction.expectation(queries, tokens, identity, field.beta)
 
     mapped = jnp.vectorize(one, signature="(m,d),(n,d),(n)->(m,n)")
-    return mapped(mu.points if x is None else x, mu.points, mu.log_probabilities)
+    return mapped(points, mu.points, mu.log_probabilities)
 
 
 def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:

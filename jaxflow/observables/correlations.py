@@ -9,6 +9,7 @@ their pairs into one bin, they are counted unseen; elsewhere the pairs above eac
 boxes leave open are counted from the matrix of the two tiles.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._memory import check_fits
 from .._types import ArrayLike, accumulation_dtype, is_concrete
 from ..measure import Measure
 from .base import one_by_one, present
@@ -28,7 +30,15 @@ EXACT, QUERIES = 32_768, 4_096
 
 
 def inner_products(mu: Measure) -> Float[Array, "*batch n n"]:
-    """The Gram matrix <x_i, x_j>, shape `(*batch, n, n)`."""
+    """The Gram matrix <x_i, x_j>, shape `(*batch, n, n)`.
+
+    **Raises:** `MemoryError` where it does not fit; `pair_correlations` does without it.
+    """
+    check_fits(
+        math.prod(mu.points.shape[:-1]) * mu.n * mu.points.dtype.itemsize,
+        f"the matrix of inner products of {mu.n} tokens",
+        "Take pair_correlations, their density, or fewer tokens.",
+    )
     return jnp.einsum("...id,...jd->...ij", mu.points, mu.points, precision="highest")
 
 
