@@ -43,6 +43,7 @@ GPU_RIVALS = {
     "jax.nn xla": MODES,
     "pallas triton": ("forward", "gradient"),
     "pallas mosaic": ("forward", "gradient"),
+    "tokamax": ("forward", "gradient"),
 }
 
 # A pair costs 2 d a + 2 b flops, where a counts products and b the other multiplies and adds, and
@@ -76,6 +77,7 @@ ATTENTIONS = {
     "jax.nn xla": partial(rivals.jax_nn, implementation="xla"),
     "pallas triton": rivals.pallas_triton,
     "pallas mosaic": rivals.pallas_mosaic,
+    "tokamax": rivals.tokamax,
 }
 TRANSFORMS = {
     "forward": lambda attend, o: (attend(o.q, o.k, o.v),),

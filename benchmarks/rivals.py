@@ -102,6 +102,15 @@ def pallas_mosaic(q, k, v, *, shape: Shape):
     return mosaic.attention(*one_head, config).reshape(q.shape)
 
 
+def tokamax(q, k, v, *, shape: Shape):
+    """The kernels of tokamax, the first of its own list that takes the operands."""
+    attend = module("tokamax").dot_product_attention
+    window = (shape.window, 0) if shape.window is not None and shape.causal else shape.window
+    one_head = [_four(a) for a in (q, k, v)]
+    options = {"scale": shape.scale, "is_causal": shape.causal, "local_window_size": window}
+    return attend(*one_head, **options).reshape(q.shape)
+
+
 def _four(a):
     return a.reshape(-1, a.shape[-2], 1, a.shape[-1])
 

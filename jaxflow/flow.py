@@ -157,7 +157,7 @@ def flow(
     not fit, `FlowError` where the solve fails or is not finite (under `jit`, the run-time error of
     `equinox.error_if`).
     """
-    _check_input(field, mu0, t0, t1)
+    _check_input(field, mu0, t0, t1, dt0, solver, saveat)
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1 or None, got {max_steps}.")
     dtype = accumulation_dtype(mu0.points.dtype)
@@ -227,7 +227,8 @@ def _solve(
             ~geometry.contains(y0).all(),
             f"the points must lie on {geometry}: retract them first.",
         )
-        y0 = geometry.retract(y0)
+        # In 16 bits no step would be near enough.
+        y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
         solver = solver if plain else Retracted(solver, geometry)
     inner = saveat if plain else _saving(saveat, geometry)
     sol = diffrax.diffeqsolve(
@@ -421,7 +422,7 @@ def _traced_tolerances(controller, dtype):
 # ------------------------------------------------------------------ checks
 
 
-def _check_input(field, mu0, t0, t1):
+def _check_input(field, mu0, t0, t1, dt0, solver, saveat):
     if not isinstance(field, AbstractField):
         raise TypeError(
             f"field must be a jaxflow field, got {type(field).__name__}. Subclass "
@@ -432,6 +433,12 @@ def _check_input(field, mu0, t0, t1):
             f"mu0 must be a jaxflow.Measure, got {type(mu0).__name__}. Wrap points (n, d) in "
             "jaxflow.Measure(points)."
         )
+    for name, kind, value in (
+        ("solver", diffrax.AbstractSolver, solver),
+        ("saveat", diffrax.SaveAt, saveat),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a diffrax.{kind.__name__} instance, got {value!r}.")
     for name, t in (("t0", t0), ("t1", t1)):
         if jnp.shape(t) != ():
             raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}.")
@@ -439,6 +446,16 @@ def _check_input(field, mu0, t0, t1):
             raise ValueError(f"{name} must be finite, got {t}.")
     if is_concrete(t0, t1) and t1 < t0:
         raise ValueError(f"t1 must not be less than t0, got t0={t0}, t1={t1}; flow along -field.")
+    if dt0 is not None and is_concrete(dt0) and not 0 < dt0 < np.inf:
+        raise ValueError(f"dt0, a step or the first one, must be positive and finite; got {dt0}.")
+    _check_times(saveat, t0, t1)
+    if mu0.log_weights is not None and is_concrete(mu0.log_weights):
+        most = np.asarray(mu0.log_weights).max(axis=-1)
+        if not np.isfinite(most).all():
+            raise ValueError(
+                "mu0.log_weights must be below inf, with one above -inf in each system, so that "
+                f"there is some mass; the largest is {most.min() if most.ndim else most}."
+            )
     if is_concrete(mu0.points):
         points = np.asarray(mu0.points)
         if not np.isfinite(points).all():
@@ -452,6 +469,19 @@ def _check_input(field, mu0, t0, t1):
                 f"the points must lie on the field's geometry {field.geometry}; the one at index "
                 f"{where} has length {np.linalg.norm(points[where]):.6g}. Retract them first "
                 "(field.geometry.retract(points)), or pass another geometry to the field."
+            )
+
+
+def _check_times(saveat, t0, t1):
+    for sub in jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt)):
+        if sub.ts is None or not is_concrete(sub.ts, t0, t1):
+            continue
+        ts = np.asarray(sub.ts)
+        slack = 1e-6 * max(abs(float(t0)), abs(float(t1)))  # of times rounded to float32
+        if (np.diff(ts) < 0).any() or not (t0 - slack <= ts[0] and ts[-1] <= t1 + slack):
+            raise ValueError(
+                f"SaveAt(ts=...) must increase within [t0, t1] = [{t0}, {t1}]; got {len(ts)} times "
+                f"from {ts.min():g} to {ts.max():g}."
             )
 
 
@@ -471,7 +501,10 @@ def _without_forward_mode(field, adjoint) -> str:
 
 def _check_solution(sol: FlowSolution, last, finite, field, t1, max_steps) -> FlowSolution:
     failed = jnp.invert(diffrax.is_okay(sol.result))
-    if not is_concrete(failed, finite):
+    # Under grad outside of jit the values are known, behind their derivatives.
+    known = lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a
+    last, field, t1, weights = jtu.tree_map(known, (last, field, t1, sol.log_weights))
+    if not is_concrete(failed, finite, *jtu.tree_leaves(eqx.filter((last, t1), eqx.is_array))):
         message = "the flow failed, or is not finite: call it outside jit for the time and cause."
         return eqx.error_if(sol, failed | ~finite, message)
     if not failed and finite:
@@ -479,7 +512,7 @@ def _check_solution(sol: FlowSolution, last, finite, field, t1, max_steps) -> Fl
     steps = int(sol.stats["num_steps"])
     came = "" if last is None else f" at t = {float(last[0]):.6g} of t1 = {float(t1):.6g}"
     text = f"the flow stopped{came} after {steps} steps: "
-    cause = None if last is None else _not_finite(sol, last, t1, field)
+    cause = None if last is None else _not_finite(FlowArgs(field, weights, {}), last, t1)
     if cause is not None:
         text += f"{cause}. Look for an overflow in the field (a large beta, a growing V), or "
         text += "stop earlier."
@@ -492,21 +525,21 @@ def _check_solution(sol: FlowSolution, last, finite, field, t1, max_steps) -> Fl
 
 
 def _finite(sol: FlowSolution):
-    """Whether every saved point is finite; times not reached hold inf."""
+    """Whether every saved point and time is finite; times not reached hold inf."""
     checks = [jnp.array(True)]
-    is_measure = lambda x: isinstance(x, Measure)
-    pairs = zip(
-        jtu.tree_leaves(sol.ts),
-        jtu.tree_leaves(sol.measures, is_leaf=is_measure),
-        strict=False,
-    )
-    for ts, mu in pairs:
-        finite = jnp.isfinite(mu.points).all(axis=tuple(range(1, mu.points.ndim)))
-        checks.append((finite | ~jnp.isfinite(ts)).all())
+    is_leaf = lambda x: x is None or isinstance(x, Measure)  # None: a SaveAt(fn=...) kept no points
+    both = (jtu.tree_leaves(tree, is_leaf=is_leaf) for tree in (sol.ts, sol.measures))
+    for ts, mu in zip(*both, strict=True):
+        if ts is None:
+            continue
+        checks.append(~jnp.isnan(ts).any())
+        if mu is not None:
+            finite = jnp.isfinite(mu.points).all(axis=tuple(range(1, mu.points.ndim)))
+            checks.append((finite | jnp.isinf(ts)).all())
     return jnp.stack(checks).all()
 
 
-def _not_finite(sol, last, t1, field):
+def _not_finite(args: FlowArgs, last, t1):
     """Names the tensor that is not finite at the last state or just after it, or None."""
     t, y = last
     if not np.isfinite(np.asarray(y)).all():
@@ -514,7 +547,7 @@ def _not_finite(sol, last, t1, field):
         return f"the points are not finite (first at index {where})"
     ahead = t + 1e-3 * (t1 - t)
     for time in (t, ahead):
-        velocity = np.asarray(particle_velocity(time, y, FlowArgs(field, sol.log_weights, {})))
+        velocity = np.asarray(particle_velocity(time, y, args))
         if not np.isfinite(velocity).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(velocity))[0])
             return f"the velocity X_t[mu](x) is not finite (first at index {where})"

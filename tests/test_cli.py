@@ -217,6 +217,8 @@ def test_train_resume_and_sample(tmp_path, prose):
     assert config["model"]["depth"] == {
         "t1": 2.0, "steps": 2, "tolerance": None, "solver": "lie-trotter",
     }  # fmt: skip
+    other = run("train", "lm", "--resume", folder, "--dim", 16)
+    assert other.exit_code and "--dim" in other.output
     resumed = run("train", "lm", "--resume", folder, "--steps", 3)
     assert resumed.exit_code == 0 and "after 3 steps" in resumed.output
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -227,6 +229,33 @@ def test_train_resume_and_sample(tmp_path, prose):
     ]
     assert texts[0].startswith("the ") and texts[0] == texts[2] and texts[1].startswith("the ")
     assert "already" in run("train", "lm", *flags, *TINY, "--out", folder).output
+    both = run("sample", folder, "--steps", 2, "--tolerance", 0.1)
+    assert both.exit_code and "tolerance" in both.output
+
+
+@pytest.mark.slow
+def test_evaluate_at_other_depths(tmp_path, prose):
+    """Its own depth has the loss of the training; a fine one agrees with another method."""
+    pytest.importorskip("orbax.checkpoint")
+    folder = tmp_path / "run"
+    flags = ["--text", prose, "--tokens", "chars", "--context", 8, "--curve", "linear"]
+    flags += [*TINY, "--steps", 2, "--learning-rate", 0.05, "--solver", "euler"]
+    assert run("train", "lm", *flags, "--out", folder).exit_code == 0
+    with pytest.raises(ValueError, match="Euler takes fixed steps"):
+        run("evaluate", folder, "--tolerance", 1e-3)
+    result = run("evaluate", folder, *("--steps", 1, "--steps", 32), "--solver", "bosh3")
+    assert result.exit_code == 0, result.output
+    assert "validation" in result.output and "evaluations" in result.output
+    assert (folder / "evaluate.png").read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "evaluate.jsonl").read_text().splitlines()
+    own, coarse, fine = (json.loads(line) for line in lines)
+    assert (own["solver"], own["steps"], own["num_evaluations"]) == ("euler", 2, 2)
+    assert (fine["solver"], fine["steps"]) == ("bosh3", 32)
+    trained = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert own["loss"] == pytest.approx(trained["validation_loss"], rel=1e-6)
+    result = run("evaluate", folder, "--solver", "tsit5", "--tolerance", 1e-5)
+    exact = json.loads((folder / "evaluate.jsonl").read_text().splitlines()[-1])["loss"]
+    assert abs(fine["loss"] - exact) < 1e-5 < abs(own["loss"] - exact)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +272,7 @@ def test_train_on_digits(tmp_path, flags):
     result = run("train", *flags, *sizes, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "validation accuracy" in result.output
+    assert "accuracy" in run("evaluate", tmp_path / "run", "--batches", 1).output
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["kinetic"] > 0
 

@@ -464,3 +464,50 @@ def test_a_run_that_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(MemoryError, match=r"needs about 0.0 GB .*Save fewer times.*observe="):
         jf.flow(jf.SelfAttention(), mu0, t1=1.0, saveat=saveat)
     jf.flow(jf.SelfAttention(), mu0, t1=1.0)
+
+
+def test_saved_statistics_and_points_are_checked_each_at_its_own_times(key):
+    mu, field = jf.measure.uniform_sphere(8, 3, key=key), jf.SelfAttention(beta=2.0)
+    ts = jnp.linspace(0.0, 1.0, 5)
+    sums = diffrax.SubSaveAt(ts=ts, fn=lambda t, y, args: y.sum())
+    saveat = diffrax.SaveAt(subs=[sums, diffrax.SubSaveAt(ts=ts[:3])])
+    sol = jf.flow(field, mu, t1=1.0, saveat=saveat)
+    assert sol.measures[0] is None and sol.measures[1].points.shape == (3, 8, 3)
+    assert sol.ys[0].shape == (5,)
+
+
+def test_points_in_16_bits_flow_in_32(key):
+    mu, field = jf.measure.uniform_sphere(8, 3, key=key), jf.SelfAttention(beta=2.0)
+    whole = jf.flow(field, mu, t1=1.0).measures[-1].points
+    half = jf.flow(field, jf.Measure(mu.points.astype(jnp.bfloat16)), t1=1.0).measures[-1].points
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, whole, atol=2e-2)  # 2^-9 at the start, which may grow
+
+
+def test_a_gradient_of_a_flow_that_fails_says_why(key):
+    mu, field = jf.measure.uniform_sphere(8, 3, key=key), jf.SelfAttention(beta=2.0)
+    last = lambda x: jf.flow(field, jf.Measure(x), t1=50.0, max_steps=3).measures[-1].points.sum()
+    with pytest.raises(jf.FlowError, match="max_steps = 3 was reached"):
+        jax.grad(last)(mu.points)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dt0": 0.0}, "dt0.*positive"),
+        ({"dt0": -0.1}, "dt0.*positive"),
+        ({"saveat": diffrax.SaveAt(ts=[0.0, 2.0])}, r"increase within \[t0, t1\]"),
+        ({"saveat": diffrax.SaveAt(ts=[0.5, 0.2])}, "increase within"),
+    ],
+)
+def test_what_a_flow_refuses_at_once(options, message):
+    mu = jf.measure.simplex(3, 3)
+    with pytest.raises(ValueError, match=message):
+        jf.flow(jf.SelfAttention(), mu, t1=1.0, **options)
+
+
+@pytest.mark.parametrize("weights", ([-jnp.inf] * 3, [0.0, jnp.nan, 0.0], [0.0, jnp.inf, 0.0]))
+def test_a_measure_without_mass_does_not_flow(weights):
+    mu = jf.Measure(jf.measure.simplex(3, 3).points, jnp.array(weights))
+    with pytest.raises(ValueError, match="log_weights"):
+        jf.flow(jf.SelfAttention(), mu, t1=1.0)

@@ -45,7 +45,8 @@ def language_model(**options: Any) -> Any:
 
 
 def with_depth(model, depth: Depth, field=None) -> Any:
-    return eqx.tree_at(lambda m: (m.depth, m.field), model, (depth, field or model.field))
+    model = model if field is None else eqx.tree_at(lambda m: m.field, model, field)
+    return model.with_depth(depth)
 
 
 # ------------------------------------------------------------------ what is kept of tokens
@@ -337,6 +338,60 @@ def test_observed_along_the_depth():
     np.testing.assert_allclose(solved.integral("square"), 12.5 * start, rtol=1e-5)
     with pytest.raises(ValueError, match="nothing was observed"):
         eqx.filter_jit(lambda m, x: m.solve(x))(model, x).integral("square")
+
+
+@pytest.mark.parametrize("count", (2, 4))
+def test_costs_see_both_sides_of_a_jump(count):
+    """int |a(t) x|^2 dt with a = 0 up to t = 1 and 1 from then on, by the trapezoidal rule."""
+    pieces = jf.PiecewiseConstant([jf.LinearDrift(0.0), jf.LinearDrift(1.0)], [0.0, 1.0, 2.0])
+    model: Any = filled(lambda: ResidualNetwork(3, 2, 4, 1, width=5, key=KEY))
+    depth = Depth(t1=2.0, steps=count, solver=diffrax.Euler())
+    model = with_depth(model, depth, jf.TimeDependent(pieces))
+    x = jnp.ones((1, 3))
+    cost = {"kinetic": jf.observables.KineticEnergy(model.field)}
+    found = eqx.filter_jit(lambda m, x: m.solve(x, cost))(model, x)
+    start = float(found.observed["kinetic"][-1, 0]) / (2.0 if count == 2 else 1.5**2) ** 2
+    # |x| doubles over one step of length 1, or grows by 3/2 twice.
+    sizes = np.array([1.0, 4.0]) if count == 2 else np.array([1.0, 2.25, 5.0625])
+    expected = np.trapezoid(sizes, dx=2.0 / count) * start
+    np.testing.assert_allclose(found.integral("kinetic")[0], expected, rtol=1e-5)
+
+
+def test_a_depth_that_is_not_reached_raises():
+    model: Any = filled(lambda: ResidualNetwork(3, 2, 4, 1, width=5, key=KEY))
+    short = Depth(t1=1.0, tolerance=1e-6, solver=diffrax.Tsit5(), max_steps=1)
+    model = with_depth(model, short, jf.LinearDrift(3.0))
+    assert not eqx.filter_jit(lambda m, x: m.solve(x))(model, jnp.ones((1, 3))).ok
+    with pytest.raises(Exception, match="did not reach T"):
+        jax.block_until_ready(call(model, jnp.ones((1, 3))))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_any_adjoint():
+    """The gradient by the adjoint equation is that of the steps, up to their error."""
+    options: Any = {"curve": models.shared, "activation": jnp.tanh, "key": KEY}
+    model: Any = filled(lambda: ResidualNetwork(3, 2, 4, 1, width=5, **options))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)))
+    gradients = []
+    for adjoint in (None, diffrax.BacksolveAdjoint(), diffrax.DirectAdjoint()):
+        depth = Depth(1.0, tolerance=1e-9, solver=diffrax.Tsit5(), adjoint=adjoint, max_steps=256)
+        gradient = eqx.filter_jit(eqx.filter_grad(lambda m, x: (m(x) ** 2).sum()))
+        gradients.append(gradient(model.with_depth(depth), x).field)
+    first, *others = (jax.tree.leaves(eqx.filter(g, eqx.is_inexact_array)) for g in gradients)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    backwards = model.with_depth(Depth(1.0, steps=4, adjoint=diffrax.BacksolveAdjoint()))
+    with pytest.raises(ValueError, match="keeps no path"):
+        backwards.solve(x, {"mean": lambda t, mu: mu.points.mean()})
+
+
+def test_keys_are_kept_for_weights_over_the_visible_tokens_alone():
+    field = single(interaction=jf.Unnormalised())
+    x = jnp.ones((3, 4), jnp.float32)
+    with pytest.raises(NotImplementedError, match="cache=False"):
+        field.attend(0.0, x[:1], x, 0)
 
 
 @pytest.mark.parametrize(

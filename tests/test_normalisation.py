@@ -100,6 +100,17 @@ def test_a_causal_flow_can_be_continued(scheme, key):
     np.testing.assert_allclose(last, field(0.3, x, jf.Measure(x))[4:], rtol=1e-12, atol=1e-14)
 
 
+def test_a_curve_of_post_norms_has_their_ellipsoid(key):
+    gain, bias = np.array([1.0, 2.0, 0.5, 1.5]), np.zeros(4)
+    attention = jf.MultiHeadAttention(4, 2, key=key)
+    field = jf.TimeDependent(jf.Constant(jf.PostNorm(attention, jf.Ellipsoid(gain, bias))))
+    x = field.geometry.retract(jax.random.normal(key, (5, 4)))
+    points = jf.flow(field, jf.Measure(x), t1=0.1).measures[-1].points
+    np.testing.assert_allclose(field.geometry.retract(points), points, rtol=1e-10)
+    with pytest.raises(ValueError, match="would move in time"):
+        jf.PiecewiseConstant([field, field], [1.0])
+
+
 def test_unit_norm_leaves_zero():
     x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(jf.UnitNorm(2.0)(x), [[1.2, 1.6], [0, 0]], rtol=1e-15)

@@ -513,3 +513,33 @@ def test_errors():
         jf.HyperNetwork(two[0], embedding=3, key=jax.random.key(0))
     with pytest.raises(ValueError, match="rank must be at least 1"):
         jf.HyperNetwork(two[0], rank=0, key=jax.random.key(0))
+
+
+class Broken(jf.fields.AbstractCurve):
+    """x' = -0.3 (1 + t) x up to t = 1, 1.5 (1 + t) x from then on: a curve of a user's own."""
+
+    scale: Any
+
+    @property
+    def breakpoints(self):
+        return (1.0,)
+
+    def at(self, t):
+        rate = jnp.where(jnp.asarray(t) < 1, -0.3, 1.5) * (1 + jnp.asarray(t))
+        return jf.LinearDrift(self.scale * rate)
+
+
+@pytest.mark.usefixtures("x64")
+def test_fixed_steps_keep_their_order_across_a_jump():
+    """Errors of Heun's method fall by 4 with half the step; no stage sees the next piece."""
+
+    @jax.jit
+    def last(ends):
+        field = jf.TimeDependent(Broken(jnp.asarray(1.0)))
+        controller = diffrax.StepTo(ends)
+        mu = jf.Measure(jnp.ones((1, 1)))
+        sol = jf.flow(field, mu, t1=2.0, solver=diffrax.Heun(), stepsize_controller=controller)
+        return sol.measures[-1].points[0, 0]
+
+    errors = [abs(last(np.linspace(0, 2, n)) / np.exp(-0.45 + 3.75) - 1) for n in (81, 161)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import signal
+from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -83,6 +85,27 @@ def test_it_learns_in_one_trace():
     assert row["validation_loss"] >= fitted.validation_loss
 
 
+def test_evaluation_is_the_mean_over_what_counts():
+    """Targets of -1 count for nothing; a solve that fails has no loss."""
+    model: Any = network()
+    x, y = Points(6).batch(0)
+    short, last = (x[:4], y[:4]), (x[4:], y[4:])
+    padded = np.concatenate([x[4:], x[:2]]), np.concatenate([y[4:], np.full(2, -1, np.int32)])
+    whole = training.evaluate(model, [(x, y)])
+    assert whole["num_evaluations"] == 2
+    for batches in ([short, last], [short, padded]):
+        assert training.evaluate(model, batches)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    finer = training.evaluate(model.with_depth(Depth(t1=1.0, steps=8)), [(x, y)])
+    assert finer["num_evaluations"] == 8
+    failing = Depth(t1=1.0, tolerance=1e-6, solver=diffrax.Tsit5(), max_steps=1)
+    assert np.isnan(training.evaluate(model.with_depth(failing), [(x, y)])["loss"])
+    assert np.isnan(training.evaluate(model, [])["loss"])
+    numbers = np.array([[-1.0, -1.0], [1.0, 3.0]], np.float32)  # -1 counts: these are no classes
+    error = training.evaluate(model, [(x[:2], numbers)], training.squared_error)["loss"]
+    outputs = model(jnp.asarray(x[:2]))
+    assert error == pytest.approx(float(((outputs - numbers) ** 2).mean()), rel=1e-5)
+
+
 def test_a_step_is_the_optimiser_on_the_mean_gradient():
     """Accumulated batches of one size are one batch."""
 
@@ -138,8 +161,38 @@ def test_a_run_is_not_overwritten_nor_resumed_on_other_data(tmp_path):
         fit(network(), Points(), steps=2, run=tmp_path)
     with pytest.raises(ValueError, match="other data: size was 8 and is 9"):
         fit(network(), Points(9), steps=4, run=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="accumulate was 1 and is 2"):
+        fit(network(), Points(), steps=4, run=tmp_path, resume=True, accumulate=2)
+    with pytest.raises(ValueError, match="no such folder"):
         fit(network(), Points(), run=tmp_path / "none", resume=True)
+
+
+def test_a_model_is_loaded_whole(tmp_path):
+    """An array that the run trained and `like` lacks is refused."""
+    fit(network(), Points(), steps=1, run=tmp_path)
+    like: Any = network()
+    without = eqx.tree_at(lambda m: m.output.bias, like, None)
+    with pytest.raises(ValueError, match="output.bias"):
+        training.load(tmp_path, without)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')
+    started = fit(network(), Points(), steps=2, run=tmp_path, resume=True)
+    assert losses(started) == losses(fit(network(), Points(), steps=2))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_best_model_is_a_trained_one(tmp_path):
+    """Where nothing was evaluated it is the last; a failed step leaves the best where it is."""
+    stopped = fit(network(), Points(), steps=50, evaluate_every=50, budget=4)
+    assert (stopped.reason, stopped.step) == ("budget", 2)
+    assert np.isfinite(stopped.validation_loss)
+    assert eqx.tree_equal(stopped.best, stopped.model)
+    with pytest.raises(training.TrainingError):
+        fit(network(), Points(bad=3), run=tmp_path)
+    best = training.best(tmp_path / "checkpoints")
+    assert best is not None and training.metadata(best)["step"] == 3
 
 
 def test_a_step_that_is_not_finite_leaves_the_last_good_parameters(tmp_path):

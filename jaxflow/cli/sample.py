@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import typer
 
 from .. import models, training
 from .console import console
+from .evaluate import depth_like
+from .train import Solver
 
 
 def sample(
@@ -25,8 +26,9 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     latest: Annotated[bool, typer.Option(help="The last checkpoint, not the best.")] = False,
     steps: Annotated[int | None, typer.Option(help="Another number of steps.")] = None,
-    solver: Annotated[
-        str | None, typer.Option(help=f"Another solver: {', '.join(models.SOLVERS)}.")
+    solver: Annotated[Solver | None, typer.Option(help="Another solver.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Adaptive steps with this tolerance.")
     ] = None,
 ):
     """Continue a prompt with a trained language model, at its own depth or another one.
@@ -40,7 +42,7 @@ def sample(
     model = training.load(run, which="latest" if latest else "best")
     if not isinstance(model, models.LanguageModel):
         raise typer.BadParameter(f"{run} holds a {type(model).__name__}, not a language model.")
-    model = with_depth(model, steps, solver)
+    model = model.with_depth(depth_like(model.depth, solver, steps, tolerance))
     tokenizer = training.tokenizer(run)
     tokens = jnp.asarray(tokenizer.encode(prompt), jnp.int32)
     for key in jax.random.split(jax.random.key(seed), samples):
@@ -50,20 +52,3 @@ def sample(
         console.print(tokenizer.decode(text), markup=False, highlight=False, soft_wrap=True)
         if samples > 1:
             console.rule()
-
-
-def with_depth(model, steps: int | None, solver: str | None):
-    """The model with other steps or another solver, its parameters as they are."""
-    if steps is None and solver is None:
-        return model
-    before = model.depth
-    if solver is not None and solver not in models.SOLVERS:
-        known = ", ".join(models.SOLVERS)
-        raise typer.BadParameter(f"solver must be one of {known}; got {solver!r}.")
-    changed = models.Depth(
-        t1=before.t1,
-        steps=steps or before.steps,
-        tolerance=None if steps else before.tolerance,
-        solver=before.solver if solver is None else models.SOLVERS[solver],
-    )
-    return eqx.tree_at(lambda m: m.depth, model, changed)

@@ -16,7 +16,8 @@ import typer
 from rich.table import Table
 
 from .. import __version__, models, observables, training, viz
-from ..training import Fitted
+from ..training import Fitted, checkpoints
+from ..viz.style import require
 from .console import console
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+# What may differ where a run goes on; the text and the images have to hold the same.
+CHANGEABLE = {"steps", "learning_rate", "patience", "text", "images", "labels"}
+
 Preset = Annotated[str, typer.Option(help="Named settings; other flags override them.")]
 Layers = Annotated[int, typer.Option(help="Blocks along the depth.")]
 Dim = Annotated[int, typer.Option(help="Dimension of a token.")]
@@ -85,7 +89,8 @@ Patience = Annotated[int | None, typer.Option(help="Evaluations without progress
 Seed = Annotated[int, typer.Option(help="Seed of the parameters and batches.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder (default: runs/DATE-TIME).")]
 Resume = Annotated[
-    Path | None, typer.Option(help="Go on with this run; its own settings hold, but for --steps.")
+    Path | None,
+    typer.Option(help="Go on with this run and its settings; --steps and few others may change."),
 ]
 
 
@@ -139,18 +144,7 @@ def lm(
     `jaxflow train lm --resume runs/shakespeare`
     """
     run, config = _settings(ctx, "lm")
-    tokenizer = {
-        "bytes": training.Bytes(),
-        "chars": training.Chars(),
-        "bpe": training.BPE(config["vocabulary"]),
-    }[config["tokens"]]
-    data = training.text_data(
-        config["text"],
-        tokenizer=tokenizer,
-        context=config["context"],
-        batch_size=config["batch"],
-        seed=config["seed"],
-    )
+    data = read_text(config)
     shape = {
         "model": "LanguageModel",
         "vocab_size": data.vocab_size,
@@ -204,7 +198,7 @@ def image(
     `jaxflow train image --images t10k-images.gz --labels t10k-labels.gz --patch 7 --steps 500`
     """
     run, config = _settings(ctx, "image")
-    data = _images(config)
+    data = read_images(config)
     shape = {
         "model": "ImageClassifier",
         "shape": list(data.shape),
@@ -252,7 +246,7 @@ def resnet(
     `jaxflow train resnet --preset neural-ode --kinetic 0.01`
     """
     run, config = _settings(ctx, "resnet")
-    data = _images(config)
+    data = read_images(config)
     kept = ("dim", "layers", "width", "curve", "depth", "seed")
     model_config = {
         "model": "ResidualNetwork",
@@ -277,12 +271,21 @@ def _settings(ctx: Context, task: str) -> tuple[Path, dict[str, Any]]:
         config = json.loads(path.read_text())["settings"]
         if config["task"] != task:
             raise typer.BadParameter(f"{run} is a run of `jaxflow train {config['task']}`.")
-        return run, config | ({"steps": given["steps"]} if "steps" in from_user else {})
+        fixed = sorted(k for k in from_user - CHANGEABLE if given[k] != config.get(k))
+        if fixed or ctx.params["out"]:
+            flag = f"--{(fixed or ['out'])[0].replace('_', '-')}"
+            raise typer.BadParameter(
+                f"a run goes on with its own settings, so {flag} must stay as it was; start "
+                f"another one for it. These may change: {', '.join(sorted(CHANGEABLE))}."
+            )
+        return run, config | {k: given[k] for k in from_user & CHANGEABLE}
     if given["preset"] not in PRESETS[task]:
         raise typer.BadParameter(
             f"preset must be one of {', '.join(PRESETS[task])}; got {given['preset']!r}."
         )
     preset = {k: v for k, v in PRESETS[task][given["preset"]].items() if k not in from_user}
+    if "solver_steps" in from_user:
+        preset.pop("tolerance", None)
     run = ctx.params["out"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return run, {"task": task} | given | preset
 
@@ -293,7 +296,24 @@ def _json(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def _images(config: dict[str, Any]) -> training.Images:
+def read_text(config: dict[str, Any]) -> training.Text:
+    """The data of a run of `train lm`, from its settings."""
+    tokenizer = {
+        "bytes": training.Bytes(),
+        "chars": training.Chars(),
+        "bpe": training.BPE(config["vocabulary"]),
+    }[config["tokens"]]
+    return training.text_data(
+        config["text"],
+        tokenizer=tokenizer,
+        context=config["context"],
+        batch_size=config["batch"],
+        seed=config["seed"],
+    )
+
+
+def read_images(config: dict[str, Any]) -> training.Images:
+    """The data of a run of `train image` or `train resnet`, from its settings."""
     return training.image_data(
         config["images"],
         labels=config["labels"],
@@ -336,13 +356,14 @@ def _costs(config: dict[str, Any]):
 
 
 def _fit(run: Path, config: dict, model_config: dict, data, resume: bool):
+    require("matplotlib")  # now, not after the training
     model = models.build(model_config)
+    if not resume and training.latest(run / "checkpoints") is not None:
+        raise typer.BadParameter(f"{run} holds a run already: --resume it, or take another --out.")
     run.mkdir(parents=True, exist_ok=True)
     described = {"settings": config, "model": model_config, "jaxflow": __version__}
     start = time.perf_counter()
-    if not resume and (run / "config.json").exists():
-        raise typer.BadParameter(f"{run} holds a run already: --resume it, or take another --out.")
-    (run / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    checkpoints.write(run / "config.json", json.dumps(described, indent=2) + "\n")
     fitted = training.fit(
         model,
         data,

@@ -13,6 +13,7 @@ the operation with the channels (v, k', <k', v>). On a submanifold with unit nor
 """
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -25,7 +26,7 @@ from ..geometry import AbstractGeometry, Euclidean, Sphere
 from ..kernels.expectation import Window, band
 from ..measure import Measure
 from .base import AbstractDivergenceField, divergence_by_derivatives, visible_log_weights
-from .interactions import AbstractInteraction, Softmax, Tokens
+from .interactions import AbstractInteraction, Hardmax, Softmax, Tokens
 
 
 class SelfAttention(AbstractDivergenceField):
@@ -78,6 +79,7 @@ class SelfAttention(AbstractDivergenceField):
         self.backend = backend
 
     def __check_init__(self):
+        _check_parts(self.interaction, self.geometry)
         q, k, v = (None if a is None else a.shape for a in (self.query, self.key, self.value))
         rule = "query and key must have shape (p, d), value (d, d)"
         if v is not None and v[0] != v[1]:
@@ -99,6 +101,7 @@ class SelfAttention(AbstractDivergenceField):
         return _divergence(self.geometry, force, self._trace(x, mu), x)
 
     def attend(self, t, x, keys_values, index):
+        _check_attend(self.interaction)
         left = None if self.window is None else band(True, self.window)[0]
         mu = Measure(keys_values, visible_log_weights(keys_values, index, left))
         tokens = self.tokens(mu)._replace(causal=False, window=None)
@@ -177,6 +180,7 @@ class MultiHeadAttention(AbstractDivergenceField):
     ):
         if heads < 1 or dim < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}.")
+        _check_parts(interaction, geometry)
         p = dim // heads
         if rotary is not None and p % 2:
             raise ValueError(f"rotary embeddings need an even head dimension, got {p}.")
@@ -208,6 +212,7 @@ class MultiHeadAttention(AbstractDivergenceField):
         return self._turn(_heads(self.key, y), start), _heads(self.value, y)
 
     def attend(self, t, x, keys_values, index):
+        _check_attend(self.interaction)
         keys, values = keys_values
         left = None if self.window is None else band(True, self.window)[0]
         log_weights = visible_log_weights(keys, index, left)
@@ -219,11 +224,12 @@ class MultiHeadAttention(AbstractDivergenceField):
         """beta, and queries and keys of the tokens for each head, `(H, n, p)`."""
         pair = (self._turn(_heads(a, mu.points), 0) for a in (self.query, self.key))
         queries, keys = (a.transpose(1, 0, 2) for a in pair)
-        return self._scale, (queries, keys)
+        return jnp.asarray(self._scale), (queries, keys)
 
     @property
-    def _scale(self) -> Scalar:
-        return jnp.asarray(self.query.shape[1] ** -0.5) if self.beta is None else self.beta
+    def _scale(self) -> ScalarLike:
+        """A Python number where it is constant, which cuDNN asks for."""
+        return self.query.shape[1] ** -0.5 if self.beta is None else self.beta
 
     def _turn(self, z, start):
         """Rotary position embedding of queries or keys (n, H, p)."""
@@ -266,7 +272,7 @@ class MultiHeadAttention(AbstractDivergenceField):
             q, y = _apply(query, x), mu.points
             own, keys = _apply(query, y), _apply(key, y)
             tokens = Tokens(own, keys, mu.log_weights, self.causal, self.window, self.backend)
-            slopes = self._scale.astype(x.dtype) * _apply_transpose(query, keys)
+            slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
             values = _apply(output, _apply(value, y))
             return self.interaction.trace(q, tokens, values, slopes, self._scale)
 
@@ -290,6 +296,11 @@ def _apply(matrix: Array | None, x: Float[Array, "n d"]):
     """x_j -> A x_j for each row."""
     if matrix is None:
         return x
+    if matrix.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"a matrix of shape {matrix.shape} acts on tokens of dimension {matrix.shape[1]}; got "
+            f"tokens of dimension {x.shape[1]}."
+        )
     return jnp.matmul(x, matrix.astype(x.dtype).T, precision="highest")
 
 
@@ -324,6 +335,24 @@ def _temperature(beta: ScalarLike):
     if is_concrete(beta) and not np.isfinite(beta):
         raise ValueError(f"beta (the inverse temperature) must be finite, got {beta}.")
     return beta
+
+
+def _check_parts(interaction: Any, geometry: Any):
+    for name, kind, value in (
+        ("interaction", AbstractInteraction, interaction),
+        ("geometry", AbstractGeometry, geometry),
+    ):
+        if not isinstance(value, kind):
+            example = "jaxflow.Softmax()" if kind is AbstractInteraction else "jaxflow.Sphere()"
+            raise TypeError(f"{name} must be an instance such as {example}, got {value!r}.")
+
+
+def _check_attend(interaction: AbstractInteraction):
+    if not isinstance(interaction, Softmax | Hardmax):
+        raise NotImplementedError(
+            f"{type(interaction).__name__} weighs a token by the number of all, also of those to "
+            "come, so keys and values cannot be kept for them: pass cache=False."
+        )
 
 
 def _check_query(x: Array, mu: Measure):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._types import Keys, LogWeights, Queries, Scalar, Values, accumulation_dtype
+from .._types import Keys, LogWeights, Queries, ScalarLike, Values, accumulation_dtype
 from ..kernels import softmax_expectation
 from ..kernels.expectation import Window
 from ..kernels.expectation import band as _band
@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
     window: Window = None
     backend: str | None = None
 
-    def attend(self, q: Queries, values: Values, scale: Scalar, potential=None):
+    def attend(self, q: Queries, values: Values, scale: ScalarLike, potential=None):
         """(mean, log_partition) of the values at the queries, with a potential on the keys."""
         log_weights = self.log_weights if potential is None else self.log_probabilities + potential
         return softmax_expectation(
@@ -65,7 +65,7 @@ class AbstractInteraction(eqx.Module):
 
     @abc.abstractmethod
     def expectation(
-        self, q: Queries, tokens: Tokens, values: Values, scale: Scalar
+        self, q: Queries, tokens: Tokens, values: Values, scale: ScalarLike
     ) -> Float[Array, "m r"]:
         """E_{mu_x}[v] for each query."""
 
@@ -76,7 +76,7 @@ class AbstractInteraction(eqx.Module):
         tokens: Tokens,
         values: Float[Array, "n d"],
         slopes: Float[Array, "n d"],
-        scale: Scalar,
+        scale: ScalarLike,
     ) -> Float[Array, " m"]:
         """tr D_x E_{mu_x}[v] at fixed mu; `slopes` are k'(y_j) = D_x s(x, y_j)."""
 
@@ -127,9 +127,9 @@ class Linear(AbstractInteraction):
         keys = weights[:, None] * tokens.keys
         if not tokens.causal and tokens.window is None:
             moment = jnp.matmul(keys.T, values, precision="highest")
-            return scale.astype(q.dtype) * jnp.matmul(q, moment, precision="highest")
+            return jnp.asarray(scale, q.dtype) * jnp.matmul(q, moment, precision="highest")
         moments = keys[:, :, None] * values[:, None, :]
-        return scale.astype(q.dtype) * jnp.einsum(
+        return jnp.asarray(scale, q.dtype) * jnp.einsum(
             "mp,mpr->mr", q, _visible_sums(moments, q, tokens)
         )
 
@@ -168,7 +168,7 @@ class Hardmax(AbstractInteraction):
 
         def one(args):
             i, q = args
-            s = scale.astype(dtype) * jnp.matmul(keys, q.astype(dtype), precision="highest")
+            s = jnp.asarray(scale, dtype) * jnp.matmul(keys, q.astype(dtype), precision="highest")
             seen = ~jnp.isneginf(tokens.log_probabilities)
             mask = visible(i[None], columns, band)
             if mask is not None:
@@ -219,7 +219,7 @@ class Sinkhorn(AbstractInteraction):
         channels, _ = tokens.attend(q, _moment_channels(values, slopes), scale, potential)
         return _covariance_trace(channels)
 
-    def potential(self, tokens: Tokens, scale: Scalar) -> Float[Array, " n"]:
+    def potential(self, tokens: Tokens, scale: ScalarLike) -> Float[Array, " n"]:
         """The column potential g, with mean 0 under mu."""
         if tokens.causal or tokens.window is not None:
             raise ValueError(
@@ -272,7 +272,7 @@ class Sinkhorn(AbstractInteraction):
         )
 
 
-def _sinkhorn_columns(tokens: Tokens, scale: Scalar, g):
+def _sinkhorn_columns(tokens: Tokens, scale: ScalarLike, g):
     """The column potential that follows from g: a row update, then a column update."""
     logs = tokens.log_probabilities
     ones = jnp.ones((g.shape[0], 1), tokens.keys.dtype)

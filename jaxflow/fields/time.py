@@ -76,8 +76,9 @@ class TimeDependent(AbstractDivergenceField):
 
     @property
     def geometry(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        # Any time does: a geometry holds no parameter.
-        return eqx.filter_eval_shape(self.curve.at, 0.0).geometry
+        # Any time does: a geometry is the same at all. Few hold arrays, which need real parameters.
+        found = eqx.filter_eval_shape(self.curve.at, 0.0).geometry
+        return self.curve.at(0.0).geometry if jax.tree.leaves(found) else found
 
     @property
     def parts(self):
@@ -335,6 +336,24 @@ class HyperNetwork(AbstractCurve):
         return eqx.combine(jtu.tree_unflatten(structure, moved), rest)
 
 
+class _Piece(AbstractCurve):
+    """A curve on the piece between two jumps that holds a given time."""
+
+    curve: AbstractCurve
+    inside: Array
+
+    @property
+    def breakpoints(self):
+        return self.curve.breakpoints
+
+    def at(self, t):
+        t = _time(t)
+        jumps = jnp.asarray(self.curve.jumps, t.dtype)
+        after = jnp.where(jumps > self.inside, jumps, jnp.inf).min()
+        before = jnp.where(jumps > self.inside, -jnp.inf, jumps).max()
+        return self.curve.at(jnp.clip(t, before, jnp.nextafter(after, before)))
+
+
 class _Part(AbstractCurve):
     """One part of the fields of a curve, which are sums."""
 
@@ -416,8 +435,15 @@ def fit(
     times = (edges[1:] + edges[:-1]) / 2
     basis = jax.vmap(like.weights)(times)
     solve = jnp.linalg.pinv(basis)
-    values = jax.lax.map(lambda t: eqx.filter(curve.at(t), eqx.is_inexact_array), times)
-    new = jax.tree.map(lambda v: _product(solve, v), values)
+
+    def add(total, sample):
+        t, column = sample
+        values = eqx.filter(curve.at(t), eqx.is_inexact_array)
+        return jax.tree.map(lambda s, v: s + _outer(column, v), total, values), None
+
+    shapes = eqx.filter_eval_shape(lambda: eqx.filter(curve.at(edges[0]), eqx.is_inexact_array))
+    zero = jax.tree.map(lambda a: jnp.zeros((len(solve), *a.shape), a.dtype), shapes)
+    new, _ = jax.lax.scan(add, zero, (times, solve.T))
     old, rest = eqx.partition(like.coefficients, eqx.is_inexact_array)
     if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, old):
         raise ValueError("`like` must be a curve over fields of the structure of `curve`'s.")
@@ -453,11 +479,15 @@ def jumps(field: Any) -> tuple[float, ...]:
 
 
 def frozen(field: Any, t: ScalarLike) -> Any:
-    """The field with the curves that are made of pieces frozen at time t."""
+    """The field within the piece that holds time t: curves that are constant there are frozen, and
+    others go no further than to their limits at its ends."""
 
     def freeze(x):
-        pieces = isinstance(x, TimeDependent) and isinstance(x.curve, Constant | PiecewiseConstant)
-        return frozen(x.at(t), t) if pieces else x
+        if not isinstance(x, TimeDependent):
+            return x
+        if isinstance(x.curve, Constant | PiecewiseConstant):
+            return frozen(x.at(t), t)
+        return TimeDependent(_Piece(x.curve, _time(t))) if x.curve.jumps else x
 
     return jax.tree.map(freeze, field, is_leaf=lambda x: isinstance(x, TimeDependent))
 
@@ -480,6 +510,11 @@ def stack(fields: Sequence[AbstractField]) -> Any:
     for field in fields:
         if not isinstance(field, AbstractField):
             raise TypeError(f"a curve is made of fields, got {type(field).__name__}.")
+    if jax.tree.leaves(eqx.filter(fields[0].geometry, eqx.is_inexact_array)):
+        raise ValueError(
+            f"the geometry {fields[0].geometry} has arrays, which would move in time with the "
+            "parameters, and a flow lives on one geometry: take Constant(field), or another one."
+        )
     arrays, rests = zip(*(eqx.partition(f, eqx.is_inexact_array) for f in fields), strict=True)
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), a) for a in arrays]
     same = all(s == shapes[0] for s in shapes) and all(eqx.tree_equal(r, rests[0]) for r in rests)
@@ -497,6 +532,10 @@ def _map(fn, field):
 
 def _combine(weights, coefficients):
     return _map(lambda a: _product(weights, a), coefficients)
+
+
+def _outer(column, a):
+    return jnp.tensordot(column.astype(a.dtype), a, 0, precision="highest")
 
 
 def _product(matrix, a):

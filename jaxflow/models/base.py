@@ -2,6 +2,7 @@
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import diffrax
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..fields import AbstractField
+from ..fields.time import jumps
 from ..flow import FlowSolution, Observables, flow, memory_estimate
 from ..measure import Measure
 from ..solvers import LieTrotter, default_adjoint
@@ -81,7 +83,8 @@ class Depth(eqx.Module):
     ) -> FlowSolution:
         """The flow of mu0 along the field over [0, t1].
 
-        The solution has the measure at t1 and, with `observe`, what is observed at each step.
+        The solution has the measure at t1; with `observe` it holds pairs, of what is there and of
+        what is observed at each step.
         `throw`: raise if it fails, as in [`jaxflow.flow`][].
         """
         if self.steps is not None:
@@ -90,8 +93,15 @@ class Depth(eqx.Module):
         else:
             tolerance = cast(float, self.tolerance)
             controller, max_steps = diffrax.PIDController(tolerance, tolerance), self.max_steps
-        end = diffrax.SubSaveAt(t1=True)
-        path = diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, y, args: None)
+        saveat = diffrax.SaveAt(t1=True)
+        if observe:
+            if isinstance(self.adjoint, diffrax.BacksolveAdjoint):
+                raise ValueError(
+                    "BacksolveAdjoint keeps no path to observe along: take "
+                    "diffrax.RecursiveCheckpointAdjoint(), or no costs along the flow."
+                )
+            path = diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, y, args: None)
+            saveat = diffrax.SaveAt(subs=[diffrax.SubSaveAt(t1=True), path])
         return flow(
             field,
             mu0,
@@ -101,7 +111,7 @@ class Depth(eqx.Module):
             adjoint=self.adjoint or default_adjoint(max_steps),
             max_steps=max_steps,
             throw=throw,
-            saveat=diffrax.SaveAt(subs=[end, path] if observe else [end]),
+            saveat=saveat,
             observe=observe,
         )
 
@@ -113,23 +123,26 @@ class Solved(eqx.Module):
     - `stats`: as in [`jaxflow.FlowSolution`][].
     - `ts`, `observed`: with `observe`, the ends of the steps (inf where there was none) and the
       observed values there.
+    - `before`: the same just before, where parameters of the field jump.
     """
 
     final: Measure
     ok: Bool[Array, ""]
     stats: dict[str, Any]
-    ts: Float[Array, " times"] | None
-    observed: Any
+    ts: Float[Array, " times"] | None = None
+    observed: Any = None
+    before: Any = None
 
     def integral(self, name: str) -> Array:
         """int_0^T of what was observed by that name, by the trapezoidal rule over the steps."""
         if self.ts is None:
             raise ValueError(f"nothing was observed: pass observe={{{name!r}: fn}} to solve.")
-        values, reached = self.observed[name], jnp.isfinite(self.ts)
-        shape = (-1, *[1] * (values.ndim - 1))
+        reached = jnp.isfinite(self.ts)
+        shape = (-1, *[1] * (self.observed[name].ndim - 1))
         gaps = jnp.where(reached[1:], self.ts[1:] - jnp.where(reached[:-1], self.ts[:-1], 0), 0)
-        values = jnp.where(reached.reshape(shape), values, 0)
-        return (gaps.reshape(shape) * (values[1:] + values[:-1]) / 2).sum(axis=0)
+        there = lambda values: jnp.where(reached.reshape(shape), values[name], 0)
+        ends = there(self.observed)[:-1] + there(self.before)[1:]
+        return (gaps.reshape(shape) * ends / 2).sum(axis=0)
 
 
 class AbstractModel(eqx.Module):
@@ -147,14 +160,43 @@ class AbstractModel(eqx.Module):
     def read_out(self, mu: Measure) -> Array:
         """The outputs, from the measure at time T."""
 
+    def with_depth(self, depth: Depth):
+        """The same parameters with other steps, tolerance, solver, adjoint or T."""
+        return eqx.tree_at(lambda model: model.depth, self, depth)
+
     def solve(self, inputs: Array, observe: Observables | None = None) -> Solved:
-        """The flow of the embedded inputs; `observe` is evaluated at each step."""
-        sol = self.depth.flow(self.field, self.embed(inputs), observe)
-        final = sol.measures[0][-1]
+        """The flow of the embedded inputs; `observe` is evaluated at each step, and on both sides
+        of it where parameters of the field jump."""
+        watched = dict(observe or {})
+        if jumps(self.field):
+            watched |= {_before(name): _just_before(fn) for name, fn in watched.items()}
+        sol = self.depth.flow(self.field, self.embed(inputs), watched)
+        final = (sol.measures[0] if watched else sol.measures)[-1]
         ok = diffrax.is_okay(sol.result) & jnp.isfinite(final.points).all()
-        path = (sol.ts[1], sol.observed[1]) if observe else (None, None)
-        return Solved(final, ok, sol.stats, *path)
+        solved = Solved(final, ok, sol.stats)
+        if not observe:
+            return solved
+        values = sol.observed[1]
+        observed = {name: values[name] for name in observe}
+        before = {name: values.get(_before(name), values[name]) for name in observe}
+        return Solved(final, ok, sol.stats, sol.ts[1], observed, before)
 
     def __call__(self, inputs: Array) -> Array:
-        """read_out(flow(embed(inputs)))."""
-        return self.read_out(self.solve(inputs).final)
+        """read_out(flow(embed(inputs))).
+
+        **Raises:** an error if adaptive steps do not reach T; `solve` says so in its `ok` instead.
+        """
+        solved = self.solve(inputs)
+        if self.depth.steps is None:
+            message = "the flow did not reach T: raise max_steps or the tolerance of the depth."
+            solved = eqx.error_if(solved, ~solved.ok, message)
+        return self.read_out(solved.final)
+
+
+def _before(name: str) -> str:
+    return f"{name}, just before"
+
+
+def _just_before(fn: Callable) -> Callable:
+    """The observable at the left limit of its time."""
+    return lambda t, mu: fn(jax.lax.stop_gradient(jnp.nextafter(t, -jnp.inf)), mu)

@@ -61,10 +61,19 @@ def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
 
 
 def hypernetwork(
-    blocks: list[AbstractField], t1: float, *, width: int = 64, rank: int | None = 8
+    blocks: list[AbstractField],
+    t1: float,
+    *,
+    width: int = 64,
+    rank: int | None = 8,
+    key: PRNGKeyArray | None = None,
 ) -> HyperNetwork:
-    """One block, moved in time by a network of rank `rank`."""
-    return HyperNetwork(blocks[0], width=width, rank=rank, t1=t1, key=jax.random.key(0))
+    """The first block, moved in time by a network, which moves nothing before it is trained.
+
+    Another `key` of the network's weights, width or rank go in by `functools.partial`.
+    """
+    key = jax.random.key(0) if key is None else key
+    return HyperNetwork(blocks[0], width=width, rank=rank, t1=t1, key=key)
 
 
 # ------------------------------------------------------------------ one block

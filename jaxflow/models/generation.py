@@ -44,7 +44,7 @@ class Chooser(eqx.Module):
         if self.top_k is not None:
             least = ordered[min(self.top_k, len(logits)) - 1]
             ordered = jnp.where(ordered >= least, ordered, -jnp.inf)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             before = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
             kept = jnp.where(before < self.top_p, ordered, jnp.inf)
             least = jnp.maximum(least, kept.min())
@@ -83,7 +83,7 @@ def plainly(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys)
     room = jnp.concatenate([tokens, jnp.zeros(length, tokens.dtype)])
 
     def step(i, room):
-        # What lies after token i does not reach it.
+        # What lies after token i reaches it through the choice of adaptive steps alone.
         start = jnp.clip(i + 1 - window, 0, None)
         seen = jax.lax.dynamic_slice_in_dim(room, start, window)
         logits = model(seen)[i - start]

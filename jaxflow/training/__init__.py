@@ -6,7 +6,15 @@ fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
 from .loop import Data, Fitted, TrainingError, fit
-from .losses import AbstractLoss, FlowLoss, Valued, accuracy, cross_entropy, squared_error
+from .losses import (
+    AbstractLoss,
+    FlowLoss,
+    Valued,
+    accuracy,
+    cross_entropy,
+    evaluate,
+    squared_error,
+)
 from .optimisers import adamw, matrices
 from .runs import load, tokenizer
 from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
@@ -27,6 +35,7 @@ __all__ = [
     "adamw",
     "best",
     "cross_entropy",
+    "evaluate",
     "fit",
     "image_data",
     "latest",

@@ -104,7 +104,8 @@ def restore(folder: str | Path, like: Any, *, partial: bool = False) -> tuple[An
     - `folder`: a checkpoint, as [`jaxflow.training.latest`][] finds it.
     - `like`: a PyTree with arrays, or `jax.ShapeDtypeStruct`, of the saved names, shapes and
       dtypes. Arrays go to the devices that those of `like` were put on.
-    - `partial`: whether `like` may leave out arrays of the checkpoint.
+    - `partial`: whether `like` may leave out whole parts of the checkpoint: arrays under none of
+      the names at the top of its tree.
 
     **Returns:** the state, and the manifest: `step`, `config`, `cursor`, `metrics`, `jaxflow` (the
     version that wrote it).
@@ -117,7 +118,8 @@ def restore(folder: str | Path, like: Any, *, partial: bool = False) -> tuple[An
     leaves = _arrays(like)
     expected = manifest["arrays"]
     if partial:
-        expected = {name: entry for name, entry in expected.items() if name in leaves}
+        tops = {_top(name) for name in leaves}
+        expected = {name: entry for name, entry in expected.items() if _top(name) in tops}
     _check_alike(path, leaves, expected)
     arrays = _read_arrays(path, manifest)
     stored = (_from_host(arrays[name], leaf) for name, leaf in leaves.items())
@@ -155,6 +157,11 @@ def _is_stored(leaf: Any) -> bool:
 def _arrays(tree: Any) -> dict[str, Any]:
     leaves = jtu.tree_leaves_with_path(tree)
     return {jtu.keystr(path): leaf for path, leaf in leaves if _is_stored(leaf)}
+
+
+def _top(name: str) -> str:
+    """The first key of a name such as ".params.field[0]"."""
+    return re.match(r"\W*\w*", name).group()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -221,7 +228,8 @@ def _check_alike(path: Path, leaves: dict[str, Any], expected: dict[str, Any]):
 # ------------------------------------------------------------------ files
 
 
-def _orbax() -> Any:
+def require() -> Any:
+    """The module that writes arrays."""
     try:
         return importlib.import_module("orbax.checkpoint")
     except ImportError as error:
@@ -233,7 +241,7 @@ def _orbax() -> Any:
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]):
     # Orbax takes neither an array without an element nor a tree without an array.
     if filled := {name: array for name, array in arrays.items() if array.size}:
-        with _orbax().StandardCheckpointer() as checkpointer:
+        with require().StandardCheckpointer() as checkpointer:
             checkpointer.save(path / "arrays", filled)
 
 
@@ -262,7 +270,7 @@ def _read_arrays(path: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
 def _restore_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     if not names:
         return {}
-    orbax = _orbax()
+    orbax = require()
     asked = orbax.args.PyTreeRestore(item=dict.fromkeys(names, 0), partial_restore=True)
     with orbax.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.restore(path / "arrays", args=asked)
@@ -350,6 +358,14 @@ def _sync(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write(path: Path, text: str):
+    """Writes a file that is whole, or the one before, whenever the process is killed."""
+    beside = path.with_name(_TEMPORARY + path.name)
+    beside.write_text(text)
+    _sync(beside)
+    os.replace(beside, path)
 
 
 def _publish(work: Path, final: Path):

@@ -28,8 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ..flow import FlowError
 from ..models import AbstractModel
 from . import checkpoints
-from .data import IGNORED
-from .losses import AbstractLoss, FlowLoss, cross_entropy
+from .losses import AbstractLoss, FlowLoss, cross_entropy, evaluate
 from .optimisers import adamw
 
 
@@ -105,13 +104,14 @@ def fit(
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
     - `accumulate`: batches whose gradients are averaged into one step.
-    - `evaluate_every`: steps between evaluations, and one at the end, each on
+    - `evaluate_every`: steps between evaluations, and one after the last step, each on
       `evaluation_batches` batches (`None`: all). `patience`: evaluations without a better loss
       before training stops.
     - `budget`: of evaluations of the field, counted over all solves; training stops when it is
       spent.
-    - `run`: a folder for checkpoints and metrics.jsonl. `resume`: go on from its last checkpoint;
-      the losses are those of a run that was never stopped, bit for bit.
+    - `run`: a folder for checkpoints and metrics.jsonl. `resume`: go on from its last checkpoint,
+      or start where it has none yet; the losses are those of a run that was never stopped, bit for
+      bit.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
       the last stay. The best one stays too.
     - `log_every`: steps between lines of metrics.jsonl.
@@ -125,7 +125,20 @@ def fit(
     **Raises:** `TrainingError` if a loss or a gradient is not finite or a solve fails, naming the
     step, the time and the tensor; a checkpoint of the last good parameters is left in `run`.
     """
-    _check(steps, accumulate, evaluate_every, log_every, run, resume)
+    every = evaluate_every if checkpoint_every is None else checkpoint_every
+    _check(
+        run,
+        resume,
+        steps=steps,
+        budget=budget,
+        accumulate=accumulate,
+        evaluate_every=evaluate_every,
+        evaluation_batches=evaluation_batches,
+        patience=patience,
+        checkpoint_every=every,
+        keep=keep,
+        log_every=log_every,
+    )
     params, static = eqx.partition(model, eqx.is_inexact_array)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     optimiser = adamw(steps) if optimiser is None else optimiser
@@ -134,13 +147,13 @@ def fit(
     # The step gives its state's memory to the next one, and the caller keeps the model.
     state = jax.tree.map(jnp.copy, _State(params, optimiser.init(params), key))
     place = _Place(0, 0, math.inf, 0)
-    record = _Record(None if run is None else Path(run), keep, dict(config or {}), data.describe())
-    if resume:
+    about = {"config": dict(config or {}), "data": data.describe(), "accumulate": accumulate}
+    record = _Record(None if run is None else Path(run), keep, about)
+    best = None
+    if resume and record.resumable():
         state, best, place = record.resume(state)
     else:
         record.begin()
-        best = params
-    every = checkpoint_every or evaluate_every
     cost = _cost(model, params, data.batch(0)[0])
     with _Signals() as signals, _Display(steps, place.step, progress, cost) as display:
         while not (reason := _reason_to_stop(place, steps, patience, budget, signals)):
@@ -148,11 +161,12 @@ def fit(
             state, ok, metrics = step_fn(state, np.int32(place.step), batch)
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not ok:
-                record.save(state, place)
+                record.save(state, place, replace=False)
                 raise TrainingError(_diagnosis(step_fn, state, batch, place.step, numbers))
-            place = place.after(numbers.get("num_evaluations", 0.0) * accumulate)
+            place = place.after(_evaluations(numbers, budget) * accumulate)
             numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
-            evaluated = place.step % evaluate_every == 0 or place.step == steps
+            last = place.step == steps or (budget is not None and place.spent >= budget)
+            evaluated = place.step % evaluate_every == 0 or last
             if evaluated:
                 validation_loss = step_fn.evaluate(state, data, evaluation_batches)
                 if validation_loss < place.best:
@@ -167,6 +181,7 @@ def fit(
                 record.save(state, place)
             display.show(place.step, numbers)
     record.save(state, place, replace=False)
+    best = state.params if best is None else best
     whole = lambda params: eqx.combine(params, static)
     return Fitted(whole(state.params), whole(best), place.step, reason, record.history, place.best)
 
@@ -224,18 +239,10 @@ class _Step(eqx.Module):
         state = _State(params, optimiser, state.key)
         return state, ok, {"loss": value, "gradient_norm": norm} | metrics
 
-    @eqx.filter_jit
-    def _loss_of_batch(self, state, inputs, targets):
-        return self.value(state.params, inputs, targets, state.key)[0]
-
     def evaluate(self, state: _State, data: Data, count: int | None) -> float:
-        """The mean loss over validation batches; rows with targets -1 count for nothing."""
-        total, weight = 0.0, 0
-        for inputs, targets in data.validation_batches(count):
-            size = int((np.asarray(targets) != IGNORED).sum())
-            loss = self._loss_of_batch(state, jnp.asarray(inputs), jnp.asarray(targets))
-            total, weight = total + size * float(loss), weight + size
-        return total / weight if weight else math.nan
+        """The mean loss over validation batches."""
+        model = eqx.combine(state.params, self.static)
+        return evaluate(model, data.validation_batches(count), self.loss, key=state.key)["loss"]
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -265,7 +272,7 @@ def _diagnosis(step_fn: _Step, state: _State, batch, step: int, numbers) -> str:
             return text + str(error)
         except ValueError as error:  # x(0) itself
             return text + str(error)
-        if not np.isfinite(np.asarray(model.read_out(sol.measures[0][-1]))).all():
+        if not np.isfinite(np.asarray(model.read_out(sol.measures[-1]))).all():
             return text + f"the outputs at t = {model.depth.t1:g} are not finite." + remedy
     key = jax.random.fold_in(state.key, step)
     gradient = eqx.filter_jit(step_fn.gradient)(state.params, batch, key)[0]
@@ -294,6 +301,15 @@ class _Place(NamedTuple):
         return self._replace(best=min(loss, self.best), since=0 if better else self.since + 1)
 
 
+def _evaluations(numbers, budget: int | None) -> float:
+    if budget is not None and "num_evaluations" not in numbers:
+        raise ValueError(
+            "a budget counts evaluations of the field, which implicit methods do not report: pass "
+            "budget=None, or an explicit method."
+        )
+    return numbers.get("num_evaluations", 0.0)
+
+
 def _reason_to_stop(place, steps, patience, budget, signals) -> str:
     if signals.caught:
         return signals.caught
@@ -307,9 +323,9 @@ def _reason_to_stop(place, steps, patience, budget, signals) -> str:
 class _Record:
     """The run folder: checkpoints and metrics.jsonl. Without a folder, the history alone."""
 
-    def __init__(self, folder: Path | None, keep: int, config: dict, data: dict):
+    def __init__(self, folder: Path | None, keep: int, config: dict):
         self.folder, self.keep = folder, keep
-        self.config = {"config": config, "data": data}
+        self.config = json.loads(json.dumps(config))  # refuses now what no checkpoint could hold
         self.history: list[dict[str, Any]] = []
         self.saved = -1
 
@@ -317,6 +333,12 @@ class _Record:
     def checkpoints(self) -> Path:
         assert self.folder is not None
         return self.folder / "checkpoints"
+
+    def resumable(self) -> bool:
+        assert self.folder is not None
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is no run to resume: there is no such folder.")
+        return checkpoints.latest(self.checkpoints) is not None
 
     def begin(self):
         if self.folder is None:
@@ -354,26 +376,27 @@ class _Record:
         """(state, best parameters, place) of the last checkpoint."""
         assert self.folder is not None
         path = checkpoints.latest(self.checkpoints)
-        if path is None:
-            raise ValueError(f"{self.folder} holds no checkpoint to go on from.")
+        assert path is not None
         state, about = checkpoints.restore(path, state)
-        self._check_data(about["config"]["data"])
+        self._check_alike(about["config"])
         cursor = about["cursor"]
         place = _Place(**cursor | {"best": math.inf if cursor["best"] is None else cursor["best"]})
         best = checkpoints.best(self.checkpoints)
-        params = state.params if best is None else checkpoints.restore(best, state)[0].params
+        params = None if best is None else checkpoints.restore(best, state)[0].params
         self._cut(place.step)
         self.saved = place.step
         return state, jax.tree.map(jnp.copy, params), place
 
-    def _check_data(self, before: dict):
-        now = json.loads(json.dumps(self.config["data"]))
+    def _check_alike(self, config: dict):
+        """The batches that come next depend on all of this."""
+        both = ({"accumulate": c.get("accumulate", 1)} | c["data"] for c in (config, self.config))
+        before, now = both
         differ = [k for k in sorted(now | before) if now.get(k) != before.get(k) and k != "source"]
         if differ:
             name = differ[0]
             raise ValueError(
                 f"the run was trained on other data: {name} was {before.get(name)} and is "
-                f"{now.get(name)}. Pass the same data and batch size to resume it."
+                f"{now.get(name)}. Pass the same data, batch size and accumulation to resume it."
             )
 
     def _cut(self, step: int):
@@ -385,7 +408,7 @@ class _Record:
             with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut off
                 self.history.append(json.loads(line))
         self.history = [row for row in self.history if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        checkpoints.write(path, "".join(json.dumps(row) + "\n" for row in self.history))
 
 
 # ------------------------------------------------------------------ the outside world
@@ -457,15 +480,11 @@ class _Display:
         self.bar.stop()
 
 
-def _check(steps, accumulate, evaluate_every, log_every, run, resume):
-    counts = {
-        "steps": steps,
-        "accumulate": accumulate,
-        "evaluate_every": evaluate_every,
-        "log_every": log_every,
-    }
+def _check(run, resume, **counts: int | None):
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
+    if run is not None:
+        checkpoints.require()

@@ -4,17 +4,20 @@ L = mean loss(outputs, targets) + sum_c weight_c int_0^T c(t, mu_t) dt
 """
 
 import abc
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..fields import AbstractField
 from ..models import AbstractModel
+from .data import IGNORED
 
 # Makes the observable (t, mu) -> number of a field, such as `jaxflow.observables.KineticEnergy`.
 Cost = Callable[[AbstractField], Callable]
@@ -87,6 +90,52 @@ def squared_error(outputs: Float[Array, "*shape"], targets: Float[Array, "*shape
             f"outputs and targets must have one shape, got {outputs.shape} and {targets.shape}."
         )
     return ((outputs - targets) ** 2).mean()
+
+
+def evaluate(
+    model: AbstractModel,
+    batches: Iterable[tuple[Any, Any]],
+    loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> dict[str, float]:
+    """The mean loss of a model over batches, and the means of what the loss logs.
+
+    A model that was trained at one depth is so measured at another:
+
+    `evaluate(model.with_depth(Depth(t1=4.0, tolerance=1e-3, solver=diffrax.Tsit5())), batches)`
+
+    **Arguments:**
+
+    - `batches`: pairs (inputs, targets), such as `data.validation_batches()`; classes of -1
+      count for nothing.
+    - `loss`, `key`: as in [`jaxflow.training.fit`][].
+
+    **Returns:** `{"loss": ..., "num_evaluations": ...}` and the costs along the flow. The loss is
+    nan where a solve failed, and where there is no batch.
+    """
+    loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
+    key = jax.random.key(0) if key is None else key
+    sums: dict[str, float] = {"loss": 0.0}
+    weight = 0
+    for inputs, targets in batches:
+        size = _counted(np.asarray(targets))
+        out = _valued(loss, model, jnp.asarray(inputs), jnp.asarray(targets), key)
+        value, ok, metrics = jax.device_get((out.value, out.ok, out.metrics))
+        for name, number in {"loss": value if ok else math.nan, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + size * float(number)
+        weight += size
+    return {name: total / weight if weight else math.nan for name, total in sums.items()}
+
+
+def _counted(targets: np.ndarray) -> int:
+    """How many targets count: classes that are not negative, or all numbers."""
+    return int((targets != IGNORED).sum()) if targets.dtype.kind in "iu" else targets.size
+
+
+@eqx.filter_jit
+def _valued(loss, model, inputs, targets, key):
+    return loss(model, inputs, targets, key)
 
 
 def accuracy(model: AbstractModel, batches) -> float:

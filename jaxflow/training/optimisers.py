@@ -24,18 +24,20 @@ def adamw(
 
     **Arguments:**
 
-    - `steps`: of the whole training. `warmup`: the steps in which the rate grows from 0, at most
-      `steps`.
+    - `steps`: of the whole training. `warmup`: the steps in which the rate grows, at most a tenth
+      of them.
     - `learning_rate`: the largest. `final`: the last one, as a part of it.
     - `weight_decay`: of matrices alone, see [`jaxflow.training.matrices`][].
     - `clip`: the largest norm of the whole gradient; `None` for no limit. `b1`, `b2`: Adam's.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(warmup, steps), steps + 1, final * learning_rate
+    warmup = min(warmup, steps // 10)
+    cosine = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup, max(steps, warmup + 1), final * learning_rate
     )
-    adam = optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=matrices)
+    rate = lambda count: cosine(count + 1)  # Optax counts from 0, where the rate would be 0.
+    adam = optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=matrices)
     return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
 
 
