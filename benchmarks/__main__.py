@@ -56,7 +56,7 @@ UNITS = {
     "tensor_flops": "Gflop/s in bfloat16",
     "bytes": "GB/s",
 }
-CPU_FACTOR = 3  # a CPU gets so many times the seconds of a full suite
+CPU_FACTOR = 4.5  # a CPU gets so many times the seconds of a full suite
 
 
 def table(rows: list[dict]) -> Table:
@@ -140,18 +140,26 @@ def main(
     reports = []
     for name, budget_s in budgets.items():
         module, start = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
+        lines: list[str] = []
+
+        def save(found, skipped=(), name=name, start=start, lines=lines) -> dict:
+            about = {"suite": name, "seconds": time.perf_counter() - start, "skipped": skipped}
+            report = about | provenance() | found
+            if json_file is not None:
+                json_file.parent.mkdir(parents=True, exist_ok=True)
+                json_file.write_text(json.dumps([*reports, report], indent=1) + "\n")
+            if name == "tune":
+                lines[:] = tune.conclude(found["rows"], report["device"], write=write)
+            return report
+
         with progress.status(name) as status:
-            watch = Watch(budget_s, lambda text, name=name: status.update(f"{name}: {text}"))
+            log = lambda text, name=name: status.update(f"{name}: {text}")
+            watch = Watch(budget_s, log, save)
             found = module.run(options, watch)
-        about = {"suite": name, "seconds": time.perf_counter() - start, "skipped": watch.skipped}
-        reports.append(about | provenance() | found)
+        reports.append(save(found, watch.skipped))  # so that a suite that dies costs no other
         show(console, reports[-1])
-        if name == "tune":
-            for line in tune.conclude(found["rows"], reports[-1]["device"], write=write):
-                console.print(line, markup=False, soft_wrap=True)
-        if json_file is not None:  # after each suite, so that one that dies costs no other
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(reports, indent=1) + "\n")
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True)
     if json_file is not None:
         for line in plots.draw(json_file):
             progress.print(line)

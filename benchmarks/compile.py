@@ -19,7 +19,7 @@ import jaxflow as jf
 from .flow import naive_velocity
 from .timing import Options, Watch, failure
 
-BUDGET_S = {"quick": 60, "full": 60}
+BUDGET_S = {"quick": 60, "full": 40}
 N = 512
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring
 

@@ -31,7 +31,7 @@ from .timing import (
     relative_error,
 )
 
-BUDGET_S = {"quick": 90, "full": 60}
+BUDGET_S = {"quick": 90, "full": 40}
 BETA, STEPS, T1 = 4.0, 8, 1.0
 MEASURE_PEAK_FROM = {"operation": 4096, "flow": 1024}  # points
 ROWS = 256  # of a block

@@ -33,7 +33,7 @@ from .timing import (
     take_times,
 )
 
-BUDGET_S = {"quick": 60, "full": 70}
+BUDGET_S = {"quick": 60, "full": 45}
 BETA, T1 = 4.0, 5.0
 LIMIT_S = 4.0  # a rival whose next setting would take longer stops
 MEASURE_PEAK_FROM = 2048  # tokens

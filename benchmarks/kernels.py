@@ -31,7 +31,7 @@ from .timing import (
     relative_error,
 )
 
-BUDGET_S = {"quick": 75, "full": 220}
+BUDGET_S = {"quick": 75, "full": 150}
 CHECKED_ROWS = 1024  # of a forward or a tangent; a gradient is checked whole
 CHECK_BLOCK = 2**26  # scores at a time in the check
 MEASURE_PEAK_FROM = 16384  # tokens

@@ -120,6 +120,8 @@ def module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         raise UnavailableError("not installed") from None
+    except OSError as e:  # libraries of CUDA that do not fit those that JAX has loaded
+        raise UnavailableError(f"does not load: {e}") from None
 
 
 # ------------------------------------------------------------------ torch and KeOps

@@ -16,7 +16,7 @@ from . import kernels, rivals, shapes
 from .peak import peak
 from .timing import TOLERANCE, Options, Runner, Watch, compete
 
-BUDGET_S = {"quick": 60, "full": 70}
+BUDGET_S = {"quick": 60, "full": 45}
 RIVALS = ("jaxflow", "jnp", "torch")
 LEAST_MIB = 1.0  # of memory in a fit: below it, pages of other origin show
 

@@ -21,7 +21,7 @@ import jaxflow as jf
 
 from .timing import Options, Runner, UnavailableError, Watch, compete
 
-BUDGET_S = {"quick": 30, "full": 30}
+BUDGET_S = {"quick": 30, "full": 20}
 
 SOLVERS = {
     "Tsit5": diffrax.Tsit5(),

@@ -55,10 +55,18 @@ class Options:
 
 
 class Watch:
-    """Progress, and an end to it: cases that would start after `budget_s` are skipped."""
+    """Progress, and an end to it: cases that would start after `budget_s` are skipped.
 
-    def __init__(self, budget_s: float = math.inf, log: Callable[[str], Any] = lambda text: None):
-        self.budget_s, self.log = budget_s, log
+    `save` keeps what a suite has found so far.
+    """
+
+    def __init__(
+        self,
+        budget_s: float = math.inf,
+        log: Callable[[str], Any] = lambda text: None,
+        save: Callable[[dict], Any] = lambda found: None,
+    ):
+        self.budget_s, self.log, self.save = budget_s, log, save
         self.start = time.perf_counter()
         self.skipped: list[str] = []
 

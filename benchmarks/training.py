@@ -37,7 +37,7 @@ from .timing import (
     relative_error,
 )
 
-BUDGET_S = {"quick": 60, "full": 80}
+BUDGET_S = {"quick": 60, "full": 55}
 VOCABULARY = 256  # bytes
 SOLVE_TOLERANCE = 1e-3
 # Of a gradient through a solve to that tolerance, which bounds the local error of the points.

@@ -108,6 +108,7 @@ def run(options: Options, watch: Watch) -> dict:
     with mock.patch.dict(configs.TUNED, clear=True):
         for c in watch.each(_plan(options), lambda c: f"{c.shape.name} {c.mode}"):
             rows += contest(c, options.repeats, log=watch.log)
+            watch.save({"rows": rows})  # an hour's work, should the next case end it
             jax.clear_caches()  # a few dozen programs a case would fill the memory
     return {"rows": rows}
 

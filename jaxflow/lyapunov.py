@@ -88,14 +88,15 @@ def lyapunov_exponents(
         mu0,
         jnp.linspace(t0, t1, intervals + 1, dtype=mu0.points.dtype),
         k,
-        (solver, stepsize_controller, dt0, max_steps),
+        None if dt0 is None else jnp.asarray(dt0, mu0.points.dtype),
+        (solver, stepsize_controller, max_steps),
         jax.random.key(0) if key is None else key,
     )
 
 
 @eqx.filter_jit
-def _exponents(field, mu0, edges, k, options, key):
-    solver, controller, dt0, max_steps = options
+def _exponents(field, mu0, edges, k, dt0, options, key):
+    solver, controller, max_steps = options
     geometry, (n, d) = field.geometry, mu0.points.shape
     variational = _Variational(field, d)
 

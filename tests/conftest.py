@@ -10,12 +10,22 @@ if importlib.util.find_spec("beartype"):
 import contextlib
 import gc
 import inspect
+import re
+from pathlib import Path
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A machine with a GPU need not have the packages that only other tests compare with.
+MISSING = [name for name in ("scipy", "hypothesis") if importlib.util.find_spec(name) is None]
+collect_ignore = [
+    file.name
+    for file in Path(__file__).parent.glob("test_*.py")
+    if any(re.search(rf"^(from|import) {name}\b", file.read_text(), re.M) for name in MISSING)
+]
 
 
 def pytest_collection_modifyitems(items):

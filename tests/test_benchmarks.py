@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import diffrax
 import jax
@@ -63,11 +64,12 @@ def report():
 
 def test_rivals_take_turns():
     order = []
-    runs = {name: timing.Runner(lambda name=name: order.append(name)) for name in "ab"}
+    runs = {name: timing.Runner(lambda name=name: order.append(name)) for name in "abc"}
     times = timing.in_turn(runs, repeats=(3, 3))
-    assert [len(ts) for ts in times.values()] == [3, 3]
+    assert [len(ts) for ts in times.values()] == [3, 3, 3]
     changes = [x for i, x in enumerate(order) if i == 0 or x != order[i - 1]]
-    assert changes == ["a", "b"] * 4  # once to see how long they take
+    # Once to see how long they take, then there, back and there.
+    assert "".join(changes) == "abc" + "abc" + "ba" + "bc"
 
 
 def test_a_failing_rival_costs_the_others_nothing():
@@ -196,6 +198,14 @@ def test_extra_rivals_of_jax_agree():
 @pytest.mark.slow
 def test_ceilings_are_measured():
     assert all(rate > 1e6 for rate in device.ceilings().values())
+
+
+@pytest.mark.parametrize("fn", [device.gpu_exponentials, device.gpu_multiply_adds])
+def test_ceilings_of_a_gpu_lower(fn, abstract_device):
+    x = jax.ShapeDtypeStruct((2 * device.BLOCK,), jnp.float32)
+    with abstract_device("NVIDIA A100-SXM4-80GB"):
+        text = jax.jit(fn).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text
 
 
 @pytest.mark.slow
@@ -381,6 +391,22 @@ def test_memory_of_training_grows_as_the_root_of_the_steps(monkeypatch):
 
 
 # ------------------------------------------------------------------ observables
+
+
+def test_without_its_rival_jaxflow_has_no_error_to_show(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    ours, scipy = observables.contest(observables.Sample("hull", 60), (1, 1), with_memory=False)
+    assert "error" not in ours and "ms" in ours
+    assert "ModuleNotFoundError" in scipy["note"]
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch):
+    def load(name):
+        raise OSError("libcudart.so: undefined symbol")
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    with pytest.raises(timing.UnavailableError, match="does not load: libcudart.so"):
+        rivals.module("torch")
 
 
 @pytest.mark.parametrize("what", observables.OPERATIONS)

@@ -290,6 +290,18 @@ def test_non_finite_operands_are_not_hidden(backend):
     assert np.isfinite(np.delete(np.asarray(mean), 3, axis=0)).all()
 
 
+def test_a_new_scale_is_no_new_program():
+    """But for 16 bits, where cuDNN takes it as a constant."""
+
+    def problem(scale, dtype):
+        x = jnp.zeros((5, 3), dtype)
+        equations = jax.make_jaxpr(lambda x: softmax_expectation(x, x, x, scale=scale))(x).eqns
+        return next(e.params["problem"] for e in equations if "problem" in e.params)
+
+    assert problem(1.0, jnp.float32) == problem(2, jnp.float32)
+    assert problem(2, jnp.bfloat16).constant_scale == 2.0
+
+
 def test_without_jit():
     operands = PLAIN.operands(jnp.float32)
     expected = operation(PLAIN, "blocked")(*operands)

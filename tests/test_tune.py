@@ -197,3 +197,21 @@ def test_the_command_writes_the_table_and_the_report(tmp_path, monkeypatch, caps
     assert '("particles", "forward", 4, 4): particles.Config(64),' in copy.read_text()
     (report,) = json.loads((tmp_path / "r.json").read_text())
     assert report["suite"] == "tune" and report["rows"][-1]["vs_default"] == 0.5
+
+
+def test_a_run_that_dies_leaves_what_it_found(tmp_path, monkeypatch):
+    copy = tmp_path / "configs.py"
+    shutil.copy(tune.CONFIGS, copy)
+    monkeypatch.setattr(tune, "CONFIGS", copy)
+    monkeypatch.setattr(tune, "missing", lambda: None)
+    rows = [row | {"mode": "forward"} for row in timed(**{"particles.Config(64)": (0.5, 0.5)})]
+
+    def contest(case, repeats, *, cases=iter([rows]), **_):
+        return next(cases)
+
+    monkeypatch.setattr(tune, "contest", contest)
+    with pytest.raises(StopIteration):
+        main("tune", quick=True, only="heads", write=True, json_file=tmp_path / "r.json")
+    assert '("particles", "forward", 4, 4): particles.Config(64),' in copy.read_text()
+    (report,) = json.loads((tmp_path / "r.json").read_text())
+    assert report["rows"] == json.loads(json.dumps(rows))

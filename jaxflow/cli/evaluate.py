@@ -124,7 +124,10 @@ def _draw(rows: list[dict[str, Any]], path: Path):
     for row in rows:
         if "num_evaluations" in row:
             drawn.setdefault(row["solver"], []).append((row["num_evaluations"], row["loss"]))
-    pairs = {name: tuple(zip(*sorted(points), strict=True)) for name, points in drawn.items()}
+    pairs = {}
+    for name, points in drawn.items():
+        evaluations, losses = zip(*sorted(points), strict=True)
+        pairs[name] = evaluations, losses
     axes = viz.curves(pairs, xlabel="evaluations of the field", ylabel="validation loss")
     for line in axes.lines:
         line.set_marker("o")

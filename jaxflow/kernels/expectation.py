@@ -92,8 +92,8 @@ def softmax_expectation(
     `ValueError` for wrong shapes, windows or an unknown backend, `TypeError` for wrong dtypes,
     `NotImplementedError` with the reason where a backend asked for by name cannot do it.
     """
-    problem = _problem(log_weights, scale, causal, window)
     q, k, v, b = _operands(q, k, v, log_weights)
+    problem = _problem(q, log_weights, scale, causal, window)
     scale = _scale(scale, b.dtype)
     if backend is not None:
         _check_backend(backend, q, k, v, problem)
@@ -130,15 +130,18 @@ def select_backend(
     """
     if platform is None:
         platform = _default_platform()
-    problem = _problem(log_weights, scale, causal, window)
+    q, k, v = (jnp.asarray(a) if isinstance(a, list | tuple) else a for a in (q, k, v))
+    problem = _problem(q, log_weights, scale, causal, window)
     if backend is not None:
         _check_backend(backend, q, k, v, problem)
     return _select(mode, platform, q, k, v, problem, backend)
 
 
-def _problem(log_weights, scale, causal, window) -> Problem:
-    constant = float(scale) if isinstance(scale, int | float | np.number) else None
-    return Problem(band(causal, window), log_weights is not None, constant)
+def _problem(q, log_weights, scale, causal, window) -> Problem:
+    # Each constant is a program of its own, so it is one only where cuDNN can take it.
+    constant = isinstance(scale, int | float | np.number) and jnp.dtype(q.dtype).itemsize == 2
+    scale = float(scale) if constant else None
+    return Problem(band(causal, window), log_weights is not None, scale)
 
 
 def _select(mode: str, platform: str, q, k, v, problem: Problem, backend: str | None) -> str:

@@ -25,7 +25,7 @@ class Problem:
 
     band: Band = (None, None)
     weighted: bool = True  # without, b = 0
-    constant_scale: float | None = None  # the scale where it is a Python number
+    constant_scale: float | None = None  # a scale that is a Python number, of 16-bit operands
     mean_only: bool = False  # the log-partition has no cotangent
 
 

@@ -70,7 +70,8 @@ def sinkhorn_divergence(
         raise ValueError(f"epsilon must be positive, got {epsilon}.")
     if mu.d != nu.d:
         raise ValueError(f"both measures must have the same dimension d, got {mu.d} and {nu.d}.")
-    return _divergence(mu, nu, epsilon, tolerance, geometry, max_iterations)
+    array = lambda a: jnp.asarray(a, mu.points.dtype)
+    return _divergence(mu, nu, array(epsilon), array(tolerance), geometry, max_iterations)
 
 
 @eqx.filter_jit

@@ -2,7 +2,7 @@
 
 | module         | operands                                                       | device      |
 |----------------|----------------------------------------------------------------|-------------|
-| `particles`    | float32, at most 16 channels, no band: one head, many tokens   | any         |
+| `particles`    | float32, at most 16 channels, no band: one head, many tokens   | from Ampere |
 | `hopper`       | bfloat16 and float16 at the head dimensions of language models | Hopper      |
 | `tensor_cores` | what the others refuse                                         | from Ampere |
 
@@ -13,6 +13,7 @@ JAX 0.10 and 0.11 take different compilers by default: every call names its own 
 Operands are those of `blocked`, with any number of leading batch axes.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -24,14 +25,24 @@ from .configs import Config, tuned
 
 CHANNELS = {"float32": 128, "bfloat16": 256, "float16": 256}  # that registers hold
 FEW = 16  # up to here the particles' kernels win
-HOPPER = (9, 0)
-# Kinds before Hopper, by what their names contain: for programs lowered without a device.
-OLDER = ("A100", "A10", "A30", "A40", "L4", "RTX")
+AMPERE, HOPPER = (8, 0), (9, 0)
+SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 99 KiB a block: half the rows where wide
+# By what the names of devices contain, the first that fits: for programs lowered without a device.
+CAPABILITIES = {
+    **dict.fromkeys(("V100",), (7, 0)),
+    **dict.fromkeys(("T4", "TITAN RTX", "Quadro RTX", "GeForce RTX 20", "GeForce GTX"), (7, 5)),
+    **dict.fromkeys(("GB10", "GeForce RTX 50", "RTX PRO"), (12, 0)),
+    **dict.fromkeys(("B200", "B300"), (10, 0)),
+    **dict.fromkeys(("A100", "A30"), AMPERE),
+    **dict.fromkeys(("A10", "A40", "RTX", "L4"), (8, 6)),
+}
 
 
 def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
     """Why these operands cannot be run; None if they can."""
     del mode, k, problem
+    if (capability := compute_capability()) < AMPERE:
+        return f"its kernels need compute capability 8.0, got {'.'.join(map(str, capability))}"
     if (name := jnp.dtype(q.dtype).name) not in CHANNELS:
         return f"its kernels are for {', '.join(CHANNELS)}, got {name}"
     if (channels := max(q.shape[-1], v.shape[-1])) > CHANNELS[name]:
@@ -74,11 +85,16 @@ def _run(mode: str, operands, problem: Problem, config: Config, interpret: bool)
     batch = operands[4].shape
     flat = tuple(a.reshape((math.prod(batch), *a.shape[len(batch) :])) for a in operands)
     q, k, v = flat[:3]
+    channels = max(q.shape[-1], v.shape[-1])
     # The interpreter runs the kernels for older devices: the newer ones' copies are not for it.
-    capability: tuple[int, int] = (8, 0) if interpret else compute_capability()
+    capability: tuple[int, int] = AMPERE if interpret else compute_capability()
     name = family(mode, q, k, v, problem, capability)
     if config is None and not interpret:
-        config = tuned(_device_kind(), name, mode, q.dtype, max(q.shape[-1], v.shape[-1]))
+        config = tuned(_device_kind(), name, mode, q.dtype, channels)
+    if config is None and name == "tensor_cores" and capability in SMALL_MEMORY:
+        config = tensor_cores.default_config(mode, q.shape[1], k.shape[1], channels, q.dtype)
+        if channels * q.dtype.itemsize > 256:
+            config = dataclasses.replace(config, rows=max(16, config.rows // 2))
     options = {"weighted": problem.weighted, "config": config, "interpret": interpret}
     if name == "particles":
         outs = getattr(particles, mode)(*flat, **options, mosaic=capability[0] >= HOPPER[0])
@@ -90,12 +106,12 @@ def _run(mode: str, operands, problem: Problem, config: Config, interpret: bool)
 
 def compute_capability() -> tuple[int, int]:
     """Of the device that a program is lowered for; Hopper's where none is at hand or named."""
-    if (named := jax.sharding.get_abstract_mesh().abstract_device) is not None:
-        return (8, 0) if any(kind in named.device_kind for kind in OLDER) else HOPPER
-    if (device := _local_device()) is None:
-        return HOPPER
-    major, minor = device.compute_capability.split(".")
-    return int(major), int(minor)
+    device, named = _local_device(), jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and (named is None or named.device_kind == device.device_kind):
+        major, minor = device.compute_capability.split(".")
+        return int(major), int(minor)
+    kind = "" if named is None else named.device_kind
+    return next((known for name, known in CAPABILITIES.items() if name in kind), HOPPER)
 
 
 def _device_kind() -> str:

@@ -45,8 +45,9 @@ TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # one number a row of a tile
 COLUMN = TILE.reduce(0)
 
-# Until jax 0.11, plgpu.load takes an index beside the reference.
-NO_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+# Before jax 0.11, plgpu.load requires an index beside the reference; later it deprecates one.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+NO_INDEX = ((),) if _INDEX is not None and _INDEX.default is _INDEX.empty else ()
 
 # Where plgpu.store exists, plain assignment refuses rows of a 16-bit tile in device memory.
 STORE = getattr(plgpu, "store", None)

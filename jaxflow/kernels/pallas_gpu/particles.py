@@ -33,8 +33,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import triton
 from jaxtyping import Array
+
+from .hopper import NO_INDEX
 
 LOG2E = math.log2(math.e)
 CHUNK = 256  # columns of one copy into shared memory: the most that the copy engine takes
@@ -65,6 +66,8 @@ PLAIN = Arithmetic(lambda x, y, z: x * y + z, jnp.exp2)
 
 def _assembly(instruction: str) -> Callable[..., Array]:
     def apply(*args):
+        from jax.experimental.pallas import triton  # JAX will remove it
+
         (out,) = triton.elementwise_inline_asm(
             f"{instruction} {', '.join(f'${i}' for i in range(len(args) + 1))};",
             args=args,
@@ -293,19 +296,25 @@ def candidates(mode: str, q, k, v) -> list[Config | None]:
 def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, interpret):
     (batch, height, m), (_, width, n) = rows.shape, columns.shape
     block, shape = config.rows, (config.rows, config.keys)
-    layout = plgpu.Layout.WGMMA
+    layout, blocks = plgpu.Layout.WGMMA, m // block
+    # Three blocks share a multiprocessor's memory.
+    part = CHUNK if width <= 34 else CHUNK // 2
 
     def load(ref, index, axis):
-        part = ref[index] if interpret else plgpu.load(ref, index, layout=layout.reduce(1 - axis))
-        return jax.lax.broadcast_in_dim(part, shape, (axis,))
+        at = ref.at[index]
+        # The interpreter keeps whole arrays and knows no layouts.
+        line = at[...] if interpret else plgpu.load(at, *NO_INDEX, layout=layout.reduce(1 - axis))
+        return jax.lax.broadcast_in_dim(line, shape, (axis,))
 
     def constant(value):
         full = jnp.full(shape, value, rows.dtype)
         return full if interpret else plgpu.layout_cast(full, layout)
 
     def kernel(rows_gmem, columns_gmem, skip_gmem, out_gmem, rows_smem, out_smem, arrived):
-        i, segment, system = (jax.lax.axis_index(name) for name in ("i", "segment", "system"))
-        block_of = pl.ds(i * block, block)
+        index = jax.lax.axis_index("block")
+        first, index = jax.lax.rem(index, blocks) * block, jax.lax.div(index, blocks)
+        segment, system = jax.lax.rem(index, segments), jax.lax.div(index, segments)
+        block_of = pl.ds(first, block)
 
         @pl.when(skip_gmem[system] == 0)
         def _():
@@ -315,19 +324,19 @@ def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, in
 
             def chunk(_, columns_smem, totals):
                 def strip(j, totals):
-                    part = pl.ds(j * config.keys, config.keys)
-                    y = [load(columns_smem, (0, c, part), 1) for c in range(width)]
+                    keys = pl.ds(j * config.keys, config.keys)
+                    y = [load(columns_smem, (0, c, keys), 1) for c in range(width)]
                     return tuple(tile(PLAIN, x, y, totals))
 
-                strips = CHUNK // config.keys
+                strips = part // config.keys
                 return jax.lax.fori_loop(0, strips, strip, totals, unroll=config.unroll)
 
-            chunks = n // segments // CHUNK
+            chunks = n // segments // part
             pipeline = plgpu.emit_pipeline(
                 chunk,
                 grid=(chunks,),
                 in_specs=[
-                    plgpu.BlockSpec((1, width, CHUNK), lambda j: (system, 0, segment * chunks + j))
+                    plgpu.BlockSpec((1, width, part), lambda j: (system, 0, segment * chunks + j))
                 ],
                 max_concurrent_steps=min(config.stages, chunks),
                 init_carry=(constant(LOWEST if largest else 0),) * outputs,
@@ -346,15 +355,21 @@ def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, in
             plgpu.SMEM((outputs, block), rows.dtype),
             plgpu.Barrier(),
         ],
-        grid=(m // block, segments, batch),
-        grid_names=("i", "segment", "system"),
-        # Shared memory is written by the copy engine only, and read behind its barriers.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        # One axis: CUDA's others end at 65535.
+        grid=(blocks * segments * batch,),
+        grid_names=("block",),
+        # The pipeline refills a slot of shared memory without asking whether all warps have read
+        # it: the barriers that Pallas adds by itself must stay.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         interpret=interpret,
     )(rows, columns, skip)
 
 
 def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, interpret):
+    from jax.experimental.pallas import triton
+
     (batch, height, m), (_, width, n) = rows.shape, columns.shape
     block, shape = config.rows, (config.rows, config.keys)
     length, arithmetic = n // segments, PLAIN if interpret else ASSEMBLY

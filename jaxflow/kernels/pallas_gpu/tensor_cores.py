@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from ..._types import accumulation_dtype
 from ..reference import Band
@@ -275,6 +274,8 @@ def _call(mode, kernel, rows, keys, scale, outs, *, band, config, interpret):
     `rows` and `keys` hold operands (batch, tokens[, channels]) with what pads their tokens, `outs`
     the outputs' tokens, channels and dtype.
     """
+    from jax.experimental.pallas import triton  # JAX will remove it
+
     q, k, r = rows["q"][0], keys["k"][0], keys["v"][0].shape[-1]
     (batch, m, p), n = q.shape, k.shape[1]
     config = default_config(mode, m, n, max(p, r), q.dtype) if config is None else config
