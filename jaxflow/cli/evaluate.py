@@ -39,7 +39,7 @@ def evaluate(
 
     Examples:
 
-    `jaxflow evaluate runs/shakespeare --steps 2 --steps 4 --steps 8 --solver euler --solver heun`
+    `jaxflow evaluate runs/shakespeare --steps 4 --steps 8 --steps 16 --solver heun`
 
     `jaxflow evaluate runs/shakespeare --solver tsit5 --tolerance 1e-2 --tolerance 1e-4`
     """
@@ -48,7 +48,7 @@ def evaluate(
     rows = []
     for depth in _depths(model.depth, solver or [], steps or [], tolerance or []):
         with console.status(f"{_name(depth)}, {depth.steps or 'adaptive'} steps"):
-            rows.append(_row(model.with_depth(depth), data, batches))
+            rows.append(_row(model.with_depth(depth), data, batches, own=not rows))
     console.print(_table(run, rows))
     for note in dict.fromkeys(row["note"] for row in rows if "note" in row):
         console.print(f"[yellow]-[/yellow] {note}", highlight=False)
@@ -88,15 +88,19 @@ def _depths(own, solvers, steps, tolerances) -> list[models.Depth]:
 
 def _data(run: Path):
     config = json.loads((run / "config.json").read_text())["settings"]
-    return read_text(config) if config["task"] == "lm" else read_images(config)
+    if config["task"] == "lm":
+        return read_text(config, training.tokenizer(run))
+    return read_images(config)
 
 
-def _row(model, data, batches: int | None) -> dict[str, Any]:
+def _row(model, data, batches: int | None, *, own: bool) -> dict[str, Any]:
     depth = model.depth
     row = {"solver": _name(depth), "steps": depth.steps, "tolerance": depth.tolerance}
     try:
         row |= training.evaluate(model, data.validation_batches(batches))
     except ValueError as error:  # steps that do not fit its layers
+        if own:
+            raise
         return row | {"note": str(error)}
     if isinstance(data, training.Images) and math.isfinite(row["loss"]):
         row["accuracy"] = training.accuracy(model, data.validation_batches(batches))

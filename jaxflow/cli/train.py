@@ -296,16 +296,16 @@ def _json(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def read_text(config: dict[str, Any]) -> training.Text:
-    """The data of a run of `train lm`, from its settings."""
-    tokenizer = {
+def read_text(config: dict[str, Any], tokenizer: Any = None) -> training.Text:
+    """The data of a run of `train lm`, from its settings and, once it has one, its tokenizer."""
+    new = {
         "bytes": training.Bytes(),
         "chars": training.Chars(),
         "bpe": training.BPE(config["vocabulary"]),
-    }[config["tokens"]]
+    }
     return training.text_data(
         config["text"],
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or new[config["tokens"]],
         context=config["context"],
         batch_size=config["batch"],
         seed=config["seed"],
