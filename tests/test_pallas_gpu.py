@@ -67,6 +67,7 @@ CASES = [
     Case("tensor_cores", "float16", 1000, 128, weighted=True, device=A100),
     Case("tensor_cores", "bfloat16", 2048, 256, device=A100),
     Case("tensor_cores", "bfloat16", 777, 20, causal=True),
+    Case("tensor_cores", "float32", 512, 256, weighted=True),
 ]
 
 
@@ -115,7 +116,7 @@ def test_a_named_backend_does_not_fall_back():
     with pytest.raises(NotImplementedError, match="runs on cuda.*compiled for cpu.*interpret"):
         softmax_expectation(x, x, x, backend="pallas_gpu")
     wide = jnp.zeros((4, 300))
-    with pytest.raises(NotImplementedError, match="at most 128 channels of float32.*got 300"):
+    with pytest.raises(NotImplementedError, match="at most 256 channels, got 300"):
         softmax_expectation(wide, wide, wide, backend="pallas_gpu")
 
 

@@ -23,10 +23,11 @@ from ..reference import Problem
 from . import hopper, particles, tensor_cores
 from .configs import Config, tuned
 
-CHANNELS = {"float32": 128, "bfloat16": 256, "float16": 256}  # that registers hold
+DTYPES = "float32", "bfloat16", "float16"
+CHANNELS = 256  # that registers hold
 FEW = 16  # up to here the particles' kernels win
 AMPERE, HOPPER = (8, 0), (9, 0)
-SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 99 KiB a block: half the rows where wide
+SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 99 KiB a block: smaller tiles where wide
 # By what the names of devices contain, the first that fits: for programs lowered without a device.
 CAPABILITIES = {
     **dict.fromkeys(("V100",), (7, 0)),
@@ -43,10 +44,10 @@ def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
     del mode, k, problem
     if (capability := compute_capability()) < AMPERE:
         return f"its kernels need compute capability 8.0, got {'.'.join(map(str, capability))}"
-    if (name := jnp.dtype(q.dtype).name) not in CHANNELS:
-        return f"its kernels are for {', '.join(CHANNELS)}, got {name}"
-    if (channels := max(q.shape[-1], v.shape[-1])) > CHANNELS[name]:
-        return f"its kernels hold at most {CHANNELS[name]} channels of {name}, got {channels}"
+    if (name := jnp.dtype(q.dtype).name) not in DTYPES:
+        return f"its kernels are for {', '.join(DTYPES)}, got {name}"
+    if (channels := max(q.shape[-1], v.shape[-1])) > CHANNELS:
+        return f"its kernels hold at most {CHANNELS} channels, got {channels}"
     return None
 
 
@@ -93,7 +94,9 @@ def _run(mode: str, operands, problem: Problem, config: Config, interpret: bool)
         config = tuned(_device_kind(), name, mode, q.dtype, channels)
     if config is None and name == "tensor_cores" and capability in SMALL_MEMORY:
         config = tensor_cores.default_config(mode, q.shape[1], k.shape[1], channels, q.dtype)
-        if channels * q.dtype.itemsize > 256:
+        if (bytes_of_a_row := channels * q.dtype.itemsize) > 512:
+            config = dataclasses.replace(config, stages=1)
+        elif bytes_of_a_row > 256:
             config = dataclasses.replace(config, rows=max(16, config.rows // 2))
     options = {"weighted": problem.weighted, "config": config, "interpret": interpret}
     if name == "particles":
