@@ -259,13 +259,13 @@ def test_initial_weights():
 def test_curves_of_models():
     """Each curve runs with the default depth, and starts where it says."""
     depth = Depth(t1=2.0, steps=2)
-    blocks: list[Any] = [filled(lambda: jf.FeedForward(4, 4, key=KEY), seed) for seed in range(2)]
+    blocks: list[Any] = [filled(lambda: jf.FeedForward(4, 4, key=KEY), seed) for seed in range(3)]
     x = jf.Measure(jnp.ones((3, 4)))
-    for curve in (models.shared, models.smooth, models.hypernetwork):
+    for curve in (models.shared, models.smooth, models.fourier, models.hypernetwork):
         at = eqx.filter_jit(lambda c: c.at(1.3))(curve(blocks, 2.0))
         assert eqx.tree_equal(at, blocks[0], rtol=1e-6, atol=1e-6)
-    hat = jf.TimeDependent(models.interpolated(blocks, 2.0))
-    layers = jf.TimeDependent(models.layered(blocks, 2.0))
+    hat = jf.TimeDependent(models.interpolated(blocks[:2], 2.0))
+    layers = jf.TimeDependent(models.layered(blocks[:2], 2.0))
     assert depth.flow(hat, x).stats["num_steps"] == 2
     assert eqx.tree_equal(layers.at(1.5), blocks[1])
     assert time.jumps(layers) == (1.0,)

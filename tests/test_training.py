@@ -83,6 +83,7 @@ def test_it_learns_in_one_trace():
     row = fitted.history[-1]
     assert row["num_evaluations"] == 2 and row["per_second"] > 0 and row["gradient_norm"] > 0
     assert row["validation_loss"] >= fitted.validation_loss
+    assert row["validation_num_evaluations"] == 2
 
 
 def test_evaluation_is_the_mean_over_what_counts():
@@ -204,6 +205,28 @@ def test_a_step_that_is_not_finite_leaves_the_last_good_parameters(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_an_evaluation_that_is_not_finite_stops_the_training(tmp_path):
+    with pytest.raises(
+        training.TrainingError, match=r"evaluation after step 3 failed.*must be fin"
+    ):
+        fit(network(), Points(bad=10_001), run=tmp_path)
+    last = training.latest(tmp_path / "checkpoints")
+    assert last is not None and training.metadata(last)["step"] == 3
+    assert training.best(tmp_path / "checkpoints") is None
+
+
+def test_training_without_validation_data(tmp_path):
+    class Unseen(Points):
+        def validation_batches(self, count=None):
+            return iter(())
+
+    fitted = fit(network(), Unseen(), run=tmp_path, log_every=4, patience=1)
+    assert fitted.reason == "done" and fitted.validation_loss == np.inf
+    assert eqx.tree_equal(fitted.best, fitted.model)
+    assert [row["step"] for row in fitted.history] == [1, 4, 6]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_a_solve_that_blows_up_names_the_time_and_the_tensor():
     class Bursting(jf.AbstractField):
         geometry: jf.Euclidean = jf.Euclidean()
@@ -270,6 +293,10 @@ def test_weight_decay_acts_on_matrices_alone():
     assert attention.field.query and attention.field.output and forward.field.weight_in
     assert not (attention.norm.gain or attention.norm.bias or forward.field.bias_in)
     assert mask.embedding and not mask.norm.gain
+    # A curve of curves: two axes of coefficients before those of a parameter.
+    nested = training.matrices(jf.Legendre([model.field] * 3, 0.0, 1.0))
+    attention = nested.coefficients.curve.coefficients.fields[0]
+    assert attention.field.query and not attention.norm.gain
     # With a gradient of zero only what decays moves.
     optimiser = optax.adamw(0.1, weight_decay=0.5, mask=training.matrices)
     with jax.numpy_dtype_promotion("standard"):
@@ -305,6 +332,7 @@ def test_costs_enter_the_loss_and_the_log():
     kinetic = float(with_cost.metrics["kinetic"])
     assert kinetic > 0
     assert float(with_cost.value) == pytest.approx(float(without.value) + weight * kinetic)
+    assert with_cost.metrics["outputs_loss"] == without.value
     # A heavy cost straightens the flow.
     ends = []
     for strength in (0.0, 1.0):

@@ -15,7 +15,9 @@ from .train import Solver
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of a `jaxflow train lm` run.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = " ",
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to continue (default: a space).")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens to add.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
@@ -44,7 +46,7 @@ def sample(
         raise typer.BadParameter(f"{run} holds a {type(model).__name__}, not a language model.")
     model = model.with_depth(depth_like(model.depth, solver, steps, tolerance))
     tokenizer = training.tokenizer(run)
-    tokens = jnp.asarray(tokenizer.encode(prompt), jnp.int32)
+    tokens = jnp.asarray(_encoded(tokenizer, prompt), jnp.int32)
     for key in jax.random.split(jax.random.key(seed), samples):
         text = model.generate(
             tokens, length, temperature=temperature, top_k=top_k, top_p=top_p, key=key
@@ -52,3 +54,12 @@ def sample(
         console.print(tokenizer.decode(text), markup=False, highlight=False, soft_wrap=True)
         if samples > 1:
             console.rule()
+
+
+def _encoded(tokenizer, prompt: str | None):
+    if prompt is not None:
+        return tokenizer.encode(prompt)
+    try:
+        return tokenizer.encode(" ")
+    except ValueError:  # an alphabet without it: its first character
+        return [0]

@@ -12,7 +12,7 @@ step count or tolerance it is a continuous one, and the same parameters run unde
 """
 
 from .base import AbstractModel, Depth, Solved
-from .blocks import Block, hypernetwork, interpolated, layered, shared, smooth
+from .blocks import Block, fourier, hypernetwork, interpolated, layered, shared, smooth
 from .config import CURVES, SOLVERS, build, depth
 from .image import ImageClassifier
 from .language import LanguageModel
@@ -30,6 +30,7 @@ __all__ = [
     "Solved",
     "build",
     "depth",
+    "fourier",
     "hypernetwork",
     "interpolated",
     "layered",

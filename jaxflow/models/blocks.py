@@ -16,6 +16,7 @@ from ..fields import (
     AbstractNorm,
     Constant,
     FeedForward,
+    Fourier,
     HyperNetwork,
     Legendre,
     MultiHeadAttention,
@@ -55,9 +56,18 @@ def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
 
 def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
     """L Legendre polynomials, at the start of training constant in time: the first block."""
+    return Legendre(_first_alone(blocks), 0.0, t1)
+
+
+def fourier(blocks: list[AbstractField], t1: float) -> Fourier:
+    """An odd number L of Fourier coefficients, of period 2 T so that the ends differ; at the start
+    of training constant in time: the first block."""
+    return Fourier(_first_alone(blocks), 2 * t1)
+
+
+def _first_alone(blocks: list[AbstractField]) -> list[Any]:
     nothing = lambda a: 0 * a if eqx.is_inexact_array(a) else a
-    rest = [jax.tree.map(nothing, block) for block in blocks[1:]]
-    return Legendre([blocks[0], *rest], 0.0, t1)
+    return [blocks[0], *(jax.tree.map(nothing, block) for block in blocks[1:])]
 
 
 def hypernetwork(

@@ -11,7 +11,7 @@ import jax
 from ..fields import LayerNorm, RMSNorm
 from ..solvers import LieTrotter, Strang
 from .base import AbstractModel, Depth
-from .blocks import hypernetwork, interpolated, layered, shared, smooth
+from .blocks import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .image import ImageClassifier
 from .language import LanguageModel
 from .residual import ResidualNetwork
@@ -26,6 +26,7 @@ CURVES = {
     "shared": shared,
     "linear": interpolated,
     "smooth": smooth,
+    "fourier": fourier,
     "hyper": hypernetwork,
     "hyper-full": partial(hypernetwork, rank=None),
 }

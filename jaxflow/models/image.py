@@ -30,7 +30,7 @@ class ImageClassifier(AbstractModel):
 
     embedding: eqx.nn.Linear
     positions: Float[Array, "n d"]
-    class_token: Float[Array, "1 d"] | None
+    class_token: Float[Array, " d"] | None
     field: AbstractField
     norm: AbstractNorm
     output: eqx.nn.Linear
@@ -69,7 +69,7 @@ class ImageClassifier(AbstractModel):
         self.field = blocks(block, layers, curve, self.depth, keys[0])
         self.embedding = eqx.nn.Linear(patch * patch * channels, dim, key=keys[1])
         self.positions = STD * jax.random.normal(keys[2], (n, dim))
-        self.class_token = STD * jax.random.normal(keys[3], (1, dim)) if class_token else None
+        self.class_token = STD * jax.random.normal(keys[3], (dim,)) if class_token else None
         self.norm = norm(dim)
         self.output = eqx.nn.Linear(dim, classes, key=keys[4])
         self.shape = shape
@@ -84,7 +84,7 @@ class ImageClassifier(AbstractModel):
         x = linear(self.embedding, x)
         x = x + jnp.broadcast_to(self.positions, x.shape)
         if self.class_token is not None:
-            first = jnp.broadcast_to(self.class_token, (*batch, *self.class_token.shape))
+            first = jnp.broadcast_to(self.class_token, (*batch, 1, x.shape[-1]))
             x = jnp.concatenate([first, x], axis=-2)
         return Measure(self.field.geometry.retract(x))
 

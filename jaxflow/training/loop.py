@@ -104,9 +104,9 @@ def fit(
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
     - `accumulate`: batches whose gradients are averaged into one step.
-    - `evaluate_every`: steps between evaluations, and one after the last step, each on
-      `evaluation_batches` batches (`None`: all). `patience`: evaluations without a better loss
-      before training stops.
+    - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
+      on `evaluation_batches` validation batches (`None`: all). `patience`: evaluations without a
+      better loss before training stops.
     - `budget`: of evaluations of the field, counted over all solves; training stops when it is
       spent.
     - `run`: a folder for checkpoints and metrics.jsonl. `resume`: go on from its last checkpoint,
@@ -122,8 +122,9 @@ def fit(
 
     **Returns:** a [`jaxflow.training.Fitted`][].
 
-    **Raises:** `TrainingError` if a loss or a gradient is not finite or a solve fails, naming the
-    step, the time and the tensor; a checkpoint of the last good parameters is left in `run`.
+    **Raises:** `TrainingError` if a loss or a gradient is not finite or a solve fails, in a step or
+    an evaluation, naming the step, the time and the tensor; a checkpoint of the last good
+    parameters is left in `run`.
     """
     every = evaluate_every if checkpoint_every is None else checkpoint_every
     _check(
@@ -162,21 +163,25 @@ def fit(
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not ok:
                 record.save(state, place, replace=False)
-                raise TrainingError(_diagnosis(step_fn, state, batch, place.step, numbers))
+                failed = f"step {place.step + 1} failed (loss {numbers['loss']:.6g}): "
+                raise TrainingError(failed + _diagnosis(step_fn, state, batch, place.step))
             place = place.after(_evaluations(numbers, budget) * accumulate)
             numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
             last = place.step == steps or (budget is not None and place.spent >= budget)
-            evaluated = place.step % evaluate_every == 0 or last
-            if evaluated:
-                validation_loss = step_fn.evaluate(state, data, evaluation_batches)
-                if validation_loss < place.best:
+            if place.step % evaluate_every == 0 or last:
+                try:
+                    numbers |= step_fn.evaluate(state, place.step, data, evaluation_batches)
+                except TrainingError:
+                    record.save(state, place, replace=False)
+                    raise
+            if evaluated := "validation_loss" in numbers:
+                if numbers["validation_loss"] < place.best:
                     best = jax.tree.map(jnp.copy, state.params)
-                place = place.evaluated(validation_loss)
-                numbers["validation_loss"] = validation_loss
-            if evaluated or place.step % log_every == 0 or place.step == 1:
+                place = place.evaluated(numbers["validation_loss"])
+            if evaluated or last or place.step % log_every == 0 or place.step == 1:
                 record.log(place.step, numbers)
             if evaluated and place.since == 0:
-                record.save(state, place, validation_loss)
+                record.save(state, place, numbers["validation_loss"])
             elif place.step % every == 0:
                 record.save(state, place)
             display.show(place.step, numbers)
@@ -239,10 +244,19 @@ class _Step(eqx.Module):
         state = _State(params, optimiser, state.key)
         return state, ok, {"loss": value, "gradient_norm": norm} | metrics
 
-    def evaluate(self, state: _State, data: Data, count: int | None) -> float:
-        """The mean loss over validation batches."""
+    def evaluate(self, state: _State, step: int, data: Data, count: int | None) -> dict[str, float]:
+        """Means over the validation batches, validation_loss among them; none without a batch."""
         model = eqx.combine(state.params, self.static)
-        return evaluate(model, data.validation_batches(count), self.loss, key=state.key)["loss"]
+        means = lambda batches: evaluate(model, batches, self.loss, key=state.key)
+        found = means(data.validation_batches(count))
+        if math.isfinite(found["loss"]):
+            return {f"validation_{name}": value for name, value in found.items()}
+        for batch in data.validation_batches(count):
+            if not math.isfinite(value := means([batch])["loss"]):
+                failed = f"the evaluation after step {step} failed (loss {value:.6g}): "
+                batch = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
+                raise TrainingError(failed + _diagnosis(self, state, batch, step))
+        return {}
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -258,9 +272,8 @@ def _batches(data: Data, step: int, accumulate: int):
     return jnp.asarray(np.stack(inputs)), jnp.asarray(np.stack(targets))
 
 
-def _diagnosis(step_fn: _Step, state: _State, batch, step: int, numbers) -> str:
+def _diagnosis(step_fn: _Step, state: _State, batch, step: int) -> str:
     """What was not finite, computed again outside of jit for the time and the tensor."""
-    text = f"step {step + 1} failed (loss {numbers['loss']:.6g}): "
     remedy = " Lower the learning rate, clip gradients, or look at the batch."
     model = eqx.combine(state.params, step_fn.static)
     for inputs in batch[0]:
@@ -268,18 +281,16 @@ def _diagnosis(step_fn: _Step, state: _State, batch, step: int, numbers) -> str:
             break
         try:
             sol = model.depth.flow(model.field, model.embed(inputs), throw=True)
-        except FlowError as error:
-            return text + str(error)
-        except ValueError as error:  # x(0) itself
-            return text + str(error)
+        except (FlowError, ValueError) as error:  # a ValueError for x(0) itself
+            return str(error)
         if not np.isfinite(np.asarray(model.read_out(sol.measures[-1]))).all():
-            return text + f"the outputs at t = {model.depth.t1:g} are not finite." + remedy
+            return f"the outputs at t = {model.depth.t1:g} are not finite." + remedy
     key = jax.random.fold_in(state.key, step)
     gradient = eqx.filter_jit(step_fn.gradient)(state.params, batch, key)[0]
     for path, leaf in jtu.tree_leaves_with_path(gradient):
         if not np.isfinite(np.asarray(leaf)).all():
-            return text + f"the gradient of {jtu.keystr(path)} is not finite." + remedy
-    return text + "the loss is not finite." + remedy
+            return f"the gradient of {jtu.keystr(path)} is not finite." + remedy
+    return "the loss is not finite." + remedy
 
 
 # ------------------------------------------------------------------ where the training is

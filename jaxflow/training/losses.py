@@ -50,7 +50,8 @@ class FlowLoss(AbstractLoss):
     - `costs`: `{name: (weight, cost)}`; `cost(field)` is an observable (t, mu) -> number, such as
       `jaxflow.observables.KineticEnergy`, the transport regulariser int |x'|^2 dt (Finlay et al.,
       arXiv 2002.02798). Its integral over the steps of the solve, a mean over the batch, is
-      logged under its name. Each costs an evaluation of the field a step.
+      logged under its name, and the loss without costs as "outputs_loss". Each costs an
+      evaluation of the field a step.
     """
 
     outputs: Callable
@@ -65,6 +66,8 @@ class FlowLoss(AbstractLoss):
         solved = model.solve(inputs, observe)
         value = self.outputs(model.read_out(solved.final), targets)
         metrics = {"num_evaluations": solved.stats["num_evaluations"]}
+        if self.costs:
+            metrics["outputs_loss"] = value
         for name, (weight, _) in self.costs.items():
             metrics[name] = solved.integral(name).mean()
             value = value + weight * metrics[name]

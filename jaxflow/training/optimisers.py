@@ -46,10 +46,15 @@ def matrices(model: Any) -> Any:
 
     The coefficients of a curve are stacked along a first axis, which does not count.
     """
+    return _matrices([model], axes=2)[0]
 
-    def mask(x, axes=2):
-        if isinstance(x, AbstractLinearCurve):
-            return jax.tree.map(lambda a: mask(a, 3), x)
+
+def _matrices(tree, axes: int):
+    curve = lambda x: isinstance(x, AbstractLinearCurve) and x is not tree
+
+    def mask(x):
+        if curve(x):
+            return _matrices(x, axes + 1)
         return x.ndim >= axes if eqx.is_array(x) else False
 
-    return jax.tree.map(mask, model, is_leaf=lambda x: isinstance(x, AbstractLinearCurve))
+    return jax.tree.map(mask, tree, is_leaf=curve)
