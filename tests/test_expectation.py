@@ -166,6 +166,17 @@ def test_value(case, backend):
     assert_close(actual, truth(case)(*operands), roundings(1e-14, backend))
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_the_least_number_masks_a_key(every, backend):
+    """As -inf does: a mask may be written with either."""
+    q, k, v, b, scale = PLAIN.operands(jnp.float32)
+    masks = [b.at[: None if every else 7].set(low) for low in (-jnp.inf, np.finfo(b.dtype).min)]
+    fn = jax.jit(operation(PLAIN, backend))
+    expected, found = (fn(q, k, v, mask, scale) for mask in masks)
+    for e, f in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(e, f)
+
+
 # float32 rounds at 6e-8, a sum of 64 terms loses a few units; the means and log-partitions of
 # bfloat16 operands are accumulated in float32, so only the mean's own rounding (2^-9) is left.
 @pytest.mark.usefixtures("x64")

@@ -42,6 +42,7 @@ BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn")
 PLATFORMS = {"pallas_gpu": "cuda", "cudnn": "cuda", "pallas_tpu": "tpu"}
 PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", "blocked")}
 INTERPRET = ":interpret"
+MASKED = -1e25  # below it a log weight is -inf: no score would be left of the sum
 Window = int | tuple[int, int] | None
 
 
@@ -71,7 +72,8 @@ def softmax_expectation(
     - `k`: keys, shape `(n, p)`.
     - `v`: values, shape `(n, r)`. Queries, keys and values share one floating-point dtype; float16
       and bfloat16 are accumulated in float32.
-    - `log_weights`: shape `(n,)`, added to the scores. `-inf` masks a key. `None` is zero.
+    - `log_weights`: shape `(n,)`, added to the scores. `-inf` masks a key, and so does all below
+      -1e25, such as the least number of a dtype. `None` is zero.
     - `scale`: a scalar, the inverse temperature beta. It may be traced.
     - `causal`: query i sees the keys j <= i. Both are counted from the first (so m != n aligns
       at the top left, as in `jax.nn.dot_product_attention`).
@@ -233,7 +235,8 @@ def _operands(q, k, v, log_weights):
             f"log_weights must be floating point, got {b.dtype}. "
             "A Boolean mask becomes jnp.where(mask, 0.0, -jnp.inf)."
         )
-    return q, k, v, b.astype(dtype)
+    b = b.astype(dtype)
+    return q, k, v, jnp.where(b < MASKED, -jnp.inf, b)
 
 
 def _scale(scale, dtype):
