@@ -212,6 +212,8 @@ def test_pair_densities_map_over_leading_axes(key):
 def test_pair_densities_refuse(edges, queries, message):
     with pytest.raises(ValueError, match=message):
         observables.pair_correlations(jf.measure.circle(4), edges, queries=queries)
+    with pytest.raises(ValueError, match="at least two tokens"):
+        observables.pair_correlations(jf.measure.circle(1), [0.0, 1.0])
 
 
 # ------------------------------------------------------------------ shape

@@ -112,6 +112,8 @@ def _pair_density(mu, edges, queries, pairing):
         raise ValueError(f"edges must have shape (bins + 1,) with a bin, got {edges.shape}.")
     if is_concrete(edges) and not (np.diff(edges) > 0).all():
         raise ValueError(f"edges must ascend, got {np.asarray(edges)}.")
+    if mu.n < 2:
+        raise ValueError("a density over pairs needs at least two tokens, got one.")
     if queries is None:
         queries = mu.n if mu.n <= EXACT else QUERIES
     mu, edges = jax.lax.stop_gradient((mu, edges))
