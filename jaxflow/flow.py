@@ -130,8 +130,9 @@ def flow(
 
     - `field`: X, a [`jaxflow.fields.AbstractField`][]; one whose parameters move in time is a
       [`jaxflow.TimeDependent`][]. A step ends where they or their slopes jump: adaptive and fixed
-      steps stop there (`dt0` is then the longest step, and each piece has equal ones), and
-      `StepTo(ts)` must.
+      steps stop there (`dt0` is then the longest step, and each piece has equal ones). The times of
+      `StepTo(ts)` must hold the jumps of parameters; those of slopes alone cost accuracy where they
+      are left out.
     - `mu0`: the initial measure. Points with leading axes `(*batch, n, d)` are separate systems
       that share one step size; `jax.vmap` of `flow` gives each its own.
     - `t0`, `t1`: the interval, t0 <= t1. To go back in time, flow along `-field`.
@@ -222,9 +223,10 @@ def _solve(
     if jumps(field):
         solver = solver if plain else Frozen(solver, jumps(field))
     if not isinstance(geometry, Euclidean):
+        # Points that are not finite make a solve that fails, which is the caller's to see.
         y0 = eqx.error_if(
             y0,
-            ~geometry.contains(y0).all(),
+            ~geometry.contains(y0).all() & jnp.isfinite(y0).all(),
             f"the points must lie on {geometry}: retract them first.",
         )
         # In 16 bits no step would be near enough.

@@ -241,8 +241,11 @@ def test_evaluate_at_other_depths(tmp_path, prose):
     flags = ["--text", prose, "--tokens", "chars", "--context", 8, "--curve", "linear"]
     flags += [*TINY, "--steps", 2, "--learning-rate", 0.05, "--solver", "euler"]
     assert run("train", "lm", *flags, "--out", folder).exit_code == 0
-    with pytest.raises(ValueError, match="Euler takes fixed steps"):
-        run("evaluate", folder, "--tolerance", 1e-3)
+    mixed = run("evaluate", folder, "--tolerance", 1e-3, "--layers", 4, "--layers", 64)
+    assert mixed.exit_code == 0 and "takes fixed steps" in " ".join(mixed.output.split())
+    lines = (folder / "evaluate.jsonl").read_text().splitlines()
+    own, few, many = (json.loads(line) for line in lines)
+    assert (few["layers"], few["num_evaluations"]) == (4, 4)
     result = run("evaluate", folder, *("--steps", 1, "--steps", 32), "--solver", "bosh3")
     assert result.exit_code == 0, result.output
     assert "validation" in result.output and "evaluations" in result.output
@@ -256,6 +259,7 @@ def test_evaluate_at_other_depths(tmp_path, prose):
     result = run("evaluate", folder, "--solver", "tsit5", "--tolerance", 1e-5)
     exact = json.loads((folder / "evaluate.jsonl").read_text().splitlines()[-1])["loss"]
     assert abs(fine["loss"] - exact) < 1e-5 < abs(own["loss"] - exact)
+    assert abs(many["loss"] - exact) < abs(few["loss"] - exact) / 4
 
 
 @pytest.mark.parametrize(
@@ -279,4 +283,6 @@ def test_train_on_digits(tmp_path, flags):
 
 def test_train_refuses_what_it_does_not_know(tmp_path):
     assert "preset must be one of" in run("train", "lm", "--preset", "huge").output
+    both = run("train", "lm", "--tolerance", 1e-3, "--solver-steps", 3)
+    assert both.exit_code and "give one of" in both.output
     assert "no run" in run("train", "lm", "--resume", tmp_path).output

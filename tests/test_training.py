@@ -227,6 +227,37 @@ def test_training_without_validation_data(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_a_run_that_diverged_is_resumed_from_before(tmp_path):
+    """From its last checkpoint that made a good step, or from the start, with another rate."""
+    rate = lambda start, changes=None: optax.sgd(optax.piecewise_constant_schedule(start, changes))
+    wild, tame, late = rate(1e30), rate(0.1), rate(0.1, {3: 1e31})
+    run = {"run": tmp_path / "early", "checkpoint_every": 2}
+    with pytest.raises(training.TrainingError, match="step 2 failed"):
+        fit(network(), Points(), optimiser=wild, **run)
+    resumed = fit(network(), Points(), optimiser=tame, resume=True, **run)
+    assert losses(resumed) == losses(fit(network(), Points(), optimiser=tame))
+    run = {"run": tmp_path / "late", "checkpoint_every": 2}
+    with pytest.raises(training.TrainingError, match="step 5 failed"):
+        fit(network(), Points(), optimiser=late, **run)
+    last = training.latest(tmp_path / "late" / "checkpoints")
+    assert last is not None and training.metadata(last)["step"] == 4
+    resumed = fit(network(), Points(), optimiser=tame, resume=True, **run)
+    assert losses(resumed) == losses(fit(network(), Points(), optimiser=tame))
+
+
+def test_tokens_on_a_sphere_that_overflow_stop_the_training():
+    model = LanguageModel(7, 8, 2, 1, 4, placement="post", key=KEY)
+    bad = eqx.tree_at(lambda m: m.embedding, model, jnp.inf * model.embedding)
+
+    class Tokens(Points):
+        def batch(self, step):
+            tokens = np.random.default_rng(step).integers(0, 7, (2, 5)).astype(np.int32)
+            return tokens[:, :-1], tokens[:, 1:]
+
+    with pytest.raises(training.TrainingError, match=r"step 1 failed.*must be finite"):
+        fit(bad, Tokens())
+
+
 def test_a_solve_that_blows_up_names_the_time_and_the_tensor():
     class Bursting(jf.AbstractField):
         geometry: jf.Euclidean = jf.Euclidean()

@@ -6,10 +6,13 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.table import Table
 
 from .. import models, training, viz
+from ..fields import TimeDependent
+from ..fields.time import sample
 from ..training import checkpoints
 from .console import console
 from .train import Solver, read_images, read_text
@@ -26,6 +29,9 @@ def evaluate(
         list[float] | None, typer.Option(help="Adaptive steps; repeatable.")
     ] = None,
     solver: Annotated[list[Solver] | None, typer.Option(help="Another solver; repeatable.")] = None,
+    layers: Annotated[
+        list[int] | None, typer.Option(help="Its curve sampled into so many layers; repeatable.")
+    ] = None,
     batches: Annotated[
         int | None, typer.Option(help="Validation batches (default: all of them).")
     ] = None,
@@ -35,22 +41,29 @@ def evaluate(
 
     The validation loss with each solver at each number of steps and each tolerance, in
     RUN/evaluate.jsonl; RUN/evaluate.png draws it against the evaluations of the field. Layers take
-    a multiple of their number as steps.
+    a multiple of their number as steps. With --layers the parameters are those in the middle of
+    each of so many pieces, one step a piece.
 
     Examples:
 
     `jaxflow evaluate runs/shakespeare --steps 4 --steps 8 --steps 16 --solver heun`
 
     `jaxflow evaluate runs/shakespeare --solver tsit5 --tolerance 1e-2 --tolerance 1e-4`
+
+    `jaxflow evaluate runs/shakespeare --layers 4 --layers 8 --layers 16`
     """
     model = training.load(run, which="latest" if latest else "best")
     data = _data(run)
     rows = []
-    for depth in _depths(model.depth, solver or [], steps or [], tolerance or []):
+    depths, notes = _depths(model.depth, solver or [], steps or [], tolerance or [])
+    variants = [(model.with_depth(depth), {}) for depth in depths]
+    variants += [(_layered(model, count), {"layers": count}) for count in layers or []]
+    for variant, about in variants:
+        depth = variant.depth
         with console.status(f"{_name(depth)}, {depth.steps or 'adaptive'} steps"):
-            rows.append(_row(model.with_depth(depth), data, batches, own=not rows))
+            rows.append(_row(variant, data, batches, own=not rows) | about)
     console.print(_table(run, rows))
-    for note in dict.fromkeys(row["note"] for row in rows if "note" in row):
+    for note in dict.fromkeys(notes + [row["note"] for row in rows if "note" in row]):
         console.print(f"[yellow]-[/yellow] {note}", highlight=False)
     checkpoints.write(run / "evaluate.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     _draw(rows, run / "evaluate.png")
@@ -77,13 +90,27 @@ def depth_like(
     )
 
 
-def _depths(own, solvers, steps, tolerances) -> list[models.Depth]:
-    """Its own first; then each solver with each number of steps and each tolerance."""
+def _depths(own, solvers, steps, tolerances) -> tuple[list[models.Depth], list[str]]:
+    """Its own first; then each solver with each number of steps and each tolerance, and why not."""
     sizes = [{"steps": n} for n in steps] + [{"tolerance": a} for a in tolerances]
-    if not (solvers or sizes):
-        return [own]
-    pairs = itertools.product(solvers or [None], sizes or [{}])
-    return [own, *(depth_like(own, chosen, **size) for chosen, size in pairs)]
+    depths, notes = [own], []
+    pairs = itertools.product(solvers or [None], sizes or [{}]) if solvers or sizes else ()
+    for chosen, size in pairs:
+        try:
+            depths.append(depth_like(own, chosen, **size))
+        except ValueError as error:  # adaptive steps without an error estimate
+            notes.append(str(error))
+    return depths, notes
+
+
+def _layered(model: models.AbstractModel, count: int) -> models.AbstractModel:
+    """Layers in place of the model's curve, one step a layer."""
+    if not isinstance(model.field, TimeDependent) or model.depth.steps is None:
+        raise typer.BadParameter("--layers is for models with a curve and fixed steps.")
+    if count < 1:
+        raise typer.BadParameter(f"--layers must be at least 1, got {count}.")
+    layers = sample(model.field.curve, np.linspace(0.0, model.depth.t1, count + 1))
+    return model.with_curve(layers).with_depth(depth_like(model.depth, steps=count))
 
 
 def _data(run: Path):
@@ -117,6 +144,7 @@ def _table(run: Path, rows: list[dict[str, Any]]) -> Table:
     table = Table("solver", "steps", *names, title=f"{run}: validation, its own depth first")
     for row in rows:
         steps = f"to {row['tolerance']:g}" if row["steps"] is None else str(row["steps"])
+        steps = f"{row['layers']} layers" if "layers" in row else steps
         numbers = (f"{row[name]:{form}}" if name in row else "-" for name, form in shown.items())
         table.add_row(row["solver"], steps, *numbers)
     return table
@@ -127,7 +155,8 @@ def _draw(rows: list[dict[str, Any]], path: Path):
     drawn: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if "num_evaluations" in row:
-            drawn.setdefault(row["solver"], []).append((row["num_evaluations"], row["loss"]))
+            name = row["solver"] + ", layers" * ("layers" in row)
+            drawn.setdefault(name, []).append((row["num_evaluations"], row["loss"]))
     pairs = {}
     for name, points in drawn.items():
         evaluations, losses = zip(*sorted(points), strict=True)

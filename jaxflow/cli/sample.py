@@ -51,7 +51,7 @@ def sample(
         text = model.generate(
             tokens, length, temperature=temperature, top_k=top_k, top_p=top_p, key=key
         )
-        console.print(tokenizer.decode(text), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(tokenizer.decode(text))
         if samples > 1:
             console.rule()
 

@@ -63,7 +63,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 # What may differ where a run goes on; the text and the images have to hold the same.
-CHANGEABLE = {"steps", "learning_rate", "patience", "text", "images", "labels"}
+CHANGEABLE = {"steps", "learning_rate", "patience", "budget", "text", "images", "labels"}
+CHANGEABLE |= {"evaluation_batches", "checkpoint_every", "cache"}
 
 Preset = Annotated[str, typer.Option(help="Named settings; other flags override them.")]
 Layers = Annotated[int, typer.Option(help="Blocks along the depth.")]
@@ -85,6 +86,11 @@ Entropy = Annotated[float, typer.Option(help="Weight of the entropy of attention
 Bf16 = Annotated[bool, typer.Option(help="Attention and feed-forward in bfloat16.")]
 Accumulate = Annotated[int, typer.Option(help="Batches a step.")]
 Every = Annotated[int, typer.Option(help="Steps between evaluations.")]
+EvaluationBatches = Annotated[int | None, typer.Option(help="Of an evaluation (default: all).")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(help="Steps between checkpoints (default: between evaluations).")
+]
+Budget = Annotated[int | None, typer.Option(help="Evaluations of the field to stop after.")]
 Patience = Annotated[int | None, typer.Option(help="Evaluations without progress to stop after.")]
 Seed = Annotated[int, typer.Option(help="Seed of the parameters and batches.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder (default: runs/DATE-TIME).")]
@@ -124,8 +130,14 @@ def lm(
     entropy: Entropy = 0.0,
     bf16: Bf16 = False,
     accumulate: Accumulate = 1,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the tokens for the next run.")
+    ] = None,
     evaluate_every: Every = 250,
+    evaluation_batches: EvaluationBatches = None,
+    checkpoint_every: CheckpointEvery = None,
     patience: Patience = None,
+    budget: Budget = None,
     seed: Seed = 0,
     preset: Preset = "default",
     out: Out = None,
@@ -183,7 +195,10 @@ def image(
     bf16: Bf16 = False,
     accumulate: Accumulate = 1,
     evaluate_every: Every = 100,
+    evaluation_batches: EvaluationBatches = None,
+    checkpoint_every: CheckpointEvery = None,
     patience: Patience = None,
+    budget: Budget = None,
     seed: Seed = 0,
     preset: Preset = "default",
     out: Out = None,
@@ -231,7 +246,10 @@ def resnet(
     kinetic: Kinetic = 0.0,
     accumulate: Accumulate = 1,
     evaluate_every: Every = 100,
+    evaluation_batches: EvaluationBatches = None,
+    checkpoint_every: CheckpointEvery = None,
     patience: Patience = None,
+    budget: Budget = None,
     seed: Seed = 0,
     preset: Preset = "default",
     out: Out = None,
@@ -284,6 +302,8 @@ def _settings(ctx: Context, task: str) -> tuple[Path, dict[str, Any]]:
             f"preset must be one of {', '.join(PRESETS[task])}; got {given['preset']!r}."
         )
     preset = {k: v for k, v in PRESETS[task][given["preset"]].items() if k not in from_user}
+    if {"solver_steps", "tolerance"} <= from_user:
+        raise typer.BadParameter("give one of --solver-steps and --tolerance.")
     if "solver_steps" in from_user:
         preset.pop("tolerance", None)
     run = ctx.params["out"] or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -309,6 +329,7 @@ def read_text(config: dict[str, Any], tokenizer: Any = None) -> training.Text:
         context=config["context"],
         batch_size=config["batch"],
         seed=config["seed"],
+        cache=config.get("cache"),
     )
 
 
@@ -377,9 +398,12 @@ def _fit(run: Path, config: dict, model_config: dict, data, resume: bool):
         key=jax.random.key(config["seed"]),
         accumulate=config["accumulate"],
         evaluate_every=config["evaluate_every"],
+        evaluation_batches=config.get("evaluation_batches"),
         patience=config["patience"],
+        budget=config.get("budget"),
         run=run,
         resume=resume,
+        checkpoint_every=config.get("checkpoint_every"),
         config=described,
     )
     figure = viz.training_curve(fitted.history).get_figure(root=True)
@@ -402,4 +426,4 @@ def _summarise(run: Path, fitted: Fitted, data, seconds: float):
         prompt = np.asarray(data.training[:8], np.int32)
         text = fitted.best.generate(prompt, 200, temperature=0.8, key=jax.random.key(0))
         console.rule("a sample")
-        console.print(data.tokenizer.decode(text), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(data.tokenizer.decode(text))

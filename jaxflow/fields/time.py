@@ -10,7 +10,8 @@
     HyperNetwork       theta + A MLP(embedding of t)
 
 A curve is made of fields: of each, every floating-point array is a parameter, and the rest is the
-same in all. Where a curve or its slope jumps, `flow` ends a step.
+same in all. Where a curve or its slope jumps, `flow` ends a step; steps at times of your own, as
+those of a `models.Depth` with `steps`, must end at the jumps of the curve alone.
 """
 
 import abc

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..fields import AbstractField
+from ..fields import AbstractCurve, AbstractField, TimeDependent
 from ..fields.time import jumps
 from ..flow import FlowSolution, Observables, flow, memory_estimate
 from ..measure import Measure
@@ -163,6 +163,11 @@ class AbstractModel(eqx.Module):
     def with_depth(self, depth: Depth):
         """The same parameters with other steps, tolerance, solver, adjoint or T."""
         return eqx.tree_at(lambda model: model.depth, self, depth)
+
+    def with_curve(self, curve: AbstractCurve):
+        """The same model with its parameters along another curve of its blocks, such as layers that
+        [`jaxflow.fields.time.sample`][] takes from its own."""
+        return eqx.tree_at(lambda model: model.field, self, TimeDependent(curve))
 
     def solve(self, inputs: Array, observe: Observables | None = None) -> Solved:
         """The flow of the embedded inputs; `observe` is evaluated at each step, and on both sides

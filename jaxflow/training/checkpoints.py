@@ -147,6 +147,16 @@ def best(folder: str | Path, metric: str = "loss") -> Path | None:
     return min(finite, key=lambda path: scores[path], default=None)
 
 
+def remove(folder: str | Path, since: int):
+    """Removes the checkpoints of that step and later ones, the last first."""
+    run = Path(folder).absolute()
+    _remove_leftovers(run)
+    for path in _folders(run):
+        if int(path.stem.removeprefix("step-")) >= since:
+            with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=run) as temporary:
+                os.rename(path, Path(temporary) / path.name)
+
+
 # ------------------------------------------------------------------ arrays of a tree
 
 

@@ -107,8 +107,8 @@ def fit(
     - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
       on `evaluation_batches` validation batches (`None`: all). `patience`: evaluations without a
       better loss before training stops.
-    - `budget`: of evaluations of the field, counted over all solves; training stops when it is
-      spent.
+    - `budget`: of evaluations of the field in the forward solves of the steps; training stops when
+      it is spent.
     - `run`: a folder for checkpoints and metrics.jsonl. `resume`: go on from its last checkpoint,
       or start where it has none yet; the losses are those of a run that was never stopped, bit for
       bit.
@@ -123,8 +123,9 @@ def fit(
     **Returns:** a [`jaxflow.training.Fitted`][].
 
     **Raises:** `TrainingError` if a loss or a gradient is not finite or a solve fails, in a step or
-    an evaluation, naming the step, the time and the tensor; a checkpoint of the last good
-    parameters is left in `run`.
+    an evaluation, naming the step, the time and the tensor. The last finite parameters are then the
+    latest checkpoint in `run`; `resume` goes on from the one before, which made a good step, so
+    that another learning rate can help.
     """
     every = evaluate_every if checkpoint_every is None else checkpoint_every
     _check(
@@ -151,6 +152,8 @@ def fit(
     about = {"config": dict(config or {}), "data": data.describe(), "accumulate": accumulate}
     record = _Record(None if run is None else Path(run), keep, about)
     best = None
+    if resume:
+        record.forget_failure()
     if resume and record.resumable():
         state, best, place = record.resume(state)
     else:
@@ -162,7 +165,7 @@ def fit(
             state, ok, metrics = step_fn(state, np.int32(place.step), batch)
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not ok:
-                record.save(state, place, replace=False)
+                record.fail(state, place)
                 failed = f"step {place.step + 1} failed (loss {numbers['loss']:.6g}): "
                 raise TrainingError(failed + _diagnosis(step_fn, state, batch, place.step))
             place = place.after(_evaluations(numbers, budget) * accumulate)
@@ -172,7 +175,7 @@ def fit(
                 try:
                     numbers |= step_fn.evaluate(state, place.step, data, evaluation_batches)
                 except TrainingError:
-                    record.save(state, place, replace=False)
+                    record.fail(state, place)
                     raise
             if evaluated := "validation_loss" in numbers:
                 if numbers["validation_loss"] < place.best:
@@ -290,7 +293,9 @@ def _diagnosis(step_fn: _Step, state: _State, batch, step: int) -> str:
     for path, leaf in jtu.tree_leaves_with_path(gradient):
         if not np.isfinite(np.asarray(leaf)).all():
             return f"the gradient of {jtu.keystr(path)} is not finite." + remedy
-    return "the loss is not finite." + remedy
+    if np.isfinite(np.asarray(optax.tree.norm(gradient))):
+        return "the loss is not finite." + remedy
+    return "the gradient's norm overflows." + remedy
 
 
 # ------------------------------------------------------------------ where the training is
@@ -315,8 +320,8 @@ class _Place(NamedTuple):
 def _evaluations(numbers, budget: int | None) -> float:
     if budget is not None and "num_evaluations" not in numbers:
         raise ValueError(
-            "a budget counts evaluations of the field, which implicit methods do not report: pass "
-            "budget=None, or an explicit method."
+            "a budget counts evaluations of the field, and the loss logs no num_evaluations "
+            "(implicit methods do not report them): pass budget=None, or an explicit method."
         )
     return numbers.get("num_evaluations", 0.0)
 
@@ -329,6 +334,9 @@ def _reason_to_stop(place, steps, patience, budget, signals) -> str:
     if patience is not None and place.since >= patience:
         return "early stop"
     return "budget" if budget is not None and place.spent >= budget else ""
+
+
+_FAILED = "failed.json"  # the step that was not finite, in the run folder
 
 
 class _Record:
@@ -382,6 +390,22 @@ class _Record:
             metrics=None if loss is None else {"loss": loss},
             keep=self.keep,
         )
+
+    def fail(self, state: _State, place: _Place):
+        """Keeps the parameters of a failed step for a look, and the checkpoint before them."""
+        if self.folder is None:
+            return
+        checkpoints.write(self.folder / _FAILED, json.dumps({"step": place.step}) + "\n")
+        self.keep += 1
+        self.save(state, place, replace=False)
+
+    def forget_failure(self):
+        """Removes what a failed step left: nothing good comes from there."""
+        assert self.folder is not None
+        failed = self.folder / _FAILED
+        if failed.exists():
+            checkpoints.remove(self.checkpoints, json.loads(failed.read_text())["step"])
+            failed.unlink()
 
     def resume(self, state: _State):
         """(state, best parameters, place) of the last checkpoint."""
