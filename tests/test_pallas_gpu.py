@@ -5,6 +5,7 @@ out: the Mosaic GPU form of the particles' kernels, which has an interpreter of 
 """
 
 import dataclasses
+import importlib.util
 import types
 from functools import partial
 
@@ -159,6 +160,16 @@ def test_before_ampere_it_falls_back(abstract_device):
         with pytest.raises(NotImplementedError, match=r"compute capability 8.0, got 7.5"):
             select_backend(x, x, x, platform="cuda", backend="pallas_gpu")
     assert "triton" not in text and "mosaic" not in text
+
+
+def test_without_triton_it_falls_back(abstract_device, monkeypatch):
+    few, heads = jnp.zeros((64, 3)), jnp.zeros((64, 64))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with abstract_device("NVIDIA H100 80GB HBM3"):
+        assert select_backend(few, few, few, platform="cuda") == "pallas_gpu"
+        assert select_backend(heads, heads, heads, platform="cuda") == "blocked"
+        with pytest.raises(NotImplementedError, match="need Pallas on Triton"):
+            select_backend(heads, heads, heads, platform="cuda", backend="pallas_gpu")
 
 
 @pytest.mark.parametrize("kind, rows", [(A100, 64), ("NVIDIA GeForce RTX 4090", 32)])

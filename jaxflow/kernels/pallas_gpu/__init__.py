@@ -6,14 +6,16 @@
 | `hopper`       | bfloat16 and float16 at the head dimensions of language models | Hopper      |
 | `tensor_cores` | what the others refuse                                         | from Ampere |
 
-JAX has deprecated Pallas on Triton since 0.11 and will remove it, so what runs on Hopper and later
-is built on Mosaic GPU, and Triton serves older devices and shapes that the Mosaic kernels refuse.
+JAX has deprecated Pallas on Triton since 0.11 and will remove it, so particles on Hopper and later
+and language models on Hopper are built on Mosaic GPU; Triton serves older devices and what those
+kernels refuse (float32 heads, bands in float32), and is refused where JAX has it no more.
 JAX 0.10 and 0.11 take different compilers by default: every call names its own by compiler_params.
 
 Operands are those of `blocked`, with any number of leading batch axes.
 """
 
 import dataclasses
+import importlib.util
 import math
 
 import jax
@@ -41,13 +43,15 @@ CAPABILITIES = {
 
 def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
     """Why these operands cannot be run; None if they can."""
-    del mode, k, problem
     if (capability := compute_capability()) < AMPERE:
         return f"its kernels need compute capability 8.0, got {'.'.join(map(str, capability))}"
     if (name := jnp.dtype(q.dtype).name) not in DTYPES:
         return f"its kernels are for {', '.join(DTYPES)}, got {name}"
     if (channels := max(q.shape[-1], v.shape[-1])) > CHANNELS:
         return f"its kernels hold at most {CHANNELS} channels, got {channels}"
+    on_triton = family(mode, q, k, v, problem, capability) == "tensor_cores" or capability < HOPPER
+    if on_triton and importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "its kernels for these operands need Pallas on Triton, which this JAX no longer has"
     return None
 
 
