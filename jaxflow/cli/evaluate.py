@@ -105,8 +105,8 @@ def _depths(own, solvers, steps, tolerances) -> tuple[list[models.Depth], list[s
 
 def _layered(model: models.AbstractModel, count: int) -> models.AbstractModel:
     """Layers in place of the model's curve, one step a layer."""
-    if not isinstance(model.field, TimeDependent) or model.depth.steps is None:
-        raise typer.BadParameter("--layers is for models with a curve and fixed steps.")
+    if not isinstance(model.field, TimeDependent):
+        raise typer.BadParameter("--layers is for models whose parameters are a curve in time.")
     if count < 1:
         raise typer.BadParameter(f"--layers must be at least 1, got {count}.")
     layers = sample(model.field.curve, np.linspace(0.0, model.depth.t1, count + 1))
