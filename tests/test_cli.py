@@ -208,8 +208,11 @@ def test_train_resume_and_sample(tmp_path, prose):
     pytest.importorskip("orbax.checkpoint")
     folder = tmp_path / "run"
     flags = ["--text", prose, "--tokens", "chars", "--context", 8, "--curve", "smooth"]
+    flags += ["--cache", tmp_path / "cache", "--checkpoint-every", 1, "--evaluation-batches", 1]
     result = run("train", "lm", *flags, *TINY, "--steps", 2, "--seed", 1, "--out", folder)
     assert result.exit_code == 0, result.output
+    assert [path.name[-1] for path in sorted((folder / "checkpoints").glob("step-*"))] == ["1", "2"]
+    assert any((tmp_path / "cache").iterdir())
     assert "validation loss" in result.output and "a sample" in result.output
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "config.json").read_text())
@@ -227,7 +230,10 @@ def test_train_resume_and_sample(tmp_path, prose):
         run("sample", folder, "--prompt", "the ", "--length", 6, *depth).output
         for depth in ([], ["--solver", "heun", "--steps", 1], [])
     ]
+    assert run("sample", folder, "--length", 2).output.startswith(" ")
     assert texts[0].startswith("the ") and texts[0] == texts[2] and texts[1].startswith("the ")
+    spent = run("train", "lm", "--resume", folder, "--steps", 9, "--budget", 1)
+    assert spent.exit_code == 0 and "budget, after 3 steps" in spent.output
     assert "already" in run("train", "lm", *flags, *TINY, "--out", folder).output
     both = run("sample", folder, "--steps", 2, "--tolerance", 0.1)
     assert both.exit_code and "tolerance" in both.output

@@ -113,7 +113,7 @@ def fit(
       or start where it has none yet; the losses are those of a run that was never stopped, bit for
       bit.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
-      the last stay. The best one stays too.
+      the last stay, two at least, as the step after the last may fail. The best one stays too.
     - `log_every`: steps between lines of metrics.jsonl.
     - `config`: JSON kept in each checkpoint.
     - `progress`: show a progress bar.
@@ -343,7 +343,7 @@ class _Record:
     """The run folder: checkpoints and metrics.jsonl. Without a folder, the history alone."""
 
     def __init__(self, folder: Path | None, keep: int, config: dict):
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep = folder, max(2, keep)
         self.config = json.loads(json.dumps(config))  # refuses now what no checkpoint could hold
         self.history: list[dict[str, Any]] = []
         self.saved = -1
