@@ -24,6 +24,7 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Float
 
+from ._memory import PAIRS_AT_ONCE
 from ._types import Points, Scalar, ScalarLike, is_concrete
 from .fields import AbstractField
 from .flow import FlowArgs, flow, over_systems, particle_velocity
@@ -216,7 +217,7 @@ class _Gap(eqx.Module):
             apart = (label != self.labels) & (label >= 0) & (self.labels >= 0)
             return jnp.where(apart, jnp.matmul(unit, x, precision="highest"), -1).max()
 
-        rows = min(len(y), max(1, 2**21 // len(y)))
+        rows = min(len(y), max(1, PAIRS_AT_ONCE // len(y)))
         closest = jax.lax.map(nearest, (unit, self.labels), batch_size=rows).max()
         return _from_above(self.threshold.astype(closest.dtype) - closest, t <= t0)
 
