@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from ._memory import check_fits
 from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from .explicit import evaluations_per_step
 from .fields import AbstractField
 from .fields.time import breakpoints, jumps
 from .geometry import AbstractGeometry, Euclidean
@@ -31,7 +32,6 @@ from .solvers import (
     PiecewiseSteps,
     Retracted,
     default_adjoint,
-    evaluations_per_step,
     step_times,
 )
 
