@@ -32,6 +32,7 @@ from ._flow_input import (
 from ._functions import compared_by_code
 from ._memory import check_fits
 from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from .explicit import evaluations_per_step
 from .fields import AbstractField
 from .fields.time import breakpoints, jumps
 from .geometry import AbstractGeometry, Euclidean
@@ -43,7 +44,6 @@ from .solvers import (
     PiecewiseSteps,
     Retracted,
     default_adjoint,
-    evaluations_per_step,
     step_times,
 )
 
