@@ -4,6 +4,10 @@ import os
 
 import jax
 
+# Numbers that an array of pairs may hold: of n tokens as many rows (or systems, or times) are taken
+# at a time as stay below it. 16 MiB in float64.
+PAIRS_AT_ONCE = 2**21
+
 
 def check_fits(needed: int, what: str, remedy: str):
     """Raises MemoryError where more bytes are needed than are free."""

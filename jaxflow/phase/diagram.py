@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._memory import PAIRS_AT_ONCE
 from .._types import ArrayLike, Points, Scalar, ScalarLike
 from ..fields import SelfAttention, Softmax
 from ..fields.interactions import AbstractInteraction
@@ -29,9 +30,6 @@ from ..observables import AbstractObservable
 from .checks import checked_threshold, increasing_times, numbers, positive, whole
 from .equiangular import equiangular_time, known_interaction
 from .rows import Rows
-
-SCORES = 2**22  # of all systems, up to which they are kept: the definition is then the fastest
-BLOCK = 2**21  # inner products of a system that are kept at a time
 
 
 class PhaseRow(NamedTuple):
@@ -91,7 +89,7 @@ class MetPairs(AbstractObservable):
             # Each token meets itself.
             return (jnp.matmul(points, x, precision="highest") >= level).sum() - 1
 
-        counts = jax.lax.map(met, points, batch_size=min(n, max(1, BLOCK // n)))
+        counts = jax.lax.map(met, points, batch_size=min(n, max(1, PAIRS_AT_ONCE // n)))
         return counts.astype(points.dtype) / (n - 1)
 
 
@@ -236,7 +234,8 @@ def _sample(problem: _Problem, key: PRNGKeyArray) -> Points:
 
 def _met(problem: _Problem, beta: float, points: Points) -> Float[np.ndarray, "ts systems"]:
     """The fraction of pairs that have met, in each system at each time."""
-    few = problem.systems * problem.n**2 <= SCORES
+    # All scores may be kept: the definition is then the fastest.
+    few = problem.systems * problem.n**2 <= PAIRS_AT_ONCE
     met = MetPairs(problem.threshold)
     sol = flow(
         SelfAttention(
