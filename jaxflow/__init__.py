@@ -17,6 +17,8 @@ The map, in reading order:
 All attention runs through one operation, `softmax_expectation`.
 """
 
+__version__ = "0.1.0"
+
 from . import events, measure, models, observables, phase, solvers, training, viz
 from .fields import (
     NGPT,
@@ -54,8 +56,6 @@ from .kernels import select_backend, softmax_expectation
 from .lyapunov import lyapunov_exponents
 from .measure import Measure
 from .phase import PhaseDiagram, phase_diagram
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AbstractField",

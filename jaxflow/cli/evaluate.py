@@ -11,9 +11,9 @@ import typer
 from rich.table import Table
 
 from .. import models, training, viz
+from .._folder import write_text
 from ..fields import TimeDependent
 from ..fields.time import sample
-from ..training import checkpoints
 from .console import console
 from .train import Solver, read_images, read_text
 
@@ -65,7 +65,7 @@ def evaluate(
     console.print(_table(run, rows))
     for note in dict.fromkeys(notes + [row["note"] for row in rows if "note" in row]):
         console.print(f"[yellow]-[/yellow] {note}", highlight=False)
-    checkpoints.write(run / "evaluate.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(run / "evaluate.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     _draw(rows, run / "evaluate.png")
     console.print(f"Figure: {run / 'evaluate.png'}", soft_wrap=True)
 

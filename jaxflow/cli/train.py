@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from .. import __version__, models, observables, training, viz
-from ..training import Fitted, checkpoints
+from ..training import Fitted
 from ..viz.style import require
 from .console import console
 
@@ -381,10 +381,8 @@ def _fit(run: Path, config: dict, model_config: dict, data, resume: bool):
     model = models.build(model_config)
     if not resume and training.latest(run / "checkpoints") is not None:
         raise typer.BadParameter(f"{run} holds a run already: --resume it, or take another --out.")
-    run.mkdir(parents=True, exist_ok=True)
     described = {"settings": config, "model": model_config, "jaxflow": __version__}
     start = time.perf_counter()
-    checkpoints.write(run / "config.json", json.dumps(described, indent=2) + "\n")
     fitted = training.fit(
         model,
         data,
