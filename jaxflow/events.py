@@ -12,6 +12,7 @@ the time is found by bisection in the solver's interpolation, so an observable m
 does.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -52,7 +53,10 @@ class Crossing(eqx.Module):
                 "an event needs an observable with a scalar value, got shape "
                 f"{values.shape[y.ndim - 2 :]}."
             )
-        excess = self.sign * (values.astype(y.dtype) - self.level.astype(y.dtype))
+        values, level = values.astype(y.dtype), self.level.astype(y.dtype)
+        # Past the level by more than the rounding of the value, which another program may have.
+        rounding = 16 * jnp.finfo(y.dtype).eps * jnp.maximum(jnp.abs(values), jnp.abs(level))
+        excess = self.sign * (values - level) + rounding
         return _from_above(excess.max(), t <= t0)
 
 
@@ -287,7 +291,13 @@ class _Bisection(optimistix.AbstractRootFinder):
         return short, optimistix.RESULTS.successful
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        return y, aux, {}
+        # Past the crossing by a part of the step in which a token moves by more than rounding:
+        # what is saved has then crossed, also as another program computes it.
+        lower, upper = options["lower"], options["upper"]
+        eps = jnp.finfo(y.dtype).eps
+        past = jnp.maximum(math.sqrt(eps) * (upper - lower), 8 * eps * jnp.abs(y))
+        past = jnp.minimum(y + past, upper)
+        return jnp.where(fn(past, args)[0] <= 0, past, y), aux, {}
 
 
 def _event(condition: Callable) -> diffrax.Event:

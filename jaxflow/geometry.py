@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ._types import ArrayLike, is_concrete
+from ._types import ArrayLike, accumulation_dtype, is_concrete
 
 Vectors = Float[Array, "*shape d"]
+AnyVectors = Float[Array | np.ndarray, "*shape d"]
+AnyBools = Bool[Array | np.ndarray, "*shape"]
 
 
 class AbstractGeometry(eqx.Module):
@@ -64,8 +66,11 @@ class AbstractGeometry(eqx.Module):
         """
 
     @abc.abstractmethod
-    def contains(self, x: Vectors) -> Bool[Array, "*shape"]:
-        """Whether x is a point of the space, up to ten times the root of its dtype's epsilon."""
+    def contains(self, x: AnyVectors) -> AnyBools:
+        """Whether x is a point of the space, up to ten times the root of its dtype's epsilon.
+
+        Of an array of NumPy the answer is one too, found on the host without a compilation.
+        """
 
 
 class Euclidean(AbstractGeometry):
@@ -95,8 +100,8 @@ class Euclidean(AbstractGeometry):
     def divergence_correction(self, x: Vectors, f: Vectors) -> Float[Array, "*shape"]:
         return jnp.zeros(x.shape[:-1], x.dtype)
 
-    def contains(self, x: Vectors) -> Bool[Array, "*shape"]:
-        return jnp.ones(x.shape[:-1], bool)
+    def contains(self, x: AnyVectors) -> AnyBools:
+        return _array_library(x).ones(x.shape[:-1], bool)
 
 
 class Sphere(AbstractGeometry):
@@ -146,8 +151,11 @@ class Sphere(AbstractGeometry):
     def divergence_correction(self, x: Vectors, f: Vectors) -> Float[Array, "*shape"]:
         return -(x.shape[-1] - 1) * _dot(x, f) / self.radius**2
 
-    def contains(self, x: Vectors) -> Bool[Array, "*shape"]:
-        return jnp.abs(_norm(x) / self.radius - 1) <= _slack(x.dtype)
+    def contains(self, x: AnyVectors) -> AnyBools:
+        wide = x.astype(accumulation_dtype(x.dtype))  # 16 bits hold no squares beyond 256.
+        radius = _array_library(x, self.radius).asarray(self.radius, wide.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return abs(_dot(wide, wide) ** 0.5 / radius - 1) <= _slack(x.dtype)
 
 
 class Ellipsoid(AbstractGeometry):
@@ -215,10 +223,11 @@ class Ellipsoid(AbstractGeometry):
         dimension = len(self.gain) - 1 - self.centred
         return -dimension * _dot(self._z(x), self._scaled(f)) / len(self.gain)
 
-    def contains(self, x: Vectors) -> Bool[Array, "*shape"]:
-        z = self._z(x)
-        off_plane = jnp.abs(z - self._flat(z)).max(axis=-1)
-        return self._sphere.contains(self._flat(z)) & (off_plane <= _slack(x.dtype))
+    def contains(self, x: AnyVectors) -> AnyBools:
+        with np.errstate(over="ignore", invalid="ignore"):
+            z = self._z(x)
+            off_plane = abs(z - self._flat(z)).max(axis=-1)
+            return self._sphere.contains(self._flat(z)) & (off_plane <= _slack(x.dtype))
 
     @property
     def _sphere(self) -> Sphere:
@@ -256,7 +265,13 @@ def _normal_coordinates(square):
 
 def _rows(vector, x):
     """The vector, for each token of x."""
-    return jnp.broadcast_to(vector.astype(x.dtype), x.shape)
+    library = _array_library(x, vector)
+    return library.broadcast_to(library.asarray(vector, x.dtype), x.shape)
+
+
+def _array_library(x, *parameters):
+    """NumPy for points and parameters that are known on the host, where no program is compiled."""
+    return np if isinstance(x, np.ndarray) and is_concrete(*parameters) else jnp
 
 
 def _slack(dtype) -> float:

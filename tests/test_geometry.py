@@ -214,6 +214,27 @@ def test_contains_accepts_ten_roots_of_epsilon(geometry, dtype):
         assert not geometry.contains((1 + factor * root) * x).any()
 
 
+@every_geometry
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_numpy_points_are_checked_in_numpy(geometry, dtype):
+    """One operation of JAX would make the answer an array of JAX; NaN is on no curved space."""
+    x = np.array(point_and_tangent(geometry)[0].astype(dtype))
+    x[0] *= 1.5
+    x[1, 0] = np.nan
+    there = geometry.contains(x)
+    assert type(there) is np.ndarray
+    curved = not isinstance(geometry, Euclidean)
+    np.testing.assert_array_equal(there, (np.arange(len(x)) > 1) | (not curved))
+    np.testing.assert_array_equal(there, geometry.contains(jnp.asarray(x)))
+
+
+def test_sixteen_bits_hold_spheres_of_any_radius():
+    """The squares of these points are beyond float16."""
+    x = (300 * Sphere().retract(vectors(0, 6, 4))).astype(jnp.float16)
+    assert Sphere(300.0).contains(x).all() and Sphere(300.0).contains(np.asarray(x)).all()
+    assert not Sphere(200.0).contains(x).any()
+
+
 def test_euclidean_space_contains_everything():
     assert Euclidean().contains(1e3 * vectors(0, 6, 4)).all()
 
