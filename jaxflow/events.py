@@ -161,8 +161,8 @@ def merges(
     [`jaxflow.flow`][], for one system, outside `jit`.
 
     **Returns:** a [`jaxflow.observables.MergeTree`][] with `links`, the two tokens that met; it is
-    complete if one cluster is left at t1. Where a solve fails on the way, the tree holds the mergers
-    before, its `failure` says what happened, and a warning does, too.
+    complete if one cluster is left at t1. Where a solve fails on the way, the tree holds the
+    mergers before, its `failure` says what happened, and a warning does, too.
 
     **Raises:** `ValueError` for several systems, and what [`jaxflow.flow`][] raises for bad input.
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jaxflow import FlowError, models
 from jaxflow._folder import write_settings
-from jaxflow.cli import app, choices, console, learning, main, phase, reading, settings, systems
+from jaxflow.cli import app, choices, console, learning, phase, reading, settings, systems
 from jaxflow.cli.boundary import Stopped, interruptible
 
 # fmt: off
