@@ -18,6 +18,7 @@ ROOT = pathlib.Path(jaxflow.__file__).parent
 # Imports point to a lower layer, or stay within a package.
 LAYERS = {
     "_folder": 0,
+    "_checks": 0.5,
     "_memory": 0,
     "_types": 0,
     "measure": 1,

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._checks import check_count, check_key, check_kind, check_number, real_array
 from .._memory import PAIRS_AT_ONCE, check_fits
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..fields import (
     NGPT,
     AbstractField,
+    Hardmax,
     MultiHeadAttention,
     PeriNorm,
     PostNorm,
@@ -30,7 +32,7 @@ from ..fields import (
     TimeDependent,
 )
 from ..kernels import softmax_expectation
-from ..measure import Measure
+from ..measure import Measure, check_measure
 from .base import AbstractObservable, over_leading
 
 # Up to this many tokens the singular values are those of the whole matrix.
@@ -44,10 +46,14 @@ def attention_matrix(
 
     The rows of softmax, hardmax and Sinkhorn attention sum to 1.
 
-    **Raises:** `MemoryError` where the matrix does not fit; `attention_spectrum`,
-    `attention_entropy` and `column_defect` do without it.
+    **Raises:** `ValueError` or `TypeError` for a field without one matrix and for bad queries;
+    `MemoryError` where the matrix does not fit: `attention_spectrum`, `attention_entropy` and
+    `column_defect` do without it.
     """
-    points = mu.points if x is None else x
+    _check_single(field, mu)
+    points = mu.points if x is None else real_array("x", x, "queries (*batch, m, d)")
+    if points.ndim < 2 or points.shape[-1] != mu.d:
+        raise ValueError(f"queries x must have shape (*batch, m, {mu.d}), got {points.shape}.")
     entries = math.prod(points.shape[:-1]) * mu.n + mu.n**2
     check_fits(
         entries * points.dtype.itemsize,
@@ -69,7 +75,12 @@ def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:
     """max_j |sum_i w_i A_ij / w_j - 1|: how far attention is from preserving the mass of tokens.
 
     0 for Sinkhorn attention at convergence, so that the token mean obeys m' = V m.
+
+    **Raises:** `TypeError` for a field without one matrix; `MemoryError` for hardmax attention
+    whose matrix, which its transpose keeps, does not fit.
     """
+    _check_single(field, mu)
+    _check_transpose(field, mu)
 
     def one(y, logs):
         tokens = field.tokens(Measure(y, logs))
@@ -106,9 +117,16 @@ def attention_spectrum(
     **Arguments:** `key`: of the probes, `jax.random.key(0)` by default.
 
     **Returns:** shape `(*batch, n)`, or `(*batch, min(n, probes))` for n > 512.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments and a field without one matrix;
+    `MemoryError` for hardmax attention whose matrix, which its transpose keeps, does not fit.
     """
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}.")
+    _check_single(field, mu)
+    probes = check_count("probes", probes)
+    if key is not None:
+        check_key(key)
+    if mu.n > DENSE:
+        _check_transpose(field, mu)
     return _spectrum(field, mu, jax.random.key(0) if key is None else key, probes)
 
 
@@ -124,11 +142,16 @@ def attention_rank(
 
     In d = 1 with V > 0, QK > 0 the matrix tends to a Boolean one of rank <= 2 (arXiv 2305.05465).
     Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 it saturates at `probes`, and is
-    to be believed below it.
+    to be believed below it. It is -1 where a token with mass is not finite.
+
+    **Raises:** as [`jaxflow.observables.attention_spectrum`][], and where the tolerance is not in
+    [0, 1).
     """
+    check_number("tolerance", tolerance, "in [0, 1)", lambda tol: 0 <= tol < 1)
     values = attention_spectrum(field, mu, probes=probes, key=key)
     level = jnp.asarray(tolerance, values.dtype) * values[..., :1]
-    return (values > level).sum(axis=-1)
+    count = (values > level).sum(axis=-1)
+    return jnp.where(jnp.isnan(values).any(axis=-1), -1, count)
 
 
 def effective_rank(
@@ -138,6 +161,8 @@ def effective_rank(
     2007).
 
     Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 of its `probes` largest.
+
+    **Raises:** as [`jaxflow.observables.attention_spectrum`][].
     """
     values = attention_spectrum(field, mu, probes=probes, key=key)
     p = values / values.sum(axis=-1, keepdims=True)
@@ -145,19 +170,47 @@ def effective_rank(
 
 
 class AttentionRank(AbstractObservable):
-    """t, mu -> [`jaxflow.observables.attention_rank`][]; the tolerance may be traced."""
+    """t, mu -> [`jaxflow.observables.attention_rank`][], nan where that is -1.
+
+    **Arguments:** `field`, a [`jaxflow.SelfAttention`][]; `tolerance`, which may be traced, and
+    `probes` as in [`jaxflow.observables.attention_rank`][].
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments.
+    """
 
     field: SelfAttention
     tolerance: Scalar
     probes: int = eqx.field(static=True)
 
     def __init__(self, field: SelfAttention, *, tolerance: ScalarLike = 1e-3, probes: int = 32):
+        check_number("tolerance", tolerance, "in [0, 1)", lambda tol: 0 <= tol < 1)
         self.field = field
         self.tolerance = jnp.asarray(tolerance, float)
-        self.probes = probes
+        self.probes = check_count("probes", probes)
 
     def __call__(self, t, mu):
-        return attention_rank(self.field, mu, tolerance=self.tolerance, probes=self.probes)
+        rank = attention_rank(self.field, mu, tolerance=self.tolerance, probes=self.probes)
+        rank = rank.astype(accumulation_dtype(mu.points.dtype))
+        return jnp.where(rank < 0, jnp.nan, rank)
+
+
+def _check_single(field, mu):
+    """A field with one matrix A, and a measure."""
+    check_measure("mu", mu)
+    check_kind(
+        "field", field, SelfAttention,
+        "Of a sum or a model pass one of its parts; attention_entropy takes any field.",
+    )  # fmt: skip
+
+
+def _check_transpose(field, mu):
+    """The transpose of hardmax attention keeps its matrix."""
+    if isinstance(field.interaction, Hardmax):
+        check_fits(
+            2 * mu.n**2 * mu.points.dtype.itemsize,
+            f"hardmax attention of {mu.n} tokens, transposed,",
+            "Take fewer tokens, or softmax attention with a large beta.",
+        )
 
 
 @eqx.filter_jit
@@ -202,7 +255,10 @@ def attention_entropy(
 
     **Arguments:** `field`, with softmax attention somewhere in it; `t`, the time at which a
     time-dependent field is taken.
+
+    **Raises:** `TypeError` for a field without softmax attention, and where mu is no measure.
     """
+    check_measure("mu", mu)
     return over_leading(lambda x, logs: _mean_entropy(field, t, Measure(x, logs)), mu)
 
 

@@ -13,6 +13,7 @@ Derivatives are those of one more application of T at potentials that are held f
 stationary in them, dS/dx_i = w_i grad (T_nu g - T_mu p)(x_i) with p the potential of OT(mu, mu).
 """
 
+import math
 from functools import partial
 
 import equinox as eqx
@@ -20,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._checks import check_count, check_kind, check_number
 from .._memory import PAIRS_AT_ONCE
-from .._types import ScalarLike, is_concrete
+from .._types import ScalarLike
 from ..geometry import AbstractGeometry, Euclidean
 from ..kernels import softmax_expectation
-from ..measure import Measure
-from .base import over_two
+from ..measure import Measure, check_measure
+from .base import or_nan, over_two
 
 
 def sinkhorn_divergence(
@@ -59,13 +61,17 @@ def sinkhorn_divergence(
     n = 10^5, and 40 times that for arcs. In float32 S has errors of about 1e-6 times the squared
     diameter. Reverse-mode differentiable once, in points and weights.
 
-    **Returns:** S, shape `(*batch,)`.
+    **Returns:** S, shape `(*batch,)`; nan where a token with mass is not finite.
 
     **Raises:** `ValueError` for bad input, the run-time error of `equinox.error_if` where
     `max_iterations` do not reach the tolerance.
     """
-    if is_concrete(epsilon) and not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}.")
+    check_measure("mu", mu)
+    check_measure("nu", nu)
+    check_kind("geometry", geometry, AbstractGeometry, "Take Euclidean() or Sphere(radius).")
+    for name, value in (("epsilon", epsilon), ("tolerance", tolerance)):
+        check_number(name, value, "positive and finite", lambda v: 0 < v < math.inf)
+    max_iterations = check_count("max_iterations", max_iterations)
     if mu.d != nu.d:
         raise ValueError(f"both measures must have the same dimension d, got {mu.d} and {nu.d}.")
     array = lambda a: jnp.asarray(a, mu.points.dtype)
@@ -94,7 +100,9 @@ def _divergence(mu, nu, epsilon, tolerance, geometry, max_iterations):
 
     value, error = over_two(one, mu, nu)
     message = "Sinkhorn's algorithm did not reach tolerance: raise max_iterations or epsilon."
-    return eqx.error_if(value, ~(error <= jnp.asarray(tolerance, error.dtype)).all(), message)
+    value = or_nan(value, mu, nu)
+    late = ~(error <= jnp.asarray(tolerance, error.dtype)) & ~jnp.isnan(value)
+    return eqx.error_if(value, late.any(), message)
 
 
 def _solve(widest, epsilon, tolerance, max_iterations, update, like):
@@ -105,7 +113,7 @@ def _solve(widest, epsilon, tolerance, max_iterations, update, like):
 
     def unfinished(state):
         k, error, _ = state
-        return ~(error <= tolerance) & (k < max_iterations)
+        return ~(error <= tolerance) & ~jnp.isnan(error) & (k < max_iterations)
 
     def iterate(state):
         k, _, potentials = state
