@@ -39,10 +39,11 @@ class Boundary(TyperGroup):
             with _sigterm():
                 code = super().main(*args, standalone_mode=False, **extra)
         except typer.TyperException as error:
-            if not error.message or "Usage:" in error.message:  # no command: its help
-                typer.echo(error.message, err=True)
+            text = _usage(error)
+            if "Usage:" in text:  # no command was given: it is the help
+                typer.echo(text, err=True)
                 sys.exit(REFUSED)
-            code = _say(error.format_message().replace("Value error, ", ""), REFUSED)
+            code = _say(text, REFUSED)
         except (KeyboardInterrupt, typer.Abort):
             code = _say("interrupted", 128 + signal.SIGINT)
         except Stopped as stopped:
@@ -65,9 +66,16 @@ def _say(text: str, code: int) -> int:
     return code
 
 
+def _usage(error: typer.TyperException) -> str:
+    """What is wrong with a flag, and what was given."""
+    text = error.format_message().replace("Value error, ", "").partition(", unable to parse")[0]
+    found = getattr(error.__cause__, "errors", None)  # of Pydantic, which read the value
+    return f"{text.rstrip('.')}, got {found()[0]['input']!r}." if found else text
+
+
 def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+        return f"{error.filename} cannot be read or written: {error.strerror}. Take another path."
     if isinstance(error, MemoryError) and not str(error):
         return "there is not enough memory: take fewer or smaller tokens."
     return str(error) or type(error).__name__

@@ -18,6 +18,9 @@ Run = dict[str, Any]
 def compare(s: Comparison):
     """Prints the settings that differ and the last values, and draws the curves."""
     require("matplotlib.figure")
+    folder = next(parent for parent in s.out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--out must be in a folder, and {folder} is a file.")
     read = dict(zip(_names(s.runs), map(_read, s.runs), strict=True))
     shared = _shared_metrics(read, s.metric)
     table("settings that differ", [("setting", *read), *_settings(read)])

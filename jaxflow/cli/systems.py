@@ -68,6 +68,8 @@ def initial_measure(s: Simulation) -> tuple[Measure, list[str] | None]:
         check_size(s, s.n, s.d)
         return LAWS[s.law](s, key), None
     text = "".join(itertools.islice(sources.chunks([s.text]), MEGABYTES))
+    if not text.strip():
+        raise ValueError(f"{s.text} has no word that could be a token.")
     check_size(s, min(s.max_tokens, len(text)), s.d)
     return measure.from_text(text, s.d, key=key, max_tokens=s.max_tokens)
 

@@ -26,6 +26,7 @@ class MergeTree:
     - `sizes`: the number of tokens of the cluster that they become, shape `(k,)`.
     - `leaves`: the tokens that take part, ascending; `None` is all n.
     - `links`: the two tokens that met, shape `(k, 2)`, where they are known.
+    - `failure`: what ended the search for mergers before its time, or `None`.
 
     **Raises:** `ValueError` or `TypeError` where these are no mergers of n tokens.
     """
@@ -36,6 +37,7 @@ class MergeTree:
     sizes: Int[np.ndarray, " k"]
     leaves: Int[np.ndarray, " m"] | None = None
     links: Int[np.ndarray, "k 2"] | None = None
+    failure: str | None = None
 
     def __post_init__(self):
         for name in ("times", "pairs", "sizes"):
