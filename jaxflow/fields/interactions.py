@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._rules import constant, count, not_negative, positive, real
 from .._types import Keys, LogWeights, Queries, ScalarLike, Values, accumulation_dtype
 from ..kernels import softmax_expectation
 from ..kernels.expectation import Window
 from ..kernels.expectation import band as _band
 from ..kernels.reference import visible
-from .rules import constant, count, not_negative, positive, real
 
 
 class Tokens(NamedTuple):
