@@ -15,8 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._checks import check_count, check_key, check_kind, check_number, known, real_array
 from ._memory import check_fits
+from ._rules import (
+    array,
+    count,
+    function,
+    instance,
+    known,
+    not_negative,
+    positive,
+    prng_key,
+    real,
+    reals,
+)
 from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype
 
 
@@ -46,7 +57,7 @@ class Measure(eqx.Module):
     log_weights: LogWeights | None = None
 
     def __init__(self, points: ArrayLike, log_weights: ArrayLike | None = None):
-        points = real_array("points", points, "numbers of shape (*batch, n, d)")
+        points = array("points", points)
         if points.ndim < 2 or 0 in points.shape:
             raise ValueError(
                 "points must have shape (*batch, n, d) with at least one token and one dimension; "
@@ -55,7 +66,7 @@ class Measure(eqx.Module):
         if not jnp.issubdtype(points.dtype, jnp.floating):
             raise TypeError(f"points must be floating point, got {points.dtype}. Cast them first.")
         if log_weights is not None:
-            log_weights = real_array("log_weights", log_weights, "numbers, one a token")
+            log_weights = array("log_weights", log_weights)
             if log_weights.shape not in (points.shape[-2:-1], points.shape[:-1]):
                 raise ValueError(
                     f"log_weights must have one entry a token, shape {points.shape[-2:-1]} or "
@@ -162,8 +173,7 @@ class Measure(eqx.Module):
         return Measure(self._map(fn), self.log_weights)
 
     def _map(self, fn: Callable) -> Array:
-        if not callable(fn):
-            raise TypeError(f"a measure maps its tokens by a function of one token, got {fn!r}.")
+        function("what maps a token", fn)
         token = jax.ShapeDtypeStruct((self.d,), self.points.dtype)
         value = jax.eval_shape(fn, token)
         if not isinstance(value, jax.ShapeDtypeStruct):
@@ -186,10 +196,11 @@ def _check_mass(log_weights: np.ndarray | None):
 
 def check_measure(name: str, value: Any):
     """A measure, as functions of a measure ask for one."""
-    check_kind(
-        name, value, Measure,
-        "Wrap points (n, d) in jaxflow.Measure(points), or take a solution's: sol.last.",
-    )  # fmt: skip
+    if not isinstance(value, Measure):
+        raise TypeError(
+            f"{name} must be a jaxflow.Measure, got {type(value).__name__}. Wrap points (n, d) in "
+            "jaxflow.Measure(points), or take a solution's: sol.last."
+        )
 
 
 # ------------------------------------------------------------------ samplers
@@ -209,8 +220,8 @@ def uniform_sphere(n: int, d: int, *, key: PRNGKeyArray, radius: float = 1.0) ->
     ```
     """
     n, d = _sizes(n, d)
-    check_number("radius", radius, "positive and finite", lambda r: 0 < r < np.inf)
-    check_key(key)
+    real("radius", radius, "positive and finite", positive)
+    prng_key(key)
     x = jax.random.normal(key, (n, d))
     return Measure(radius * x / jnp.linalg.norm(x, axis=1, keepdims=True))
 
@@ -232,15 +243,11 @@ def gaussian(
     `MemoryError` where the points do not fit.
     """
     n, d = _sizes(n, d)
-    check_key(key)
-    mean = real_array("mean", mean, f"a number or numbers of shape {(d,)}")
-    covariance = real_array("covariance", covariance, f"a number or a matrix {(d, d)}")
+    prng_key(key)
+    mean, covariance = reals("mean", mean), reals("covariance", covariance)
     if mean.shape not in ((), (d,)):
         raise ValueError(f"mean must be a number or shape {(d,)}, got {mean.shape}.")
     _check_covariance(known(covariance))
-    where = known(mean)
-    if where is not None and not np.isfinite(where).all():
-        raise ValueError(f"mean must be finite, got {where}.")
     z = jax.random.normal(key, (n, d))
     covariance = covariance.astype(z.dtype)
     if covariance.ndim == 0:
@@ -259,14 +266,14 @@ def _check_covariance(covariance: np.ndarray | None):
     if covariance is None:
         return
     if covariance.ndim == 0:
-        check_number("covariance", covariance, "finite and at least 0", lambda v: 0 <= v < np.inf)
+        real("covariance", covariance, "at least 0", not_negative)
         return
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"covariance must be a number or shape (d, d), got {covariance.shape}.")
     wide = covariance.astype(float)
     slack = 1e-5 * np.abs(wide).max()  # entries may have been rounded to float32
-    if not np.isfinite(wide).all() or not np.allclose(wide, wide.T, rtol=0, atol=slack):
-        raise ValueError(f"covariance must be a finite symmetric matrix, got {covariance}.")
+    if not np.allclose(wide, wide.T, rtol=0, atol=slack):
+        raise ValueError(f"covariance must be a symmetric matrix, got {covariance}.")
     least = np.linalg.eigvalsh(wide)[0]
     if not least > 0:
         raise ValueError(
@@ -289,21 +296,20 @@ def von_mises_fisher(
     **Raises:** `ValueError` or `TypeError` for a mean without direction, a concentration that is
     negative or not finite, bad sizes and keys; `MemoryError` where the points do not fit.
     """
-    axis = real_array("mean", mean, "a direction of shape (d,)").astype(float)
+    axis = reals("mean", mean)
     if axis.ndim != 1 or axis.shape[0] < 2:
         raise ValueError(f"mean must be a direction of shape (d,), d >= 2; got {axis.shape}.")
     n, _ = _sizes(n, axis.shape[0])
-    check_key(key)
+    prng_key(key)
     rule = "from 0 up to 1e30; for a negative one pass -mean"
-    check_number("concentration", concentration, rule, lambda kappa: 0 <= kappa < 1.01e30)
+    kappa = real("concentration", concentration, rule, lambda kappa: 0 <= kappa < 1.01e30)
     where = known(axis)
-    if where is not None and not (np.isfinite(where).all() and where.any()):
-        raise ValueError(f"mean must be finite and have a direction, got {where}.")
+    if where is not None and not where.any():
+        raise ValueError(f"mean must have a direction, got {where}.")
     # Squares of the longest and shortest vectors would overflow or vanish.
     axis = axis / jnp.abs(axis).max()
     axis = axis / jnp.linalg.norm(axis)
-    kappa = jnp.asarray(concentration, axis.dtype)
-    away, tangent = _wood(n, axis, kappa, key)
+    away, tangent = _wood(n, axis, kappa.astype(axis.dtype), key)
     sine = jnp.sqrt(away * (2 - away))
     return Measure((1 - away)[:, None] * axis[None] + sine[:, None] * tangent)
 
@@ -348,7 +354,7 @@ def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:
     `MemoryError` where the points do not fit.
     """
     n, _ = _sizes(n, 2)
-    _check_finite("phase", phase)
+    phase = real("phase", phase)
     return from_angles(phase + 2 * jnp.pi * jnp.arange(n, dtype=float) / n)
 
 
@@ -357,10 +363,7 @@ def from_angles(angles: ArrayLike) -> Measure:
 
     **Raises:** `ValueError` or `TypeError` for what is no array of finite angles.
     """
-    angles = real_array("angles", angles, "numbers of shape (*batch, n)").astype(float)
-    where = known(angles)
-    if where is not None and not np.isfinite(where).all():
-        raise ValueError("angles must be finite, got nan or inf among them.")
+    angles = reals("angles", angles)
     return Measure(jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
 
@@ -373,10 +376,9 @@ def simplex(n: int, d: int, rho: ScalarLike = 0.0) -> Measure:
     **Raises:** `ValueError` or `TypeError` where there are no such vectors; `MemoryError` where
     they, or the matrix J, do not fit.
     """
-    n, d = check_count("n", n), check_count("d", d)
+    n, d = count("n", n), count("d", d)
     _sizes(n, max(n, d))
-    check_number("rho", rho, "a number", lambda r: True)
-    rho = jnp.asarray(rho, float)
+    rho = real("rho", rho)
     lowest = -1 / (n - 1) if n > 1 else -1.0
     tolerance = 100 * float(jnp.finfo(rho.dtype).eps)
     regular = False
@@ -410,9 +412,8 @@ def kuramoto(n: int, order_parameter: ScalarLike, *, phase: ScalarLike = 0.0) ->
     phase that is not finite; `MemoryError` where the points do not fit.
     """
     n, _ = _sizes(n, 2)
-    _check_finite("phase", phase)
-    check_number("an order parameter", order_parameter, "in [0, 1)", lambda r: 0 <= r < 1)
-    r = jnp.asarray(order_parameter, float)
+    phase = real("phase", phase)
+    r = real("an order parameter", order_parameter, "in [0, 1)", lambda r: 0 <= r < 1)
     u = (jnp.arange(n, dtype=float) + 0.5) / n - 0.5
     angles = 2 * jnp.arctan((1 - r) / (1 + r) * jnp.tan(jnp.pi * u))
     return from_angles(phase + angles)
@@ -423,7 +424,7 @@ def from_text(
     d: int,
     *,
     key: PRNGKeyArray,
-    position_scale: float = 0.5,
+    position_scale: ScalarLike = 0.5,
     max_tokens: int | None = None,
 ) -> tuple[Measure, list[str]]:
     """The measure of a prompt: one token a word or punctuation mark.
@@ -441,13 +442,12 @@ def from_text(
     **Raises:** `ValueError` or `TypeError` for a text without a token and bad arguments;
     `MemoryError` where the points do not fit.
     """
-    check_kind("text", text, str, "Decode bytes first.")
-    check_count("d", d, 2, "Positions are written in pairs of a sine and a cosine.")
-    check_key(key)
-    _check_finite("position_scale", position_scale)
-    if max_tokens is not None:
-        max_tokens = check_count("max_tokens", max_tokens)
-    words = islice(re.finditer(r"\w+|[^\w\s]", text), max_tokens)
+    instance("text", text, str, "'a prompt'")
+    count("d", d, 2)
+    prng_key(key)
+    position_scale = real("position_scale", position_scale)
+    most = None if max_tokens is None else count("max_tokens", max_tokens)
+    words = islice(re.finditer(r"\w+|[^\w\s]", text), most)
     tokens = [word.group() for word in words]
     if not tokens:
         raise ValueError("the text has no token: it must hold at least one word or mark.")
@@ -479,21 +479,14 @@ def from_image(image: ArrayLike, patch: int, *, unit: bool = True) -> Measure:
     multiples of `patch`, and pixels that are not finite (under `jit` such an image has no finite
     tokens).
     """
-    pixels = real_array("image", image, "numbers (height, width[, channels])").astype(float)
+    pixels = _pixels(image)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3:
         raise ValueError(
             f"an image must have shape (height, width[, channels]), got {pixels.shape}."
         )
     h, w, c = pixels.shape
-    patch = check_count("patch", patch)
-    seen = known(pixels)
-    if seen is not None and not np.isfinite(seen).all():
-        row, column, _ = (int(i) for i in np.argwhere(~np.isfinite(seen))[0])
-        raise ValueError(
-            f"pixels must be finite, got {seen[row, column].tolist()} at row {row}, column "
-            f"{column}. Fill in what is missing, or crop it."
-        )
+    patch = count("patch", patch)
     if 0 in pixels.shape or h % patch or w % patch:
         raise ValueError(f"the sides of the image {(h, w)} must be multiples of patch = {patch}.")
     x = pixels.reshape(h // patch, patch, w // patch, patch, c).swapaxes(1, 2)
@@ -508,7 +501,7 @@ def from_image(image: ArrayLike, patch: int, *, unit: bool = True) -> Measure:
 
 def _sizes(n: Any, d: Any) -> tuple[int, int]:
     """The sizes of a measure that is drawn; it, and two arrays of its size, must fit."""
-    n, d = check_count("n", n), check_count("d", d)
+    n, d = count("n", n), count("d", d)
     check_fits(
         3 * n * d * jax.dtypes.canonicalize_dtype(float).itemsize,
         f"a measure of {n} tokens in dimension {d}",
@@ -517,5 +510,7 @@ def _sizes(n: Any, d: Any) -> tuple[int, int]:
     return n, d
 
 
-def _check_finite(name: str, value: Any):
-    check_number(name, value, "finite", lambda v: bool(np.isfinite(v)))
+def _pixels(image: ArrayLike) -> Array:
+    """The pixels in floating point; black and white ones are 0 and 1."""
+    pixels = array("image", image)
+    return reals("pixels", pixels.astype(float) if pixels.dtype == bool else pixels)

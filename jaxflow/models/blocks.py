@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import count
 from ..fields import (
     AbstractCurve,
     AbstractField,
@@ -26,7 +27,6 @@ from ..fields import (
     PreNorm,
     TimeDependent,
 )
-from ..fields.rules import count
 from ..geometry import Euclidean, Sphere
 from .base import Depth
 

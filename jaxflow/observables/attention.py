@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._checks import check_count, check_key, check_kind, check_number, real_array
 from .._memory import PAIRS_AT_ONCE, check_fits
+from .._rules import count, prng_key, real, reals
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..fields import (
     AbstractCompositeField,
@@ -45,7 +45,7 @@ def attention_matrix(
     `column_defect` do without it.
     """
     _check_single(field, mu)
-    points = mu.points if x is None else real_array("x", x, "queries (*batch, m, d)")
+    points = mu.points if x is None else reals("x", x).astype(mu.points.dtype)
     if points.ndim < 2 or points.shape[-1] != mu.d:
         raise ValueError(f"queries x must have shape (*batch, m, {mu.d}), got {points.shape}.")
     entries = math.prod(points.shape[:-1]) * mu.n + mu.n**2
@@ -116,9 +116,9 @@ def attention_spectrum(
     `MemoryError` for hardmax attention whose matrix, which its transpose keeps, does not fit.
     """
     _check_single(field, mu)
-    probes = check_count("probes", probes)
+    probes = count("probes", probes)
     if key is not None:
-        check_key(key)
+        prng_key(key)
     if mu.n > DENSE:
         _check_transpose(field, mu)
     return _spectrum(field, mu, jax.random.key(0) if key is None else key, probes)
@@ -141,11 +141,14 @@ def attention_rank(
     **Raises:** as [`jaxflow.observables.attention_spectrum`][], and where the tolerance is not in
     [0, 1).
     """
-    check_number("tolerance", tolerance, "in [0, 1)", lambda tol: 0 <= tol < 1)
+    tolerance = _tolerance(tolerance)
     values = attention_spectrum(field, mu, probes=probes, key=key)
-    level = jnp.asarray(tolerance, values.dtype) * values[..., :1]
-    count = (values > level).sum(axis=-1)
-    return jnp.where(jnp.isnan(values).any(axis=-1), -1, count)
+    rank = (values > tolerance.astype(values.dtype) * values[..., :1]).sum(axis=-1)
+    return jnp.where(jnp.isnan(values).any(axis=-1), -1, rank)
+
+
+def _tolerance(tolerance: ScalarLike) -> Scalar:
+    return real("tolerance", tolerance, "in [0, 1)", lambda tol: (0 <= tol) & (tol < 1))
 
 
 def effective_rank(
@@ -180,7 +183,7 @@ class AttentionRank(AbstractObservable):
         check_number("tolerance", tolerance, "in [0, 1)", lambda tol: 0 <= tol < 1)
         self.field = field
         self.tolerance = jnp.asarray(tolerance, float)
-        self.probes = check_count("probes", probes)
+        self.probes = count("probes", probes)
 
     def __call__(self, t, mu):
         rank = attention_rank(self.field, mu, tolerance=self.tolerance, probes=self.probes)
@@ -191,10 +194,11 @@ class AttentionRank(AbstractObservable):
 def _check_single(field, mu):
     """A field with one matrix A, and a measure."""
     check_measure("mu", mu)
-    check_kind(
-        "field", field, SelfAttention,
-        "Of a sum or a model pass one of its parts; attention_entropy takes any field.",
-    )  # fmt: skip
+    if not isinstance(field, SelfAttention):
+        raise TypeError(
+            f"one matrix A has a jaxflow.SelfAttention alone, got {type(field).__name__}. Of a sum "
+            "pass one of its parts; attention_entropy takes any field with attention in it."
+        )
 
 
 def _check_transpose(field, mu):

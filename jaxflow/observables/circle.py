@@ -6,10 +6,11 @@ order_parameter   |E_mu[x / |x|]|
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from .._checks import real_array
 from .._memory import PAIRS_AT_ONCE
+from .._rules import array, known
 from .._types import ArrayLike, accumulation_dtype
 from ..measure import Measure, check_measure
 from .base import or_nan, over_leading
@@ -32,7 +33,10 @@ def fourier_modes(mu: Measure, k: ArrayLike | int) -> Complex[Array, "*batch_and
     check_measure("mu", mu)
     if mu.d != 2:
         raise ValueError(f"Fourier modes are those of points in the plane, d = 2; got d = {mu.d}.")
-    k = real_array("k", k, "integers, the modes on the circle")
+    wide = known(k) if isinstance(k, jax.Array) else np.asarray(k)
+    if wide is not None and wide.dtype.kind in "iu" and (np.abs(wide) >= 2**31).any():
+        raise ValueError(f"k must be below 2^31, got {wide}: no angle is known to so many digits.")
+    k = array("k", k)
     if not jnp.issubdtype(k.dtype, jnp.integer):
         raise TypeError(f"k must be integers, the modes on the circle; got {k.dtype}.")
     return _modes(mu, k)

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .._checks import check_number
 from .._memory import PAIRS_AT_ONCE
+from .._rules import not_negative, real
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..measure import Measure, check_measure
 from .base import AbstractObservable, one_by_one, or_nan, over_leading, present, whole
@@ -71,9 +71,8 @@ def cluster_labels(
     """
     check_measure("mu", mu)
     link, level = _rule(threshold, radius)
-    _check_min_mass(min_mass)
-    mu, level, min_mass = jax.lax.stop_gradient((mu, level, jnp.asarray(min_mass, float)))
-    return _labels(mu, level, min_mass, link)
+    mu, level, least = jax.lax.stop_gradient((mu, level, _share(min_mass)))
+    return _labels(mu, level, least, link)
 
 
 def cluster_count(
@@ -122,11 +121,10 @@ class ClusterCount(AbstractObservable):
         radius: ScalarLike | None = None,
         min_mass: ScalarLike = 0.0,
     ):
+        self.threshold = real("threshold", threshold)
+        self.radius = None if radius is None else real("radius", radius)
+        self.min_mass = _share(min_mass)
         _rule(threshold, radius)
-        _check_min_mass(min_mass)
-        self.threshold = jnp.asarray(threshold, float)
-        self.radius = None if radius is None else jnp.asarray(radius, float)
-        self.min_mass = jnp.asarray(min_mass, float)
 
     def __call__(self, t, mu):
         count = cluster_count(mu, self.threshold, radius=self.radius, min_mass=self.min_mass)
@@ -173,14 +171,14 @@ IN_SPACE = _Link(lambda x: x, _near, _ball)
 
 def _rule(threshold, radius):
     if radius is None:
-        check_number("threshold", threshold, "a cosine, in [-1, 1]", lambda c: -1 <= c <= 1)
-        return IN_DIRECTION, threshold
-    check_number("radius", radius, "a distance, at least 0", lambda r: r >= 0)
-    return IN_SPACE, radius
+        rule = "a cosine, in [-1, 1]"
+        return IN_DIRECTION, real("threshold", threshold, rule, lambda c: (-1 <= c) & (c <= 1))
+    return IN_SPACE, real("radius", radius, "a distance, at least 0", not_negative)
 
 
-def _check_min_mass(min_mass):
-    check_number("min_mass", min_mass, "a share of all mass, in [0, 1]", lambda m: 0 <= m <= 1)
+def _share(min_mass):
+    rule = "a share of all mass, in [0, 1]"
+    return real("min_mass", min_mass, rule, lambda share: (0 <= share) & (share <= 1))
 
 
 # ------------------------------------------------------------------ components

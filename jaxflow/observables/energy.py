@@ -6,10 +6,9 @@ kinetic       int |X_t[mu](x)|^2 mu(dx)
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from .._checks import check_number
+from .._rules import real
 from .._types import Scalar, ScalarLike
 from ..fields import AbstractField
 from ..kernels import softmax_expectation
@@ -26,7 +25,7 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
     **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, or mu no measure.
     """
     check_measure("mu", mu)
-    _check_beta(beta)
+    beta = _inverse_temperature(beta)
 
     def one(x, logs):
         ones = jnp.ones((x.shape[0], 1), x.dtype)
@@ -38,8 +37,8 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
     return or_nan(over_leading(one, mu), mu)
 
 
-def _check_beta(beta):
-    check_number("beta", beta, "finite and other than 0", lambda b: bool(np.isfinite(b)) and b != 0)
+def _inverse_temperature(beta: ScalarLike) -> Scalar:
+    return real("beta", beta, "finite and other than 0", lambda b: b != 0)
 
 
 class InteractionEnergy(AbstractObservable):
@@ -61,8 +60,7 @@ class InteractionEnergy(AbstractObservable):
     beta: Scalar
 
     def __init__(self, beta: ScalarLike):
-        _check_beta(beta)
-        self.beta = jnp.asarray(beta, float)
+        self.beta = _inverse_temperature(beta)
 
     def __call__(self, t, mu):
         return interaction_energy(mu, self.beta)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
-from .._checks import check_kind, real_array
+from .._rules import instance
 from .._types import ArrayLike, ScalarLike
 from ..measure import Measure, check_measure
 from .clusters import cluster_labels
@@ -41,8 +41,7 @@ class MergeTree:
 
     def __post_init__(self):
         for name in ("times", "pairs", "sizes"):
-            value = getattr(self, name)
-            check_kind(name, value, np.ndarray, "Convert it with numpy.asarray.")
+            instance(name, getattr(self, name), np.ndarray, "numpy.array([...])")
         k, most = len(self.times), len(self.tokens) - 1
         if k > most or self.pairs.shape != (k, 2) or self.sizes.shape != (k,):
             raise ValueError(
@@ -153,8 +152,7 @@ def merge_tree(
     where a token with mass is not finite at a time that was reached.
     """
     check_measure("measures", measures)
-    real_array("ts", ts, "times of shape (times,)")
-    ts = np.asarray(ts, float)
+    ts = _numbers("ts", ts)
     if measures.points.ndim != 3 or ts.shape != (len(measures),):
         raise ValueError(
             "merge_tree takes times (times,) and points (times, n, d), got "
@@ -179,6 +177,14 @@ def merge_tree(
         measures.n, np.asarray(times, float), columns[:, :2], columns[:, 2],
         leaves if absent else None,
     )  # fmt: skip
+
+
+def _numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """Numbers in double precision."""
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of numbers, got {values!r}.") from None
 
 
 def _join(parents, sizes, labels) -> list[tuple[int, int, int]]:

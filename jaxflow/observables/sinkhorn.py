@@ -13,7 +13,6 @@ Derivatives are those of one more application of T at potentials that are held f
 stationary in them, dS/dx_i = w_i grad (T_nu g - T_mu p)(x_i) with p the potential of OT(mu, mu).
 """
 
-import math
 from functools import partial
 
 import equinox as eqx
@@ -21,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check_count, check_kind, check_number
 from .._memory import PAIRS_AT_ONCE
+from .._rules import count, instance, positive, real
 from .._types import ScalarLike
 from ..geometry import AbstractGeometry, Euclidean
 from ..kernels import softmax_expectation
@@ -68,10 +67,10 @@ def sinkhorn_divergence(
     """
     check_measure("mu", mu)
     check_measure("nu", nu)
-    check_kind("geometry", geometry, AbstractGeometry, "Take Euclidean() or Sphere(radius).")
+    instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
     for name, value in (("epsilon", epsilon), ("tolerance", tolerance)):
-        check_number(name, value, "positive and finite", lambda v: 0 < v < math.inf)
-    max_iterations = check_count("max_iterations", max_iterations)
+        real(name, value, "positive and finite", positive)
+    max_iterations = count("max_iterations", max_iterations)
     if mu.d != nu.d:
         raise ValueError(f"both measures must have the same dimension d, got {mu.d} and {nu.d}.")
     array = lambda a: jnp.asarray(a, mu.points.dtype)
