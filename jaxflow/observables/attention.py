@@ -180,9 +180,8 @@ class AttentionRank(AbstractObservable):
     probes: int = eqx.field(static=True)
 
     def __init__(self, field: SelfAttention, *, tolerance: ScalarLike = 1e-3, probes: int = 32):
-        check_number("tolerance", tolerance, "in [0, 1)", lambda tol: 0 <= tol < 1)
         self.field = field
-        self.tolerance = jnp.asarray(tolerance, float)
+        self.tolerance = _tolerance(tolerance)
         self.probes = count("probes", probes)
 
     def __call__(self, t, mu):

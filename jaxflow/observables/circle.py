@@ -6,11 +6,10 @@ order_parameter   |E_mu[x / |x|]|
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from .._memory import PAIRS_AT_ONCE
-from .._rules import array, known
+from .._rules import array
 from .._types import ArrayLike, accumulation_dtype
 from ..measure import Measure, check_measure
 from .base import or_nan, over_leading
@@ -27,15 +26,12 @@ def fourier_modes(mu: Measure, k: ArrayLike | int) -> Complex[Array, "*batch_and
 
     **Returns:** complex numbers, shape `(*batch, *k.shape)`.
 
-    **Raises:** `ValueError` where d is not 2 or k exceeds 32 bits, `TypeError` where k is not
+    **Raises:** `ValueError` where d is not 2, `TypeError` where k is not
     integer or mu no measure.
     """
     check_measure("mu", mu)
     if mu.d != 2:
         raise ValueError(f"Fourier modes are those of points in the plane, d = 2; got d = {mu.d}.")
-    wide = known(k) if isinstance(k, jax.Array) else np.asarray(k)
-    if wide is not None and wide.dtype.kind in "iu" and (np.abs(wide) >= 2**31).any():
-        raise ValueError(f"k must be below 2^31, got {wide}: no angle is known to so many digits.")
     k = array("k", k)
     if not jnp.issubdtype(k.dtype, jnp.integer):
         raise TypeError(f"k must be integers, the modes on the circle; got {k.dtype}.")

@@ -121,10 +121,9 @@ class ClusterCount(AbstractObservable):
         radius: ScalarLike | None = None,
         min_mass: ScalarLike = 0.0,
     ):
-        self.threshold = real("threshold", threshold)
-        self.radius = None if radius is None else real("radius", radius)
+        self.threshold = _rule(threshold, None)[1]
+        self.radius = None if radius is None else _rule(threshold, radius)[1]
         self.min_mass = _share(min_mass)
-        _rule(threshold, radius)
 
     def __call__(self, t, mu):
         count = cluster_count(mu, self.threshold, radius=self.radius, min_mass=self.min_mass)
