@@ -34,7 +34,7 @@ def table(title: str, rows: Iterable[Sequence[Any]]):
 
 
 @contextmanager
-def progress(what: str, total: float | None = None):
+def progress(what: str, total: float | int | None = None):
     """A bar on the terminal; `show(completed, text)` moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
