@@ -44,7 +44,7 @@ def progress(what: str, total: float | int | None = None):
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)
 
-        def show(completed: float, text: str = what):
+        def show(completed: float | int, text: str = what):
             bar.update(task, completed=completed, description=plain(text))
 
         yield show
