@@ -13,7 +13,6 @@ the operation with the channels (v, k', <k', v>). On a submanifold with unit nor
 """
 
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,15 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype, is_concrete
+from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean, Sphere
 from ..kernels.expectation import Window, band
 from ..measure import Measure
-from .base import AbstractDivergenceField, divergence_by_derivatives, visible_log_weights
+from .base import (
+    AbstractCausalField,
+    AbstractDivergenceField,
+    divergence_by_derivatives,
+    visible_log_weights,
+)
 from .interactions import AbstractInteraction, Hardmax, Softmax, Tokens
+from .rules import constant, count, finite, flag, instance, positive, prng_key, real
 
 
-class SelfAttention(AbstractDivergenceField):
+class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     """Single-head self-attention dynamics (Geshkovski et al., arXiv 2312.10794, eq. 2.6).
 
         X[mu](x) = P_x ( V E_{mu_x}[y] ),    mu_x(dy) proportional to exp(beta <Q x, K y>) mu(dy)
@@ -43,6 +48,9 @@ class SelfAttention(AbstractDivergenceField):
     - `causal`, `window`, `backend`: as in [`jaxflow.softmax_expectation`][]. Masks compare the
       index of a query with the index of a token.
     - `geometry`: where the tokens live, and what P_x is.
+
+    **Raises:** `ValueError` for shapes that do not fit and numbers that are not finite, `TypeError`
+    for what is of another kind than these.
     """
 
     query: Float[Array, "p d"] | None
@@ -72,14 +80,13 @@ class SelfAttention(AbstractDivergenceField):
         self.key = _matrix("key", key)
         self.value = _matrix("value", value)
         self.beta = _temperature(beta)
-        self.interaction = interaction
-        self.causal = causal
-        self.window = window
-        self.geometry = geometry
+        self.interaction = _interaction(interaction)
+        self.causal = flag("causal", causal)
+        self.window = _window(window)
+        self.geometry = _geometry(geometry)
         self.backend = backend
 
     def __check_init__(self):
-        _check_parts(self.interaction, self.geometry)
         q, k, v = (None if a is None else a.shape for a in (self.query, self.key, self.value))
         rule = "query and key must have shape (p, d), value (d, d)"
         if v is not None and v[0] != v[1]:
@@ -99,6 +106,10 @@ class SelfAttention(AbstractDivergenceField):
     def divergence(self, t, x, mu):
         force = partial(self._force, mu=mu)
         return _divergence(self.geometry, force, self._trace(x, mu), x)
+
+    def keys_values(self, t, y, start=0):
+        """The tokens themselves."""
+        return y
 
     def attend(self, t, x, keys_values, index):
         _check_attend(self.interaction)
@@ -132,7 +143,7 @@ class SelfAttention(AbstractDivergenceField):
         return self.interaction.trace(q, tokens, values, slopes, self.beta)
 
 
-class MultiHeadAttention(AbstractDivergenceField):
+class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
     """Multi-head attention of a transformer, as a field.
 
         X[mu](x) = P_x ( sum_h O_h E_{mu_x^h}[V_h y] )
@@ -150,6 +161,9 @@ class MultiHeadAttention(AbstractDivergenceField):
     - `key`: PRNG key of the parameters: Q, K, V ~ N(0, 1/d), O ~ N(0, 1/d).
 
     The parameters are `query`, `key`, `value`, shape `(H, p, d)`, and `output`, shape `(H, d, p)`.
+
+    **Raises:** `ValueError` for heads that do not divide the dimension, and numbers out of their
+    range; `TypeError` for what is of another kind than these.
     """
 
     query: Float[Array, "H p d"]
@@ -178,24 +192,24 @@ class MultiHeadAttention(AbstractDivergenceField):
         backend: str | None = None,
         key: PRNGKeyArray,
     ):
-        if heads < 1 or dim < 1 or dim % heads:
+        dim, heads = count("dim", dim), count("heads", heads)
+        if dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}.")
-        _check_parts(interaction, geometry)
         p = dim // heads
         if rotary is not None and p % 2:
             raise ValueError(f"rotary embeddings need an even head dimension, got {p}.")
         shapes = [(heads, p, dim)] * 3 + [(heads, dim, p)]
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(prng_key(key), 4)
         matrices = [
             jax.random.normal(k, s) / np.sqrt(dim) for k, s in zip(keys, shapes, strict=True)
         ]
         self.query, self.key, self.value, self.output = matrices
         self.beta = None if beta is None else _temperature(beta)
-        self.rotary = rotary
-        self.interaction = interaction
-        self.causal = causal
-        self.window = window
-        self.geometry = geometry
+        self.rotary = None if rotary is None else _base(rotary)
+        self.interaction = _interaction(interaction)
+        self.causal = flag("causal", causal)
+        self.window = _window(window)
+        self.geometry = _geometry(geometry)
         self.backend = backend
 
     def __call__(self, t, x, mu):
@@ -252,7 +266,7 @@ class MultiHeadAttention(AbstractDivergenceField):
 
         keys, values = self.keys_values(0.0, mu.points)
         # Sinkhorn attention scores tokens with tokens, so it takes their queries too.
-        own = queries if x is mu.points else self._turn(_heads(self.query, mu.points), 0)
+        own = self._turn(_heads(self.query, mu.points), 0)
         return self._mean(queries, tokens, keys, values, own)
 
     def _mean(self, queries, tokens, keys, values, own):
@@ -322,29 +336,29 @@ def _matrix(name: str, value: ArrayLike | None):
         raise ValueError(f"{name} must be a matrix, got shape {matrix.shape}.")
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {matrix.dtype}. Cast it first.")
-    return matrix
+    return finite(name, matrix)
 
 
-def _temperature(beta: ScalarLike):
-    # A dtype of its own, never a weak one: a literal and an array then run the same program.
-    beta = jnp.asarray(beta, beta.dtype if isinstance(beta, jax.Array) else float)
-    if beta.shape != ():
-        raise ValueError(f"beta must be a scalar, got shape {beta.shape}; jax.vmap runs over many.")
-    if not jnp.issubdtype(beta.dtype, jnp.floating):
-        raise TypeError(f"beta must be floating point, got {beta.dtype}.")
-    if is_concrete(beta) and not np.isfinite(beta):
-        raise ValueError(f"beta (the inverse temperature) must be finite, got {beta}.")
-    return beta
+def _temperature(beta: ScalarLike) -> Scalar:
+    return real("beta", beta)
 
 
-def _check_parts(interaction: Any, geometry: Any):
-    for name, kind, value in (
-        ("interaction", AbstractInteraction, interaction),
-        ("geometry", AbstractGeometry, geometry),
-    ):
-        if not isinstance(value, kind):
-            example = "jaxflow.Softmax()" if kind is AbstractInteraction else "jaxflow.Sphere()"
-            raise TypeError(f"{name} must be an instance such as {example}, got {value!r}.")
+def _base(rotary: float) -> float:
+    name = "rotary, the base of the embeddings,"
+    return constant(name, rotary, "positive and finite", positive)
+
+
+def _interaction(value: AbstractInteraction) -> AbstractInteraction:
+    return instance("interaction", value, AbstractInteraction, "jaxflow.Softmax()")
+
+
+def _geometry(value: AbstractGeometry) -> AbstractGeometry:
+    return instance("geometry", value, AbstractGeometry, "jaxflow.Sphere()")
+
+
+def _window(value: Window) -> Window:
+    band(False, value)  # raises for what is none
+    return value
 
 
 def _check_attend(interaction: AbstractInteraction):

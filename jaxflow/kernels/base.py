@@ -217,7 +217,7 @@ def inner_products(x: Float[Array, "m p"], y: Float[Array, "n p"]) -> Float[Arra
 
 def finite(x: Array) -> Array:
     """A row without a visible key has log-partition -inf and only zero weights."""
-    return jnp.where(jnp.isneginf(x), 0, x)
+    return jnp.where(jnp.isneginf(x), 0.0, x)
 
 
 def vanishing(lse: Array) -> Array:

@@ -26,6 +26,7 @@ from ..fields import (
     PreNorm,
     TimeDependent,
 )
+from ..fields.rules import count
 from ..geometry import Euclidean, Sphere
 from .base import Depth
 
@@ -94,6 +95,7 @@ class Block(eqx.Module):
 
     dim: int
     heads: int
+    layers: int
     width: int
     activation: Callable
     placement: str
@@ -124,9 +126,11 @@ class Block(eqx.Module):
             backend=self.backend,
             key=first,
         )
+        attention = small(attention, lambda field: field.output, self.layers)
         if not self.width:
             return self._normalised(attention)
         forward = FeedForward(self.dim, self.width, self.activation, geometry=geometry, key=second)
+        forward = small(forward, lambda field: field.weight_out, self.layers)
         return self._normalised(attention) + self._normalised(forward)
 
     def _normalised(self, field: AbstractField) -> AbstractField:
@@ -146,23 +150,18 @@ def blocks(
     key: PRNGKeyArray,
 ) -> TimeDependent:
     """The field of a model, from the maker of a block."""
-    if layers < 1:
-        raise ValueError(f"layers must be at least 1, got {layers}.")
-    made = [_small(make(k), layers) for k in jax.random.split(key, layers)]
+    count("layers", layers)
+    made = [make(k) for k in jax.random.split(key, layers)]
     return TimeDependent(curve=curve(made, depth.t1))
 
 
-def _small(block: AbstractField, layers: int) -> Any:
-    """GPT-2's initial scale of the weights, with those that end a block over sqrt(2 L)."""
-    ends = ("output", "weight_out")
-
-    def scaled(path, a):
-        if not eqx.is_inexact_array(a) or a.ndim < 2:
-            return a
-        last = getattr(path[-1], "name", "") in ends
-        return a * (STD / jnp.sqrt(jnp.mean(a**2))) / (math.sqrt(2 * layers) if last else 1)
-
-    return jax.tree_util.tree_map_with_path(scaled, block)
+def small(field: Any, last: Callable[[Any], Array], layers: int) -> Any:
+    """The field with GPT-2's initial scale: its matrices have entries of size 0.02, the `last` one,
+    which ends a block, over sqrt(2 L)."""
+    is_matrix = lambda a: eqx.is_inexact_array(a) and a.ndim > 1
+    scaled = lambda a: a * (STD / jnp.sqrt(jnp.mean(a**2))) if is_matrix(a) else a
+    field = jax.tree.map(scaled, field)
+    return eqx.tree_at(last, field, last(field) / math.sqrt(2 * layers))
 
 
 # ------------------------------------------------------------------ pieces

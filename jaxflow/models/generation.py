@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._types import Scalar, is_concrete
-from ..fields.time import frozen, jumps
+from ..explicit import explicit_step, is_explicit
+from ..fields.base import can_be_continued
+from ..fields.time import jumps
 from ..measure import Measure
-from ..solvers import explicit_step, step_times
+from ..solvers import along, step_times
 
 
 class Chooser(eqx.Module):
@@ -95,6 +97,12 @@ def plainly(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys)
 # ------------------------------------------------------------------ with a cache
 
 
+def can_be_cached(model) -> bool:
+    """Whether each token takes the same steps and stages, and the field can be continued by it."""
+    fixed = model.depth.steps is not None and is_explicit(model.depth.solver)
+    return fixed and eqx.filter_eval_shape(can_be_continued, model.field)
+
+
 @partial(eqx.filter_jit, donate="none")
 def cached(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys):
     """Each token by its own flow, past the keys and values that the others left."""
@@ -119,49 +127,47 @@ def _logits(model, x):
 
 
 def _over_steps(model, step: Callable, y, caches=None):
-    """(y, caches) of step(field, t0, t1, y, cache) over the steps of the depth."""
+    """(y, caches) of step(t0, t1, y, cache) over the steps of the depth."""
     ts = jnp.asarray(step_times(model.depth.times, jumps(model.field)))
 
     def body(y, inputs):
         t0, t1, cache = inputs
-        return step(frozen(model.field, t0 + 0.5 * (t1 - t0)), t0, t1, y, cache)
+        return step(t0, t1, y, cache)
 
     return jax.lax.scan(body, y, (ts[:-1], ts[1:], caches))
 
 
 def _flow_of_prompt(model, x: Float[Array, "n d"], room: int) -> tuple[Array, Any]:
     """The tokens at time T, and what each stage of each step keeps of them, with room for more."""
-    geometry, solver = model.field.geometry, model.depth.solver
+    field, solver = model.field, along(model.depth.solver, model.field)
     pad = lambda a: jnp.pad(a, [(0, room - len(a))] + [(0, 0)] * (a.ndim - 1))
 
-    def step(field, t0, t1, y, _):
+    def step(t0, t1, y, _):
         kept = []
 
         def evaluate(part, t, z):
-            z = geometry.retract(z)
+            z = field.geometry.retract(z)
             kept.append(jax.tree.map(pad, part.keys_values(t, z)))
             return part(t, z, Measure(z))
 
-        y = geometry.retract(explicit_step(solver, field, t0, t1, y, evaluate))
-        return y, tuple(kept)
+        return explicit_step(solver, field, t0, t1, y, evaluate), tuple(kept)
 
     return _over_steps(model, step, x)
 
 
 def _flow_of_token(model, x: Float[Array, "1 d"], caches, index) -> tuple[Array, Any]:
     """The token of this index at time T, and the caches with it."""
-    geometry, solver = model.field.geometry, model.depth.solver
+    field, solver = model.field, along(model.depth.solver, model.field)
     put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, index, axis=0)
 
-    def step(field, t0, t1, y, cache):
+    def step(t0, t1, y, cache):
         kept, stages = [], iter(cache)
 
         def evaluate(part, t, z):
-            z = geometry.retract(z)
+            z = field.geometry.retract(z)
             kept.append(jax.tree.map(put, next(stages), part.keys_values(t, z, index)))
             return part.attend(t, z, kept[-1], index)
 
-        y = geometry.retract(explicit_step(solver, field, t0, t1, y, evaluate))
-        return y, tuple(kept)
+        return explicit_step(solver, field, t0, t1, y, evaluate), tuple(kept)
 
     return _over_steps(model, step, x, caches)

@@ -65,7 +65,9 @@ class ImageClassifier(AbstractModel):
         n = height // patch * (wide // patch)
         self.depth = depth or Depth(t1=float(layers), steps=layers)
         hidden = 4 * dim if width is None else width
-        block = Block(dim, heads, hidden, activation, placement, norm, dtype, backend=backend)
+        block = Block(
+            dim, heads, layers, hidden, activation, placement, norm, dtype, backend=backend
+        )
         self.field = blocks(block, layers, curve, self.depth, keys[0])
         self.embedding = eqx.nn.Linear(patch * patch * channels, dim, key=keys[1])
         self.positions = STD * jax.random.normal(keys[2], (n, dim))

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._types import ArrayLike, ScalarLike
 from ..fields import AbstractField, AbstractNorm, LayerNorm
 from ..measure import Measure
-from ..solvers import is_explicit
 from . import generation
 from .base import AbstractModel, Depth
 from .blocks import STD, Block, CurveOf, blocks, layered, project
@@ -79,7 +78,7 @@ class LanguageModel(AbstractModel):
         self.depth = depth or Depth(t1=float(layers), steps=layers)
         hidden = 4 * dim if width is None else width
         block = Block(
-            dim, heads, hidden, activation, placement, norm, dtype,
+            dim, heads, layers, hidden, activation, placement, norm, dtype,
             causal=True, rotary=rotary, backend=backend,
         )  # fmt: skip
         self.field = blocks(block, layers, curve, self.depth, keys[0])
@@ -133,7 +132,8 @@ class LanguageModel(AbstractModel):
         - `top_k`: draw among the k most likely tokens; `top_p`: among the fewest whose
           probabilities add up to p (Holtzman et al., arXiv 1904.09751).
         - `cache`: keep keys and values of each stage of the solver, so that a token costs one
-          column of attention instead of the whole flow; for explicit methods with fixed steps.
+          column of attention instead of the whole flow; for explicit methods with fixed steps, and
+          fields that are [`jaxflow.fields.AbstractCausalField`][] throughout.
           While the text fits in the context the result is the same without. Beyond, the model
           sees the last `context` tokens, and each is computed anew.
         - `key`: PRNG key, unless the temperature is 0.
@@ -143,7 +143,7 @@ class LanguageModel(AbstractModel):
         choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
         keys = jax.random.split(jax.random.key(0) if key is None else key, max(length, 1))
         tokens, keep = prompt.astype(jnp.int32), 0
-        if cache and self.depth.steps is not None and is_explicit(self.depth.solver):
+        if cache and generation.can_be_cached(self):
             keep = max(0, min(length, self.context - len(tokens)))
         if keep:
             tokens = generation.cached(self, tokens, keep, choose, keys[:keep])

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..fields import AbstractField, FeedForward
 from ..measure import Measure
 from .base import AbstractModel, Depth
-from .blocks import CurveOf, blocks, layered, linear
+from .blocks import CurveOf, blocks, layered, linear, small
 
 
 class ResidualNetwork(AbstractModel):
@@ -48,7 +48,11 @@ class ResidualNetwork(AbstractModel):
         self.depth = depth or Depth(t1=1.0, steps=layers)
         self.embedding = eqx.nn.Linear(inputs, dim, key=keys[0])
         self.output = eqx.nn.Linear(dim, outputs, key=keys[1])
-        make = lambda key: FeedForward(dim, width, activation, key=key)
+
+        def make(key):
+            field = FeedForward(dim, width, activation, key=key)
+            return small(field, lambda field: field.weight_out, layers)
+
         self.field = blocks(make, layers, curve, self.depth, keys[2])
 
     def embed(self, inputs: Float[Array, "*batch features"]) -> Measure:

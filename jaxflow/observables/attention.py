@@ -16,18 +16,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._memory import PAIRS_AT_ONCE, check_fits
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..fields import (
-    NGPT,
+    AbstractCompositeField,
     AbstractField,
+    AbstractWrapper,
     MultiHeadAttention,
-    PeriNorm,
-    PostNorm,
-    PreNorm,
-    Scaled,
     SelfAttention,
     Softmax,
-    SqrtScaling,
-    Sum,
-    TimeDependent,
 )
 from ..kernels import softmax_expectation
 from ..measure import Measure
@@ -227,18 +221,11 @@ def _mean_entropy(field, t, mu):
 
 def _attentions(field, t, mu):
     """The attention fields inside a field at time t, each with the measure that it sees."""
-    match field:
-        case SelfAttention() | MultiHeadAttention():
-            return [(field, mu)]
-        case TimeDependent():
-            return _attentions(field.at(t), t, mu)
-        case Sum():
-            return [pair for part in field.fields for pair in _attentions(part, t, mu)]
-        case PreNorm():
-            return _attentions(field.field, t, field.seen(mu))
-        case NGPT() | PeriNorm() | PostNorm() | Scaled() | SqrtScaling():
-            return _attentions(field.field, t, mu)
-    return []
+    if isinstance(field, SelfAttention | MultiHeadAttention):
+        return [(field, mu)]
+    seen = field.seen(mu) if isinstance(field, AbstractWrapper) else mu
+    inside = field.inside(t) if isinstance(field, AbstractCompositeField) else ()
+    return [pair for inner in inside for pair in _attentions(inner, t, seen)]
 
 
 def _entropy(field, mu):
