@@ -18,6 +18,7 @@ import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ._types import ScalarLike
 from .fields import AbstractField
 
 Step = Callable[[AbstractField, Any, Any, Array], Array]
@@ -91,10 +92,10 @@ def is_explicit(solver: diffrax.AbstractSolver) -> bool:
 def explicit_step(
     solver: diffrax.AbstractSolver,
     field: AbstractField,
-    t0: Array,
-    t1: Array,
+    t0: ScalarLike,
+    t1: ScalarLike,
     y: Array,
-    evaluate: Callable[[AbstractField, Array, Array], Array],
+    evaluate: Callable[[AbstractField, Any, Array], Array],
 ) -> Array:
     """y after one step of an explicit method, written out.
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ._rules import count, instance
 from ._types import ScalarLike
 from .explicit import (
     AbstractComposition,
@@ -48,6 +49,9 @@ class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
     """
 
     wrapped: eqx.AbstractVar[diffrax.AbstractSolver]
+
+    def __check_init__(self):
+        instance("wrapped", self.wrapped, diffrax.AbstractSolver, "diffrax.Tsit5()")
 
     @property
     def solver(self) -> diffrax.AbstractSolver:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -260,6 +264,9 @@ class AbstractSplitting(AbstractComposition):
     term_structure: ClassVar = diffrax.AbstractTerm
     interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
+    def __check_init__(self):
+        instance("solver", self.solver, diffrax.AbstractSolver, "diffrax.Heun()")
+
     @abc.abstractmethod
     def substeps(self, parts: int) -> list[tuple[int, float, float]]:
         """(part, start, end) of each substep, times in units of the step."""
@@ -404,6 +411,6 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
     Each state is kept for up to 64 steps, where a gradient then costs what it does for a
     rematerialised `jax.lax.scan`; of more, 8 sqrt(steps) are, and memory grows as the square root.
     """
-    if steps < 1:
+    if count("steps", steps, 0) < 1:
         raise ValueError(f"a solve has at least one step, got {steps}.")
     return diffrax.RecursiveCheckpointAdjoint(min(steps, math.ceil(8 * math.sqrt(steps))))

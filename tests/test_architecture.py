@@ -21,6 +21,7 @@ LAYERS = {
     "_files": 1,
     "_memory": 0,
     "_types": 0,
+    "_rules": 0.5,
     "measure": 1,
     "geometry": 1,
     "kernels": 1,
@@ -106,6 +107,8 @@ CONSTRUCTORS = {"__init__", "__new__", "__check_init__"}
 
 def test_methods_are_abstract_or_final():
     """What a base class of ours implements, no class below it implements again."""
+    assert {"seen", "__call__", "split"} <= set(written_in(jaxflow.fields.AbstractWrapper))
+    assert {"parts", "__add__"} <= set(written_in(jaxflow.AbstractField))
     for cls in all_classes():
         for base in cls.__mro__[1:]:
             if base.__module__.startswith("jaxflow."):

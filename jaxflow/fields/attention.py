@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import array, constant, count, finite, flag, instance, positive, prng_key, real
 from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean, Sphere
 from ..kernels.expectation import Window, band
@@ -27,11 +28,11 @@ from ..measure import Measure
 from .base import (
     AbstractCausalField,
     AbstractDivergenceField,
+    apply,
     divergence_by_derivatives,
     visible_log_weights,
 )
 from .interactions import AbstractInteraction, Hardmax, Softmax, Tokens
-from .rules import constant, count, finite, flag, instance, positive, prng_key, real
 
 
 class SelfAttention(AbstractDivergenceField, AbstractCausalField):
@@ -84,7 +85,7 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         self.causal = flag("causal", causal)
         self.window = _window(window)
         self.geometry = _geometry(geometry)
-        self.backend = backend
+        self.backend = _backend(backend)
 
     def __check_init__(self):
         q, k, v = (None if a is None else a.shape for a in (self.query, self.key, self.value))
@@ -121,7 +122,7 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     def tokens(self, mu: Measure) -> Tokens:
         """What the interaction sees of mu: Q y, K y, the log-weights and the mask."""
         y = mu.points
-        queries, keys = _apply(self.query, y), _apply(self.key, y)
+        queries, keys = apply(self.query, y), apply(self.key, y)
         return Tokens(queries, keys, mu.log_weights, self.causal, self.window, self.backend)
 
     def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
@@ -132,14 +133,14 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     def _force(self, x, mu, tokens=None):
         """F(x) = V E_{mu_x}[y]; V acts on the queries."""
         _check_query(x, mu)
-        q, tokens = _apply(self.query, x), tokens or self.tokens(mu)
+        q, tokens = apply(self.query, x), tokens or self.tokens(mu)
         mean = self.interaction.expectation(q, tokens, mu.points, self.beta)
-        return _apply(self.value, mean)
+        return apply(self.value, mean)
 
     def _trace(self, x, mu):
-        q, tokens = _apply(self.query, x), self.tokens(mu)
+        q, tokens = apply(self.query, x), self.tokens(mu)
         slopes = self.beta.astype(x.dtype) * _apply_transpose(self.query, tokens.keys)
-        values = _apply(self.value, mu.points)
+        values = apply(self.value, mu.points)
         return self.interaction.trace(q, tokens, values, slopes, self.beta)
 
 
@@ -210,7 +211,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         self.causal = flag("causal", causal)
         self.window = _window(window)
         self.geometry = _geometry(geometry)
-        self.backend = backend
+        self.backend = _backend(backend)
 
     def __call__(self, t, x, mu):
         return self.geometry.project(x, self._force(x, mu))
@@ -283,11 +284,11 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
 
     def _trace(self, x, mu):
         def head(query, key, value, output):
-            q, y = _apply(query, x), mu.points
-            own, keys = _apply(query, y), _apply(key, y)
+            q, y = apply(query, x), mu.points
+            own, keys = apply(query, y), apply(key, y)
             tokens = Tokens(own, keys, mu.log_weights, self.causal, self.window, self.backend)
             slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
-            values = _apply(output, _apply(value, y))
+            values = apply(output, apply(value, y))
             return self.interaction.trace(q, tokens, values, slopes, self._scale)
 
         return jax.vmap(head)(self.query, self.key, self.value, self.output).sum(axis=0)
@@ -306,32 +307,20 @@ def _divergence(geometry, force, trace, x):
     return trace + geometry.divergence_correction(x, f)
 
 
-def _apply(matrix: Array | None, x: Float[Array, "n d"]):
-    """x_j -> A x_j for each row."""
-    if matrix is None:
-        return x
-    if matrix.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"a matrix of shape {matrix.shape} acts on tokens of dimension {matrix.shape[1]}; got "
-            f"tokens of dimension {x.shape[1]}."
-        )
-    return jnp.matmul(x, matrix.astype(x.dtype).T, precision="highest")
-
-
 def _heads(matrices: Float[Array, "H p d"], x: Float[Array, "n d"]) -> Float[Array, "n H p"]:
     """x_j -> A_h x_j for each head, as one product."""
     heads, p, d = matrices.shape
-    return _apply(matrices.reshape(heads * p, d), x).reshape(len(x), heads, p)
+    return apply(matrices.reshape(heads * p, d), x).reshape(len(x), heads, p)
 
 
 def _apply_transpose(matrix: Array | None, x: Float[Array, "n p"]):
-    return x if matrix is None else _apply(matrix.T, x)
+    return x if matrix is None else apply(matrix.T, x)
 
 
 def _matrix(name: str, value: ArrayLike | None):
     if value is None:
         return None
-    matrix = jnp.asarray(value)
+    matrix = array(name, value)
     if matrix.ndim != 2:
         raise ValueError(f"{name} must be a matrix, got shape {matrix.shape}.")
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
@@ -357,7 +346,15 @@ def _geometry(value: AbstractGeometry) -> AbstractGeometry:
 
 
 def _window(value: Window) -> Window:
+    if isinstance(value, bool):
+        raise TypeError(f"window must be a number of keys, a pair of them, or None; got {value}.")
     band(False, value)  # raises for what is none
+    return value
+
+
+def _backend(value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f'backend must be a name such as "blocked", or None; got {value!r}.')
     return value
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import array, count, instance, real
 from .._types import ScalarLike, accumulation_dtype, is_concrete
 from ..geometry import AbstractGeometry
 from ..measure import Measure
-from .rules import count, instance, real
 
 
 class AbstractField(eqx.Module):
@@ -29,6 +29,7 @@ class AbstractField(eqx.Module):
     """
 
     geometry: eqx.AbstractVar[AbstractGeometry]
+    __array_ufunc__: ClassVar[None] = None  # NumPy leaves `array * field` to the field.
 
     @abc.abstractmethod
     def __call__(self, t: ScalarLike, x: Float[Array, "m d"], mu: Measure) -> Float[Array, "m d"]:
@@ -118,6 +119,21 @@ def causal(field: AbstractField) -> AbstractCausalField:
         "continued token by token. Subclass jaxflow.fields.AbstractCausalField, with keys_values "
         "and attend, or generate with cache=False."
     )
+
+
+def apply(matrix: Array | None, x: Float[Array, "n d"]) -> Array:
+    """x_j -> A x_j for each row; no matrix is the identity.
+
+    **Raises:** `ValueError` for tokens of another dimension.
+    """
+    if matrix is None:
+        return x
+    if matrix.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"a matrix of shape {matrix.shape} acts on tokens of dimension {matrix.shape[1]}; got "
+            f"tokens of dimension {x.shape[1]}."
+        )
+    return jnp.matmul(x, matrix.astype(x.dtype).T, precision="highest")
 
 
 def visible_log_weights(kept: Array, index: ScalarLike, left: int | None = None):
@@ -218,8 +234,8 @@ class Sum(AbstractDivergenceField, AbstractCompositeField):
     geometry: AbstractGeometry
 
     def __init__(self, fields: tuple[AbstractField, ...]):
-        if not fields:
-            raise ValueError("a sum needs at least one field, got none.")
+        if not isinstance(fields, tuple | list) or not fields:
+            raise ValueError(f"a sum takes a tuple of at least one field, got {fields!r}.")
         for field in fields:
             is_field(field)
         if not all(_same(f.geometry, fields[0].geometry) for f in fields):
@@ -313,7 +329,7 @@ def divergence(
     """
     is_field(field)
     instance("mu", mu, Measure, "jaxflow.Measure(points)")
-    x = jnp.asarray(x)
+    x = array("x", x)
     if x.ndim != 2 or x.shape[1] != mu.d:
         raise ValueError(
             f"x must have shape (m, {mu.d}), the dimension of mu's tokens; got {x.shape}."

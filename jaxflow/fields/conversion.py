@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
+from .._rules import count, instance
 from .._types import ArrayLike
 from .curves import AbstractCurve, AbstractLinearCurve, PiecewiseConstant, increasing
-from .rules import count, instance
 
 
 def sample(curve: AbstractCurve, ts: ArrayLike) -> PiecewiseConstant:

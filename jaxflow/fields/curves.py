@@ -21,9 +21,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._rules import constant, positive
 from .._types import ArrayLike, ScalarLike, is_concrete
 from .base import AbstractField, is_field
-from .rules import constant, positive
 
 
 class Kink(float):
@@ -303,10 +303,12 @@ def increasing(ts: ArrayLike) -> tuple[float, ...]:
     """
     if not is_concrete(*jtu.tree_leaves(ts)):
         raise TypeError("the times of a curve are part of its structure and cannot be traced.")
-    found = np.asarray(ts)
-    if found.dtype.kind not in "iuf":
+    try:
+        found = np.asarray(ts, float)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"the times of a curve must be real numbers, got {ts!r}.") from None
+    if any(isinstance(t, bool | str | complex) for t in jtu.tree_leaves(ts)):
         raise TypeError(f"the times of a curve must be real numbers, got {ts!r}.")
-    found = found.astype(float)
     if found.ndim != 1 or not np.isfinite(found).all() or (np.diff(found) <= 0).any():
         raise ValueError(f"times must be finite and increasing, shape (L,); got {found.tolist()}.")
     return tuple(found.tolist())

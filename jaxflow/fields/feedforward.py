@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import count, function, instance, prng_key, reals
 from .._types import ArrayLike, ScalarLike
 from ..geometry import AbstractGeometry, Euclidean
-from .base import AbstractCausalField
-from .rules import count, function, instance, prng_key, reals
+from .base import AbstractCausalField, apply
 
 
 class FeedForward(AbstractCausalField):
@@ -64,12 +64,9 @@ class FeedForward(AbstractCausalField):
         return self._velocity(x)
 
     def _velocity(self, x):
-        w1, b1, w2, b2 = (
-            a.astype(x.dtype)
-            for a in (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
-        )
-        hidden = self.activation(jnp.matmul(x, w1.T, precision="highest") + b1[None])
-        return self.geometry.project(x, jnp.matmul(hidden, w2.T, precision="highest") + b2[None])
+        affine = lambda w, x, b: apply(w, x) + b.astype(x.dtype)[None]
+        hidden = self.activation(affine(self.weight_in, x, self.bias_in))
+        return self.geometry.project(x, affine(self.weight_out, hidden, self.bias_out))
 
 
 class LinearDrift(AbstractCausalField):
@@ -104,7 +101,6 @@ class LinearDrift(AbstractCausalField):
         return self._velocity(x)
 
     def _velocity(self, x):
-        matrix = self.matrix.astype(x.dtype)
-        if matrix.ndim == 0:
-            return self.geometry.project(x, matrix * x)
-        return self.geometry.project(x, jnp.matmul(x, matrix.T, precision="highest"))
+        multiple = self.matrix.ndim == 0
+        moved = self.matrix.astype(x.dtype) * x if multiple else apply(self.matrix, x)
+        return self.geometry.project(x, moved)

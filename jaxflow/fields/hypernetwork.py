@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import constant, count, positive, prng_key
 from .base import AbstractField, is_field
 from .curves import AbstractCurve, as_time, fixed
-from .rules import constant, count, positive, prng_key
 
 
 class HyperNetwork(AbstractCurve):

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._rules import constant, count, floating, instance, not_negative, positive, real
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean, Sphere
 from .base import AbstractDivergenceField, AbstractField, AbstractWrapper, divergence, is_field
-from .rules import constant, count, floating, instance, not_negative, positive, real
 
 
 class AbstractNorm(eqx.Module):
@@ -271,4 +271,8 @@ def _wide(x):
 
 def _rows(vector, x):
     """The vector, for each token of x."""
+    if len(vector) != x.shape[-1]:
+        raise ValueError(
+            f"a norm of dimension {len(vector)} takes tokens of that dimension, got {x.shape[-1]}."
+        )
     return jnp.broadcast_to(vector.astype(x.dtype), x.shape)

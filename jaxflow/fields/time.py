@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
+from .._rules import instance
 from .._types import ScalarLike
 from ..geometry import AbstractGeometry
 from .base import (
@@ -41,7 +42,6 @@ from .curves import (
     stack,
 )
 from .hypernetwork import HyperNetwork
-from .rules import instance
 
 __all__ = [
     "AbstractCurve",
