@@ -758,6 +758,8 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     last = training.latest(tmp_path / "checkpoints")
     assert last is not None and training.metadata(last)["step"] == 3
+    # One that comes with the last step is no less heard: what follows must not start.
+    assert quick(Interrupted(number=number, step=2), steps=3).reason == number.name
     assert losses(go_on(tmp_path, Interrupted())) == losses(quick(Interrupted()))
 
 

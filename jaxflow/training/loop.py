@@ -167,6 +167,7 @@ def fit(
         with _Display(steps, place.step, progress, cost) as display:
             loop = _Loop(step, data, schedule, kept, signals, display, state, best, place)
             reason = loop.run()
+        reason = signals.caught or reason  # one that came with the last step counts too
     best = loop.state.params if loop.best is None else loop.best
     whole = lambda params: eqx.combine(params, static)
     return Fitted(
