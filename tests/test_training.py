@@ -24,7 +24,6 @@ from jaxflow._folder import claim, read_settings, write_settings
 from jaxflow.models import Depth, LanguageModel, ResidualNetwork
 from jaxflow.observables import AttentionEntropy, KineticEnergy
 from jaxflow.training import checkpoints, loop
-from jaxflow.training.optimisers import whole_number
 from jaxflow.training.step import State, Step, evaluated
 
 KEY = jax.random.key(0)
@@ -80,7 +79,7 @@ class Outputs(training.AbstractLoss):
 
 
 def fit(model, data, **options):
-    defaults = {"steps": 6, "evaluate_every": 3, "log_every": 1, "progress": False}
+    defaults: dict[str, Any] = {"steps": 6, "evaluate_every": 3, "log_every": 1, "progress": False}
     return training.fit(model, data, **defaults | {"optimiser": ADAM} | options)
 
 
@@ -364,12 +363,6 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     assert (contents(tmp_path), contents(ran)) == before and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", [2.5, float("nan"), "10", True, None, [1]])
-def test_a_count_is_a_whole_number(value):
-    with pytest.raises(TypeError, match="steps must be a whole number, got"):
-        whole_number("steps", value)
-
-
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -394,12 +387,12 @@ def test_resume_needs_a_folder():
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite, got nan"),
-        ({"learning_rate": np.inf}, "learning_rate must be at least 0 and finite, got inf"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite and at least 0, got nan"),
+        ({"learning_rate": np.inf}, "learning_rate must be finite and at least 0, got inf"),
         ({"learning_rate": -1e-3}, "learning_rate must be"),
         ({"final": float("nan")}, "final must be"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
-        ({"clip": 0.0}, "clip must be greater than 0"),
+        ({"clip": 0.0}, "clip must be finite and greater than 0"),
         ({"clip": float("nan")}, "clip must be"),
         ({"b1": 1.0}, "b1 must be at least 0 and below 1"),
         ({"b2": -0.5}, "b2 must be"),

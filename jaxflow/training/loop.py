@@ -23,10 +23,11 @@ from jaxtyping import Array, PRNGKeyArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .._rules import count
 from ..models import AbstractModel
 from . import checkpoints, record
 from .losses import AbstractLoss, FlowLoss, cross_entropy
-from .optimisers import adamw, whole_number
+from .optimisers import adamw
 from .record import Place, Record
 from .step import State, Step, TrainingError, diagnosis, evaluated, update
 
@@ -141,7 +142,7 @@ def fit(
         patience=patience,
         budget=budget,
     )
-    keep = whole_number("keep", keep)
+    keep = count("keep", keep)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
     if run is not None:
@@ -199,7 +200,7 @@ class _Schedule:
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if value is not None:
-                whole_number(name, value)
+                count(name, value)
 
     def spent(self, place: Place) -> bool:
         return self.budget is not None and place.spent >= self.budget
@@ -256,8 +257,8 @@ class _Loop:
 
     def advance(self):
         """Makes a step; its numbers are pending until they are logged."""
-        count, number = self.schedule.accumulate, self.place.step
-        batch, start = _batches(self.data, number, count), time.perf_counter()
+        batches, number = self.schedule.accumulate, self.place.step
+        batch, start = _batches(self.data, number, batches), time.perf_counter()
         self.state, ok, metrics = update((self.step, batch, np.int32(number)), self.state)
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not ok:
@@ -265,7 +266,7 @@ class _Loop:
             failed = f"step {number + 1} failed (loss {numbers['loss']:.6g}): "
             raise TrainingError(failed + diagnosis(self.step, self.state, batch, number))
         numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
-        self.place = self.place.after(numbers.get("num_evaluations", 0.0) * count, numbers)
+        self.place = self.place.after(numbers.get("num_evaluations", 0.0) * batches, numbers)
 
     def evaluated(self) -> dict[str, float] | None:
         """The validation losses; None where a signal cut the evaluation off."""
