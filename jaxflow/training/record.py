@@ -118,13 +118,12 @@ class Record:
         return found
 
     def _restored(self, state, last: Path, good: dict[Path, dict]) -> tuple[Any, Any, Place]:
-        cursor: dict[str, Any] = {
-            k: v for k, v in good[last]["cursor"].items() if k not in ("log", "failed")
-        }
+        sealed_cursor = good[last]["cursor"]
+        cursor: dict[str, Any] = {name: sealed_cursor[name] for name in Place._fields}
         best = checkpoints.smallest(good, "loss")
         params = None if best is None else checkpoints.restore(best, state)[0].params
         state, _ = checkpoints.restore(last, state)
-        self.history = self.log_file.verify(good[last]["cursor"]["log"])
+        self.history = self.log_file.verify(sealed_cursor["log"])
         cursor["best"] = math.inf if cursor["best"] is None else cursor["best"]
         place = Place(**cursor)
         self.saved, self.loss = place.step, good[last]["metrics"].get("loss")
