@@ -160,8 +160,8 @@ class FlowSolution(eqx.Module):
                 f"evaluate is of one flow, got {self.t0.shape} flows: jax.vmap it, too."
             )
         check_number("t", t)
-        if jnp.ndim(t) > 1:
-            raise ValueError(f"t must be one time or a list of times, got shape {jnp.shape(t)}.")
+        if np.ndim(t) > 1:
+            raise ValueError(f"t must be one time or a list of times, got shape {np.shape(t)}.")
         known = is_concrete(t, self.t0, self.end)
         outside = f"t must lie in the interval that was solved, [{self.t0}, {self.end}]; got {t}."
         if known and not _inside(np.asarray(t), np.asarray(self.t0), np.asarray(self.end)).all():
