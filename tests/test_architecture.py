@@ -17,6 +17,8 @@ ROOT = pathlib.Path(jaxflow.__file__).parent
 
 # Imports point to a lower layer, or stay within a package.
 LAYERS = {
+    "_folder": 0,
+    "_files": 1,
     "_memory": 0,
     "_types": 0,
     "_rules": 1,

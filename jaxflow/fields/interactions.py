@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._memory import PAIRS_AT_ONCE
 from .._rules import constant, count, not_negative, positive, real
 from .._types import Keys, LogWeights, Queries, ScalarLike, Values, accumulation_dtype
 from ..kernels import softmax_expectation
@@ -187,7 +188,7 @@ class Hardmax(AbstractInteraction):
             return jnp.matmul(w, values32, precision="highest") / jnp.where(total > 0, total, 1)
 
         rows = jnp.arange(q.shape[0]), jax.lax.stop_gradient(q)
-        size = max(1, 2**20 // keys.shape[0])
+        size = max(1, PAIRS_AT_ONCE // keys.shape[0])
         return jax.lax.map(one, rows, batch_size=size).astype(values.dtype)
 
     def trace(self, q, tokens, values, slopes, scale):

@@ -9,7 +9,7 @@ import diffrax
 import jax
 
 from ..fields import LayerNorm, RMSNorm
-from ..solvers import LieTrotter, Strang
+from ..solvers import RK4, Geodesic, LieTrotter, Strang
 from .base import AbstractModel, Depth
 from .blocks import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .image import ImageClassifier
@@ -36,10 +36,14 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
     "euler": diffrax.Euler(),
     "midpoint": diffrax.Midpoint(),
     "heun": diffrax.Heun(),
+    "rk4": RK4(),
     "bosh3": diffrax.Bosh3(),
     "tsit5": diffrax.Tsit5(),
     "dopri5": diffrax.Dopri5(),
     "dopri8": diffrax.Dopri8(),
+    "geodesic": Geodesic(),
+    "kvaerno3": diffrax.Kvaerno3(),
+    "kvaerno5": diffrax.Kvaerno5(),
 }
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jax.nn.tanh}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._memory import check_fits
+from .._memory import PAIRS_AT_ONCE, check_fits
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..fields import (
     AbstractCompositeField,
@@ -171,7 +171,7 @@ def _spectrum(field, mu, key, probes):
             return jnp.linalg.svd(apply(jnp.eye(len(y), dtype=dtype)), compute_uv=False)
         return _largest(apply, len(y), min(probes, len(y)), dtype, key)
 
-    return over_leading(one, mu, batch_size=max(1, 2**22 // mu.n**2))
+    return over_leading(one, mu, batch_size=max(1, PAIRS_AT_ONCE // mu.n**2))
 
 
 def _largest(apply, n, probes, dtype, key):

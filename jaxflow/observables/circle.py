@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+from .._memory import PAIRS_AT_ONCE
 from .._types import ArrayLike, accumulation_dtype
 from ..measure import Measure
 from .base import over_leading
@@ -47,7 +48,7 @@ def _modes(mu: Measure, k: Array) -> Array:
             turned = k.astype(dtype) * angles
             return (weights * jnp.cos(turned)).sum(), (weights * jnp.sin(turned)).sum()
 
-        size = max(1, min(k.size, 2**20 // len(x)))
+        size = max(1, min(k.size, PAIRS_AT_ONCE // len(x)))
         real, imaginary = jax.lax.map(mode, k.reshape(-1), batch_size=size)
         return jax.lax.complex(real, imaginary).reshape(k.shape)
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from .._memory import PAIRS_AT_ONCE
 from .._types import Scalar, ScalarLike, accumulation_dtype, is_concrete
 from ..measure import Measure
 from .base import AbstractObservable, one_by_one, over_leading, present
@@ -142,7 +143,7 @@ def _labels(mu: Measure, level: Array, link: _Link) -> Array:
 
     if mu.n > DENSE:
         return one_by_one(one, mu, level)
-    return over_leading(one, mu, level, batch_size=max(1, 2**22 // mu.n**2))
+    return over_leading(one, mu, level, batch_size=max(1, PAIRS_AT_ONCE // mu.n**2))
 
 
 def _all_pairs(x, there, level, link: _Link) -> Int[Array, " n"]:

@@ -25,6 +25,7 @@ class MergeTree:
     - `sizes`: the number of tokens of the cluster that they become, shape `(k,)`.
     - `leaves`: the tokens that take part, ascending; `None` is all n.
     - `links`: the two tokens that met, shape `(k, 2)`, where they are known.
+    - `failure`: what ended the search for mergers before its time, or `None`.
     """
 
     n: int
@@ -33,6 +34,7 @@ class MergeTree:
     sizes: Int[np.ndarray, " k"]
     leaves: Int[np.ndarray, " m"] | None = None
     links: Int[np.ndarray, "k 2"] | None = None
+    failure: str | None = None
 
     def __post_init__(self):
         k, most = len(self.times), len(self.tokens) - 1

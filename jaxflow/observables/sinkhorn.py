@@ -20,14 +20,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._memory import PAIRS_AT_ONCE
 from .._types import ScalarLike, is_concrete
 from ..geometry import AbstractGeometry, Euclidean
 from ..kernels import softmax_expectation
 from ..measure import Measure
 from .base import over_two
-
-# Rows of geodesic distances that are computed together, times their length.
-BLOCK = 2**20
 
 
 def sinkhorn_divergence(
@@ -156,4 +154,4 @@ def _transform(geometry, x, y, log_weights, g, epsilon) -> Float[Array, " n"]:
         costs = geometry.distance(jnp.broadcast_to(xi, y.shape), y) ** 2
         return -epsilon * jax.nn.logsumexp(log_weights + (g - costs) / epsilon)
 
-    return jax.lax.map(row, x, batch_size=max(1, min(len(x), BLOCK // len(y))))
+    return jax.lax.map(row, x, batch_size=max(1, min(len(x), PAIRS_AT_ONCE // len(y))))

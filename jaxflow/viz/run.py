@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.tree_util as jtu
 import numpy as np
 
+from .._memory import PAIRS_AT_ONCE
 from .._types import ScalarLike
 from ..flow import FlowSolution
 from ..geometry import AbstractGeometry, Sphere
@@ -13,9 +14,6 @@ from ..observables import cluster_count, cluster_labels
 from .style import log_spaced
 
 System = int | tuple[int, ...] | None
-
-# Clusters of n tokens are counted at no more than this / n times, unless the flow observed them.
-COUNTED_TOKENS = 2**20
 
 
 class Run(NamedTuple):
@@ -53,7 +51,7 @@ class Run(NamedTuple):
         """
         if self.observed_counts is not None:
             return self.ts, self.observed_counts
-        times = evenly(len(self.ts), max(2, COUNTED_TOKENS // self.n))
+        times = evenly(len(self.ts), max(2, PAIRS_AT_ONCE // self.n))
         counts = [cluster_count(self.measure(k), threshold) for k in times.tolist()]
         return self.ts[times], np.array(counts)
 
