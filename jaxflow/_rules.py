@@ -29,7 +29,7 @@ def real(
     **Raises:** `TypeError` for what is no real number, `ValueError` for arrays and where the rule
     does not hold.
     """
-    if not _is_real(value):
+    if not is_real(value):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
     if np.shape(value) != ():
         raise ValueError(
@@ -74,17 +74,24 @@ def flag(name: str, value: Any) -> bool:
 
 
 def array(name: str, value: Any) -> Array:
-    """The value as an array."""
+    """The value as an array, whose integers keep their values."""
     try:
+        if isinstance(value, jax.Array):
+            return value
+        if isinstance(value, np.ndarray) and not _fits(value):
+            raise OverflowError
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name} must be an array of real numbers, got {value!r}.") from None
+        held = jax.dtypes.canonicalize_dtype(int)
+        raise TypeError(
+            f"{name} must be an array of real numbers, integers within {held}; got {value!r}."
+        ) from None
 
 
 def reals(name: str, value: Any) -> Array:
     """The value as a floating-point array, whose entries are finite where they are known."""
     given = array(name, value)
-    if not _is_real(given):
+    if not is_real(given):
         raise TypeError(f"{name} must hold real numbers, got {given.dtype}.")
     return finite(name, jnp.asarray(given, float))
 
@@ -95,6 +102,11 @@ def finite(name: str, values: Array) -> Array:
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(known))[0])
         raise ValueError(f"{name} must be finite, got {known[where]} at index {where}.")
     return values
+
+
+def known(values: Array) -> np.ndarray | None:
+    """The array on the host; None where it is traced."""
+    return np.asarray(values) if is_concrete(values) else None
 
 
 def instance(name: str, value: Any, kind: type | tuple[type, ...], example: str) -> Any:
@@ -146,7 +158,15 @@ def _rounded(value: Any, dtype: Any) -> np.ndarray:
         return np.asarray(np.inf)
 
 
-def _is_real(value: Any) -> bool:
+def _fits(value: np.ndarray) -> bool:
+    """Whether integers keep their values in the dtype that JAX gives them, often of 32 bits."""
+    if value.dtype.kind not in "iu" or not value.size:
+        return True
+    held = jnp.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+    return bool(held.min <= value.min() and value.max() <= held.max)
+
+
+def is_real(value: Any) -> bool:
     """Whether it is an integer or a floating-point number, or an array of such."""
     if (dtype := getattr(value, "dtype", None)) is None:
         return isinstance(value, int | float) and not isinstance(value, bool)

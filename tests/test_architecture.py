@@ -21,7 +21,7 @@ LAYERS = {
     "_files": 1,
     "_memory": 0,
     "_types": 0,
-    "_rules": 1,
+    "_rules": 0.5,
     "measure": 1,
     "geometry": 1,
     "kernels": 1,

@@ -44,10 +44,8 @@ class Boundary(TyperGroup):
                 typer.echo(text, err=True)
                 sys.exit(REFUSED)
             code = _say(text, REFUSED)
-        except (KeyboardInterrupt, typer.Abort):
-            code = _say("interrupted", 128 + signal.SIGINT)
         except Stopped as stopped:
-            code = _say("terminated", stopped.exit_code)
+            code = stopped.exit_code
         except BrokenPipeError:  # whoever read the output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = FAILED

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._rules import count
+from .._memory import check_fits
+from .._rules import array, count, flag, floating, function, instance
+from .._types import ArrayLike
 from ..fields import (
     AbstractCurve,
     AbstractField,
@@ -91,7 +93,13 @@ def hypernetwork(
 
 
 class Block(eqx.Module):
-    """Makes the field of one block, attention + feed-forward, from a PRNG key."""
+    """Makes the field of one block, attention + feed-forward, from a PRNG key.
+
+    **Arguments:** as in [`jaxflow.models.LanguageModel`][]; `layers`: the number L of blocks of the
+    model, by which the weights that end a block are scaled; `width`: 0 for no feed-forward.
+
+    **Raises:** `ValueError` or `TypeError` for what makes no block.
+    """
 
     dim: int
     heads: int
@@ -110,8 +118,13 @@ class Block(eqx.Module):
             raise ValueError(f'placement must be "pre", "peri" or "post", got {self.placement!r}.')
         if self.placement == "post" and self.dtype is not None:
             raise ValueError('dtype is of the fields between norms: use placement "pre" or "peri".')
-        if self.width < 0:
-            raise ValueError(f"width must be positive, or 0 for no feed-forward; got {self.width}.")
+        for name in ("dim", "heads", "layers"):
+            count(name, getattr(self, name))
+        count("width", self.width, 0)
+        function("activation", self.activation)
+        function("norm", self.norm)
+        floating("dtype", self.dtype)
+        flag("rotary", self.rotary)
 
     def __call__(self, key: PRNGKeyArray) -> AbstractField:
         first, second = jax.random.split(key)
@@ -151,8 +164,20 @@ def blocks(
 ) -> TimeDependent:
     """The field of a model, from the maker of a block."""
     count("layers", layers)
+    function("curve", curve)
     made = [make(k) for k in jax.random.split(key, layers)]
-    return TimeDependent(curve=curve(made, depth.t1))
+    example = "one of jaxflow.models.layered"
+    return TimeDependent(instance("curve's result", curve(made, depth.t1), AbstractCurve, example))
+
+
+def check_size(dim: int, layers: int, width: int, others: int):
+    """The parameters of L blocks and so many others, and two arrays of their size, must fit."""
+    numbers = layers * (4 * dim**2 + 2 * dim * width) + others
+    check_fits(
+        3 * 4 * numbers,
+        f"a model of {numbers:.2e} parameters",
+        "Take a smaller vocabulary or image, fewer layers, or a smaller dim or width.",
+    )
 
 
 def small(field: Any, last: Callable[[Any], Array], layers: int) -> Any:
@@ -165,6 +190,17 @@ def small(field: Any, last: Callable[[Any], Array], layers: int) -> Any:
 
 
 # ------------------------------------------------------------------ pieces
+
+
+def features(name: str, values: ArrayLike, like: Array) -> Array:
+    """Floating-point numbers in the dtype of parameters."""
+    values = array(name, values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating point, got {values.dtype}. Scale them as for training: "
+            "pixels of 8 bits are x / 255."
+        )
+    return values.astype(like.dtype)
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch features"]):

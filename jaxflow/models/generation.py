@@ -5,7 +5,6 @@ solver ask the field for X_t[mu](x) at the same times for every token, so the ke
 each stage are kept, and a new token is integrated alone.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .._memory import check_fits
+from .._rules import array, constant, count, known, not_negative, prng_key, real
 from .._types import Scalar, is_concrete
 from ..explicit import explicit_step, is_explicit
 from ..fields.base import can_be_continued
@@ -53,25 +54,39 @@ class Chooser(eqx.Module):
         return jnp.where(logits >= least, logits, -jnp.inf)
 
 
+def tokens(inputs: Any, vocabulary: int) -> Int[Array, "*batch n"]:
+    """Tokens `(*batch, n)` as an array, each of the vocabulary as far as it is known."""
+    found = array("tokens", inputs)
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers, got {found.dtype}. Encode the text first.")
+    if found.ndim < 1 or not found.size:
+        raise ValueError(f"tokens must have shape (*batch, n) with n >= 1, got {found.shape}.")
+    seen = known(found)
+    if seen is not None and not (0 <= seen.min() and seen.max() < vocabulary):
+        raise ValueError(
+            f"tokens must be in 0, ..., {vocabulary - 1}, got {seen.min()} to {seen.max()}. Take "
+            "the tokenizer of the model."
+        )
+    return found
+
+
 def check(prompt, vocabulary: int, length: int, temperature, top_k, top_p, key):
     if prompt.ndim != 1 or not len(prompt) or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"the prompt must be at least one token, integers of shape (n,); got {prompt.dtype} "
             f"{prompt.shape}. jax.vmap over prompts makes a batch."
         )
-    if is_concrete(prompt) and not (0 <= prompt.min() and prompt.max() < vocabulary):
-        raise ValueError(
-            f"tokens must be in 0, ..., {vocabulary - 1}, got {prompt.min()} to {prompt.max()}."
-        )
-    if length < 0:
-        raise ValueError(f"length, the number of tokens to add, must not be negative: {length}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    if is_concrete(temperature) and not (0 <= temperature < math.inf):
-        raise ValueError(f"the temperature must be 0 or positive, got {temperature}.")
-    if key is None and not (is_concrete(temperature) and temperature == 0):
+    tokens(prompt, vocabulary)
+    count("length, the number of tokens to add,", length, 0)
+    check_fits(64 * length, f"a text of {length} tokens", "Add fewer at a time.")
+    if top_k is not None:
+        count("top_k", top_k)
+    if top_p is not None:
+        constant("top_p", top_p, "in (0, 1]", lambda p: (0 < p) & (p <= 1))
+    real("the temperature", temperature, "0 or positive", not_negative)
+    if key is not None:
+        prng_key(key)
+    elif not (is_concrete(temperature) and temperature == 0):
         raise ValueError("drawing tokens needs key=jax.random.key(...); temperature=0 needs none.")
 
 
