@@ -41,6 +41,7 @@ from .solvers import (
     AbstractSplitting,
     Geodesic,
     PiecewiseSteps,
+    along,
     default_adjoint,
     step_times,
 )
