@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optimistix
 from jax.interpreters import ad
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ._flow_input import (
     Observables,
@@ -64,6 +64,13 @@ class FlowArgs(NamedTuple):
     observe: dict[str, Callable]
 
 
+class Sides(NamedTuple):
+    """What an observable is on both sides of each saved time, where parameters may jump."""
+
+    before: Array
+    after: Array
+
+
 class FlowSolution(eqx.Module):
     """What a flow returns.
 
@@ -75,7 +82,8 @@ class FlowSolution(eqx.Module):
     - `observed`: `{name: values}` of `observe`, one entry a saved time, in floating point (counts
       too, so that a time that was not reached can hold inf).
     - `ys`: what a `SaveAt(fn=...)` of the user's own saved, else `None`.
-    - `t0`, `end`: where the flow began and how far it came, t1 or the time of an event.
+    - `t0`, `end`, `final`: where the flow began, how far it came (t1, or the time of an event), and
+      the measure there. With `BacksolveAdjoint` and `ImplicitAdjoint`: what was saved last.
     - `stats`: `num_steps`, `num_accepted_steps`, `num_rejected_steps`, `max_steps`, and
       `num_evaluations` of the field (of its first part, for a splitting method; `None` for
       implicit solvers, where it is not known).
@@ -90,6 +98,7 @@ class FlowSolution(eqx.Module):
     ys: Any
     t0: Array
     end: Array
+    final: Measure
     stats: dict[str, Any]
     result: diffrax.RESULTS
     event_mask: Any
@@ -109,6 +118,29 @@ class FlowSolution(eqx.Module):
                 f"last is of one flow, got times of shape {self.ts.shape}: jax.vmap it, too."
             )
         return self.measures[jnp.isfinite(self.ts).sum() - 1]
+
+    @property
+    def ok(self) -> Bool[Array, ""]:
+        """Whether the solve succeeded and its end is finite."""
+        return diffrax.is_okay(self.result) & jnp.isfinite(self.final.points).all()
+
+    def integral(self, name: str) -> Array:
+        """int of what was observed by that name over [t0, end], by the trapezoidal rule between the
+        saved times; they should be the steps, `SaveAt(t0=True, steps=True)`, or dense.
+
+        **Raises:** `ValueError` where nothing was observed by that name.
+        """
+        if name not in (self.observed or {}):
+            others = ", ".join(self.observed or {}) or "nothing"
+            raise ValueError(f"{others} was observed, not {name}: pass observe={{{name!r}: fn}}.")
+        values = self.observed[name]
+        sides = values if isinstance(values, Sides) else Sides(values, values)
+        reached = jnp.isfinite(self.ts)
+        shape = (-1, *[1] * (sides.after.ndim - 1))
+        gaps = jnp.where(reached[1:], self.ts[1:] - jnp.where(reached[:-1], self.ts[:-1], 0), 0)
+        there = lambda side: jnp.where(reached.reshape(shape), side, 0)
+        ends = there(sides.after)[:-1] + there(sides.before)[1:]
+        return (gaps.reshape(shape) * ends / 2).sum(axis=0)
 
     def evaluate(self, t: ScalarLike | Float[Array, " times"]) -> Measure:
         """The measure at any time between t0 and `end`, for a flow with `SaveAt(dense=True)`.
@@ -292,9 +324,10 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
         )
     if plain:
         saved, last, ts = _observe_saved(sol, geometry, log_weights, observe), None, sol.ts
+        end, final = ts[-1], saved.points[-1]
     else:
         (saved, last_y), (ts, last_t) = cast(tuple, sol.ys), cast(tuple, sol.ts)
-        last = last_t[-1], last_y[-1]
+        last = end, final = last_t[-1], last_y[-1]
     unpack = lambda fn: jtu.tree_map(fn, saved, is_leaf=lambda x: isinstance(x, _Saved))
     evaluations = _evaluations(sol.stats, field, times, solver)
     out = FlowSolution(
@@ -303,7 +336,8 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
         observed=unpack(lambda s: s.observed),
         ys=unpack(lambda s: s.value),
         t0=times.t0,
-        end=times.t1 if last is None else last[0],
+        end=end,
+        final=Measure(geometry.retract(final), log_weights),
         stats=sol.stats | {"num_evaluations": evaluations},
         result=sol.result,
         event_mask=sol.event_mask,

@@ -327,7 +327,7 @@ def test_costs_see_both_sides_of_a_jump(count):
     x = jnp.ones((1, 3))
     cost = {"kinetic": jf.observables.KineticEnergy(model.field)}
     found = eqx.filter_jit(lambda m, x: m.solve(x, cost))(model, x)
-    start = float(found.observed["kinetic"][-1, 0]) / (2.0 if count == 2 else 1.5**2) ** 2
+    start = float(found.observed["kinetic"].after[-1, 0]) / (2.0 if count == 2 else 1.5**2) ** 2
     # |x| doubles over one step of length 1, or grows by 3/2 twice.
     sizes = np.array([1.0, 4.0]) if count == 2 else np.array([1.0, 2.25, 5.0625])
     expected = np.trapezoid(sizes, dx=2.0 / count) * start
