@@ -145,7 +145,7 @@ def _is_sub(x: Any) -> bool:
 
 def check_number(name: str, value: Any):
     """Real numbers: no truth value, text or complex number."""
-    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    dtype = getattr(value, "dtype", None) or np.asarray(value).dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
 

@@ -40,10 +40,9 @@ from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
 from .solvers import (
     AbstractSplitting,
-    Frozen,
     Geodesic,
     PiecewiseSteps,
-    Retracted,
+    along,
     default_adjoint,
     step_times,
 )
@@ -296,8 +295,7 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
     y0 = mu0.points
     # These two run the same solver on an augmented state, or save nothing but the state.
     plain = isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint)
-    if jumps(field):
-        solver = solver if plain else Frozen(solver, jumps(field))
+    solver = solver if plain else along(solver, field)
     if not isinstance(geometry, Euclidean):
         if not on_geometry:
             # Points that are not finite make a solve that fails, which is the caller's to see.
@@ -308,7 +306,6 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
             )
         # In 16 bits no step would be near enough.
         y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
-        solver = solver if plain else Retracted(solver, geometry)
     with times_checked(times.checked):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(particle_velocity),
