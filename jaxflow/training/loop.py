@@ -63,7 +63,7 @@ class Fitted:
 
 
 def fit(
-    model: AbstractModel,
+    model: eqx.Module,
     data: Data,
     *,
     steps: int,
@@ -149,9 +149,10 @@ def fit(
     about = _about(data, config, accumulate)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimiser = adamw(steps) if optimiser is None else optimiser
+    key = jax.random.key(0) if key is None else key
+    _check_parts(optimiser, loss, key)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     step = Step(static, optimiser, loss)
-    key = jax.random.key(0) if key is None else key
     # The step gives its state's memory to the next one, and the caller keeps the model.
     state = jax.tree.map(jnp.copy, State(params, optimiser.init(params), key))
     first = _batches(data, 0, accumulate)
@@ -166,6 +167,7 @@ def fit(
         with _Display(steps, place.step, progress, cost) as display:
             loop = _Loop(step, data, schedule, kept, signals, display, state, best, place)
             reason = loop.run()
+        reason = signals.caught or reason  # one that came with the last step counts too
     best = loop.state.params if loop.best is None else loop.best
     whole = lambda params: eqx.combine(params, static)
     return Fitted(
@@ -322,6 +324,19 @@ def _about(data: Data, config: Mapping[str, Any] | None, accumulate: int) -> dic
         return json.loads(json.dumps(about))
     except TypeError as error:
         raise TypeError(f"config and data.describe() must be JSON: {error}.") from error
+
+
+def _check_parts(optimiser: Any, loss: Any, key: Any):
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise TypeError(f"optimiser must be an Optax optimiser, got {optimiser!r}.")
+    if not callable(loss):
+        raise TypeError(f"loss must be a function (outputs, targets) -> number, got {loss!r}.")
+    try:
+        jax.eval_shape(lambda k: jax.random.fold_in(k, 0), key)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"key must be one PRNG key, got {key!r}: pass jax.random.key(...)."
+        ) from None
 
 
 def _check_step(step: Step, state: State, batch, budget: int | None):
