@@ -275,4 +275,6 @@ def _check_scale(scale, dtype):
             "jax.vmap."
         )
     if is_concrete(array) and not abs(float(array)) <= float(jnp.finfo(dtype).max):
-        raise ValueError(f"scale (the inverse temperature) must be finite in {dtype}, got {scale}.")
+        raise ValueError(
+            f"scale (the inverse temperature) must be finite, got {scale} for sums in {dtype}."
+        )
