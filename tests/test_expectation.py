@@ -6,6 +6,7 @@ float64, found once for all backends; tolerances are relative to its largest ent
 
 import dataclasses
 import functools
+import inspect
 from functools import partial
 
 import jax
@@ -14,7 +15,12 @@ import numpy as np
 import pytest
 
 from jaxflow.kernels import (
+    BACKENDS as BACKEND_NAMES,
+)
+from jaxflow.kernels import (
     blocked,
+    describe_backend,
+    registry,
     select_backend,
     softmax_expectation,
 )
@@ -211,9 +217,16 @@ def test_the_least_number_masks_a_key(every, backend):
 # bfloat16 operands are accumulated in float32, so only the mean's own rounding (2^-9) is left.
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "dtype, tolerance", [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 4e-3)]
+    "backend, dtype, tolerance",
+    [
+        ("blocked", "float32", 1e-6),
+        ("blocked", "float16", 1e-3),
+        ("blocked", "bfloat16", 4e-3),
+        ("pallas_gpu:interpret", "float32", 1e-6),
+        ("pallas_gpu:interpret", "bfloat16", 4e-3),
+    ],
 )
-def test_low_precision_is_accumulated_in_float32(dtype, tolerance, backend):
+def test_low_precision_is_accumulated_in_float32(backend, dtype, tolerance):
     case = LONG
     operands = case.operands(jnp.dtype(dtype))
     mean, lse = operation(case, backend)(*operands)
@@ -251,12 +264,17 @@ def test_reference_against_finite_differences():
         jnp.where(jnp.isfinite(a), jnp.cos(jnp.arange(a.size).reshape(a.shape)), 0)
         for a in operands
     )
-    fn = jax.jit(loss(truth(case)))
-    shifted = lambda h: fn(*(a + h * d for a, d in zip(operands, directions, strict=True)))
-    h = 1e-5
-    numeric = (shifted(h) - shifted(-h)) / (2 * h)
+    fn, h = loss(truth(case)), 1e-5
+
+    @jax.jit
+    def both(*operands):
+        shifted = lambda h: fn(*(a + h * d for a, d in zip(operands, directions, strict=True)))
+        numeric = (shifted(h) - shifted(-h)) / (2 * h)
+        return jax.jvp(fn, operands, directions)[1], numeric
+
+    exact, numeric = both(*operands)
     # Central differences err by h^2 and by rounding / h, both near 1e-10.
-    np.testing.assert_allclose(jax.jvp(fn, operands, directions)[1], numeric, rtol=1e-8)
+    np.testing.assert_allclose(exact, numeric, rtol=1e-8)
 
 
 def batched(fn, case, axes):
@@ -306,6 +324,7 @@ def true_mapped_gradients():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("backend", ["blocked", "pallas_gpu:interpret"])
 def test_nested_vmap_of_a_gradient(backend):
     actual = mapped_gradients(operation(PLAIN, backend))
     assert_close(actual, true_mapped_gradients(), roundings(1e-13, backend))
@@ -418,25 +437,105 @@ def test_select_backend():
         softmax_expectation(x, x, x, backend="cud")
 
 
+def as_users_call(fn):
+    """Without the check of annotated types that only tests have."""
+    return inspect.unwrap(fn)
+
+
 X, LOGS = np.zeros((5, 3), np.float32), np.zeros(5, np.float32)
+HALF = X.astype(np.float16)
 
 
 @pytest.mark.parametrize(
     "args, options, error, message",
     [
         ((X[0], X, X), {}, ValueError, r"q must have two axes.*\(3,\).*vmap"),
+        ((X[None], X, X), {}, ValueError, r"q must have two axes.*\(1, 5, 3\).*vmap"),
         ((X, X[:, :2], X), {}, ValueError, "same dimension"),
         ((X, X, X[:4]), {}, ValueError, "pair up"),
         ((X, X[:0], X[:0]), {}, ValueError, r"k must not be empty, got shape \(0, 3\)"),
+        ((X, X, X[:, :0]), {}, ValueError, r"v must not be empty, got shape \(5, 0\)"),
         ((X.astype(int), X, X), {}, TypeError, "q must be floating point, got int"),
-        ((X, X.astype(np.float16), X), {}, TypeError, "share one dtype.*float16"),
+        (([[1, 2]], X, X), {}, TypeError, "q must be floating point, got int"),
+        (([[1.0], [2.0, 3.0]], X, X), {}, TypeError, "q must be an array.*this list is not"),
+        ((None, X, X), {}, TypeError, "q must be an array.*this NoneType is not"),
+        (("text", X, X), {}, TypeError, "q must be an array.*this str is not"),
+        ((X, HALF, X), {}, TypeError, "share one dtype.*float16"),
         ((X, X, X, LOGS[:4]), {}, ValueError, r"one entry a key, shape \(5,\); got \(4,\)"),
+        ((X, X, X, X), {}, ValueError, r"one entry a key, shape \(5,\); got \(5, 3\)"),
         ((X, X, X, LOGS > 0), {}, TypeError, "log_weights must be floating point.*jnp.where"),
+        ((X, X, X, LOGS + np.nan), {}, ValueError, "below infinity, got nan for key 0.*-inf"),
+        ((X, X, X, [0, 0, np.inf, 0, 0]), {}, ValueError, "below infinity, got inf for key 2"),
         ((X, X, X), {"scale": np.nan}, ValueError, "must be finite, got nan"),
+        ((X, X, X), {"scale": 1e300}, ValueError, r"must be finite, got 1e\+300 .*float32"),
+        ((HALF, HALF, HALF), {"scale": 10**400}, ValueError, "must be finite, got 1000"),
         ((X, X, X), {"scale": LOGS}, ValueError, r"scale must be a scalar, got shape \(5,\)"),
+        ((X, X, X), {"scale": LOGS[0] > 0}, TypeError, "scale must be a real number"),
+        ((X, X, X), {"scale": "1"}, TypeError, "scale must be a real number.*got '1'"),
+        ((X, X, X), {"scale": 1j}, TypeError, "scale must be a real number.*got 1j"),
+        ((X, X, X), {"scale": jnp.array(1j)}, TypeError, "real number.*complex"),
+        ((X, X, X), {"causal": "yes"}, TypeError, "causal must be True or False, got 'yes'"),
         ((X, X, X), {"window": -1}, ValueError, "window must be a non-negative integer.*-1"),
+        ((X, X, X), {"window": True}, ValueError, "window must be a non-negative.*got True"),
+        ((X, X, X), {"window": (1, 2.0)}, ValueError, r"window must.*got \(1, 2.0\)"),
+        ((X, X, X), {"window": (1, 2, 3)}, ValueError, r"a pair of them.*got \(1, 2, 3\)"),
+        ((X, X, X), {"backend": 3}, TypeError, "backend must be the name of.*got 3.*None"),
+        ((X, X, X), {"backend": ["blocked"]}, TypeError, "backend must be the name"),
+        ((X, X, X), {"backend": "blocked:interpret"}, ValueError, "one of reference, blocked,"),
     ],
 )
-def test_bad_operands(args, options, error, message):
+@pytest.mark.parametrize("fn", [softmax_expectation, select_backend])
+def test_bad_operands(fn, args, options, error, message):
+    # For `select_backend` leading axes are a batch, and what is in an array does not matter.
+    batch = isinstance(args[0], np.ndarray) and args[0].ndim == 3
+    if fn is select_backend and (batch or "below infinity" in message):
+        return
     with pytest.raises(error, match=message):
-        softmax_expectation(*args, **options)
+        as_users_call(fn)(*args, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"platform": "nvidia"}, "platform must be one of cpu, cuda, .*got 'nvidia'"),
+        ({"platform": ["cpu"]}, "platform must be one of"),
+        ({"mode": "backward"}, "mode must be one of forward, tangent, cotangent, got 'backward'"),
+    ],
+)
+def test_bad_choices(options, message):
+    for fn in (select_backend, describe_backend):
+        with pytest.raises(ValueError, match=message):
+            as_users_call(fn)(X, X, X, **options)
+
+
+@pytest.mark.parametrize(
+    "options, same",
+    [
+        ({"window": np.int64(2)}, {"window": 2}),
+        ({"window": [1, 2]}, {"window": (1, 2)}),
+        ({"window": 10**12}, {}),
+        ({"causal": np.bool_(True)}, {"causal": True}),
+        ({"scale": np.int32(3)}, {"scale": 3.0}),
+    ],
+)
+def test_other_spellings_of_numbers(options, same):
+    q, k, v, *_ = PLAIN.operands(jnp.float32)
+    fn = as_users_call(softmax_expectation)
+    found, expected = (fn(q, k, v, **o) for o in (options, same))
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-6)
+
+
+def test_a_backend_is_described():
+    assert describe_backend(X, X, X, platform="cpu") == "blocked (blocks of rows in XLA)"
+    chosen = describe_backend(X, X, X, backend="reference", mode="tangent")
+    assert chosen == "reference (the definition in jnp)"
+
+
+def test_every_backend_is_registered():
+    assert set(BACKEND_NAMES) <= registry.REGISTRY.keys()
+    for name in registry.REGISTRY:
+        backend = registry.load(name)
+        assert backend == registry.load(name) and hash(backend) == hash(registry.load(name))
+    for names in (*registry.PREFERENCE.values(), registry.OTHERWISE):
+        assert set(names) <= registry.REGISTRY.keys() and names[-1] == "blocked"

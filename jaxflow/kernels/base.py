@@ -38,7 +38,8 @@ MASKED = -1e30
 
 # Keys j with i - left <= j <= i + right are visible to query i; None is no limit.
 Band = tuple[int | None, int | None]
-Window = int | tuple[int, int] | None
+Distance = int | np.integer
+Window = Distance | tuple[Distance, Distance] | None
 Mode = Literal["forward", "tangent", "cotangent"]
 MODES: tuple[Mode, ...] = ("forward", "tangent", "cotangent")
 
@@ -170,7 +171,7 @@ def evaluate(functions: AbstractFunctions, operands: Operands, problem: Problem)
 # ------------------------------------------------------------------ which pairs count
 
 
-def band(causal: bool, window: Window) -> Band:
+def band(causal, window) -> Band:
     """The band of visible keys that the two options of a user mean.
 
     **Raises:** `TypeError` for a `causal` that is not a Boolean, `ValueError` for a window that is
@@ -192,7 +193,7 @@ def band(causal: bool, window: Window) -> Band:
 
 
 def _distance(w) -> bool:
-    return isinstance(w, int | np.integer) and not isinstance(w, bool) and w >= 0
+    return isinstance(w, int | np.integer) and not isinstance(w, bool) and int(w) >= 0
 
 
 def visible(
