@@ -280,6 +280,7 @@ def _scale(scale, dtype) -> float | jax.Array:
     # Also integers that are too large for a float.
     if not abs(scale) <= float(jnp.finfo(dtype).max):
         raise ValueError(
-            f"scale (the inverse temperature) must be finite, got {scale!s:.24} for sums in {dtype}."
+            f"scale (the inverse temperature) must be finite, got {scale!s:.24} in {dtype}. "
+            "The limit of infinite scale is the interaction jaxflow.Hardmax()."
         )
     return float(scale) if number else scale
