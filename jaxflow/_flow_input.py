@@ -110,8 +110,8 @@ class Times(NamedTuple):
 
 def times(t0, t1, dt0, saveat, controller, dtype: np.dtype) -> Times:
     """The times, checked where they are known."""
-    for name, value in (("t0", t0), ("t1", t1), ("dt0", dt0)):
-        _check_time(name, value, optional=name == "dt0")
+    for name, value in {"t0": t0, "t1": t1, "dt0": 1.0 if dt0 is None else dt0}.items():
+        _check_time(name, value)
     if dt0 is not None and is_concrete(dt0) and not 0 < dt0 < np.inf:
         raise ValueError(f"dt0, a step or the first one, must be positive and finite; got {dt0}.")
     subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_sub)
@@ -130,7 +130,9 @@ def times(t0, t1, dt0, saveat, controller, dtype: np.dtype) -> Times:
     start, end = _number(t0, dtype), _number(t1, dtype)
     if not is_concrete(t0, t1):
         end = _check_traced(t0, t1, start, end)
-    return Times(start, end, None if dt0 is None else _number(dt0, dtype), saveat, controller, checked)
+    return Times(
+        start, end, None if dt0 is None else _number(dt0, dtype), saveat, controller, checked
+    )
 
 
 def _number(t: ScalarLike, dtype) -> Array:
@@ -141,12 +143,15 @@ def _is_sub(x: Any) -> bool:
     return isinstance(x, diffrax.SubSaveAt)
 
 
-def _check_time(name: str, t: Any, *, optional: bool):
-    if t is None and optional:
-        return
-    kind = getattr(t, "dtype", np.asarray(t).dtype).kind if not isinstance(t, str) else "U"
-    if kind not in "fiu" and "float" not in str(getattr(t, "dtype", "")):
-        raise TypeError(f"{name} must be a real number, got {t!r}.")
+def check_number(name: str, value: Any):
+    """Real numbers: no truth value, text or complex number."""
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, got {value!r}.")
+
+
+def _check_time(name: str, t: Any):
+    check_number(name, t)
     if jnp.shape(t) != ():
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}.")
     if is_concrete(t) and not np.isfinite(t):
@@ -160,9 +165,9 @@ def _check_interval(t0: ScalarLike, t1: ScalarLike, dtype: np.dtype):
     kept = float(np.asarray(t1, dtype)) - float(np.asarray(t0, dtype))
     if abs(kept - asked) > 1e-3 * asked:
         raise ValueError(
-            f"the interval from t0={t0} to t1={t1} is {asked:g} long and {kept:g} in {dtype}, the "
-            'precision of the state. Use float64 points (jax.config.update("jax_enable_x64", True)), '
-            "or count time from t0=0 where the field does not depend on it."
+            f"the interval from t0={t0} to t1={t1} is {asked:g} long, and {kept:g} in {dtype}, the "
+            'precision of the state. Use float64 points, jax.config.update("jax_enable_x64", '
+            "True), or count time from t0=0 where the field does not depend on it."
         )
 
 
@@ -171,9 +176,7 @@ def _check_traced(t0, t1, start: Array, end: Array) -> Array:
     t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
     wide = jnp.promote_types(t0.dtype, t1.dtype)
     t0, t1 = t0.astype(wide), t1.astype(wide)
-    end = eqx.error_if(
-        end, ~(t0 <= t1), "t1 must not be less than t0: flow along -field instead."
-    )
+    end = eqx.error_if(end, ~(t0 <= t1), "t1 must not be less than t0: flow along -field instead.")
     one = (start == end) & (t0 < t1)
     return eqx.error_if(
         end, one, "t0 and t1 are one number in the precision of the state: use float64 points."

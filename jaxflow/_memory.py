@@ -1,6 +1,7 @@
 """Whether something fits, asked before it is made: a process that runs out of memory is killed."""
 
 import os
+from pathlib import Path
 
 import jax
 
@@ -9,9 +10,12 @@ import jax
 PAIRS_AT_ONCE = 2**21
 
 
-def check_fits(needed: int, what: str, remedy: str):
-    """Raises MemoryError where more bytes are needed than are free."""
-    available = available_memory()
+def check_fits(needed: int, what: str, remedy: str, *, host: bool = False):
+    """Refuses what needs more bytes than are free, on the default device or on the host.
+
+    **Raises:** MemoryError, with both numbers and the remedy.
+    """
+    available = host_memory() if host else available_memory()
     if available is not None and needed > available:
         raise MemoryError(
             f"{what} needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. "
@@ -25,7 +29,50 @@ def available_memory() -> int | None:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return host_memory()
+
+
+def host_memory() -> int | None:
+    """The bytes that this process may still take on the host; None where that is not known."""
+    known = [limit for limit in (_machine(), _container(), _process()) if limit is not None]
+    return max(min(known), 0) if known else None
+
+
+def _machine() -> int | None:
+    """What the machine could give: files that it keeps in memory make way."""
+    try:
+        return 1024 * _table("/proc/meminfo")["MemAvailable:"]
+    except (OSError, KeyError):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _container() -> int | None:
+    """What is left under the limit of a container (control groups, version 2)."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        return None if limit == "max" else int(limit) - _table(group / "memory.stat")["anon"]
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _process() -> int | None:
+    """What is left under `ulimit -v`."""
+    try:
+        import resource  # not on Windows
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return None
+    return None if limit == resource.RLIM_INFINITY else limit - pages * resource.getpagesize()
+
+
+def _table(path: str | Path) -> dict[str, int]:
+    """Lines "name number ..."."""
+    rows = (line.split() for line in Path(path).read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}

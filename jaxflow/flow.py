@@ -18,12 +18,13 @@ import jax.tree_util as jtu
 import numpy as np
 import optimistix
 from jax.interpreters import ad
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ._flow_input import (
     Observables,
     check_kinds,
     check_measure,
+    check_number,
     check_tolerances,
     times,
     times_checked,
@@ -31,6 +32,7 @@ from ._flow_input import (
 from ._functions import compared_by_code
 from ._memory import check_fits
 from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from .explicit import evaluations_per_step
 from .fields import AbstractField
 from .fields.time import breakpoints, jumps
 from .geometry import AbstractGeometry, Euclidean
@@ -42,7 +44,6 @@ from .solvers import (
     PiecewiseSteps,
     Retracted,
     default_adjoint,
-    evaluations_per_step,
     step_times,
 )
 
@@ -125,6 +126,7 @@ class FlowSolution(eqx.Module):
             raise ValueError(
                 f"evaluate is of one flow, got {self.t0.shape} flows: jax.vmap it, too."
             )
+        check_number("t", t)
         if jnp.ndim(t) > 1:
             raise ValueError(f"t must be one time or a list of times, got shape {jnp.shape(t)}.")
         known = is_concrete(t, self.t0, self.end)
@@ -226,21 +228,30 @@ def flow(
     controller = _at_breakpoints(when.controller, field, adjoint, solver, dtype)
     if adjoint == diffrax.RecursiveCheckpointAdjoint() and isinstance(controller, diffrax.StepTo):
         adjoint = default_adjoint(len(controller.ts) - 1)
-    arguments = field, mu0, when._replace(
-        saveat=compared_by_code(when.saveat, keep=(_save_points,)),
-        controller=_traced_tolerances(controller, dtype),
+    arguments = (
+        field,
+        mu0,
+        when._replace(
+            saveat=compared_by_code(when.saveat, keep=(_save_points,)),
+            controller=_traced_tolerances(controller, dtype),
+        ),
     )
-    _check_modes(arguments, adjoint)
-    sol = _solve(
-        arguments,
-        _with_newton(solver),
-        adjoint,
-        compared_by_code(event),
-        max_steps,
-        progress_meter,
-        compared_by_code(dict(observe or {})),
-        is_concrete(mu0.points),
-    )
+    forward = _check_modes(arguments, adjoint)
+    try:
+        sol = _solve(
+            arguments,
+            _with_newton(solver),
+            adjoint,
+            compared_by_code(event),
+            max_steps,
+            progress_meter,
+            compared_by_code(dict(observe or {})),
+            is_concrete(mu0.points),
+        )
+    except TypeError as error:
+        if forward:
+            error.add_note(_without_rule(field))
+        raise
     return _check_solution(*sol, field, t1, solver, max_steps) if throw else sol[0]
 
 
@@ -347,6 +358,7 @@ def _looking(event: diffrax.Event, geometry: AbstractGeometry) -> diffrax.Event:
     wrap = lambda condition: _Looking(condition, geometry)
     conditions = jtu.tree_map(wrap, event.cond_fn, is_leaf=callable)
     return diffrax.Event(conditions, event.root_finder, event.direction)
+
 
 class _Saved(eqx.Module):
     points: Points | None
@@ -490,14 +502,42 @@ def _with_newton(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
 # ------------------------------------------------------------------ checks
 
 
-def _check_modes(arguments, adjoint):
-    """Forward mode needs an adjoint that passes it; known where `flow` itself is differentiated."""
-    forward = any(isinstance(leaf, ad.JVPTracer) for leaf in jtu.tree_leaves(arguments))
-    if forward and isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint):
-        raise TypeError(
-            f"forward mode does not pass through {type(adjoint).__name__}; pass "
-            "adjoint=diffrax.ForwardMode(), or diffrax.DirectAdjoint() for both modes."
-        )
+def _check_modes(arguments, adjoint) -> bool:
+    """Whether `flow` itself is differentiated in forward mode, which needs an adjoint for it."""
+    modes = [_modes(leaf) for leaf in jtu.tree_leaves(arguments)]
+    forward = any(ad.JVPTracer in kinds for kinds in modes)
+    if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint):
+        name = type(adjoint).__name__
+        if any(len(kinds) > 1 for kinds in modes):
+            raise TypeError(
+                f"a second derivative does not pass through {name}; pass "
+                "adjoint=diffrax.DirectAdjoint(), which takes any order and mode."
+            )
+        if forward:
+            raise TypeError(
+                f"forward mode does not pass through {name}; pass adjoint=diffrax.ForwardMode(), "
+                "or diffrax.DirectAdjoint() for both modes."
+            )
+    return forward
+
+
+def _modes(leaf: Any) -> list[type]:
+    """The tracers of derivatives around a value, the outer ones first."""
+    kinds = []
+    while isinstance(leaf, jax.core.Tracer):
+        if hasattr(leaf, "primal"):
+            kinds.append(type(leaf))
+        leaf = getattr(leaf, "primal", getattr(leaf, "val", None))
+    return kinds
+
+
+def _without_rule(field: AbstractField) -> str:
+    return (
+        "Forward mode passes through this adjoint, but not through a jax.custom_vjp function: if "
+        f"one is evaluated inside the solve, look in the field {type(field).__name__}, then in "
+        "what is observed, saved or an event. Give it a jax.custom_jvp rule, which serves both "
+        "modes, or leave the derivative to JAX."
+    )
 
 
 def _check_solution(
@@ -511,19 +551,18 @@ def _check_solution(
     if not np.asarray(failed).any() and np.asarray(finite).all():
         return sol
     last, field, t1, weights = jtu.tree_map(known, (last, field, t1, sol.log_weights))
-    stats = {name: int(sol.stats[f"num_{name}steps"]) for name in ("", "accepted_", "rejected_")}
-    steps, accepted, rejected = stats.values()
+    steps, rejected = (int(sol.stats[name]) for name in ("num_steps", "num_rejected_steps"))
+    advice = _advice(solver, rejected > steps / 2, sol.t0.dtype)
     came = "" if last is None else f" at t = {float(last[0]):.6g} of t1 = {float(t1):.6g}"
-    text = f"the flow stopped{came} after {steps} steps ({accepted} accepted, {rejected} rejected): "
+    text = f"the flow stopped{came} after {steps} steps, of which {rejected} were rejected: "
     cause = None if last is None else _not_finite(FlowArgs(field, weights, {}), last, t1)
     if cause is not None:
         text += f"{cause}. Look for an overflow in the field (a large beta, a growing V), or "
         text += "stop earlier."
     elif steps >= (max_steps or math.inf):
-        text += f"max_steps = {max_steps} was reached. "
-        text += _advice(solver, rejected > steps / 2, sol.t0.dtype)
+        text += f"max_steps = {max_steps} was reached. {advice}"
     else:
-        text += f"{diffrax.RESULTS[sol.result]} {_advice(solver, rejected > steps / 2, sol.t0.dtype)}"
+        text += f"{diffrax.RESULTS[sol.result]} {advice}"
     raise FlowError(text)
 
 

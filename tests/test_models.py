@@ -13,7 +13,7 @@ import pytest
 import jaxflow as jf
 from jaxflow import models
 from jaxflow.fields import time
-from jaxflow.models import Depth, ImageClassifier, LanguageModel, ResidualNetwork
+from jaxflow.models import Depth, ImageClassifier, LanguageModel, ResidualNetwork, generation
 from jaxflow.models.generation import Chooser
 from jaxflow.solvers import LieTrotter, Strang
 
@@ -52,17 +52,6 @@ def with_depth(model, depth: Depth, field=None) -> Any:
 # ------------------------------------------------------------------ what is kept of tokens
 
 
-class Mean(jf.AbstractField):
-    """The mean of the tokens that a query sees, minus the query: a field of a user's own."""
-
-    geometry: Any = jf.Euclidean()
-
-    def __call__(self, t, x, mu):
-        seen = jnp.tril(jnp.ones((mu.n, mu.n), x.dtype)) if len(x) == mu.n else jnp.ones((1, mu.n))
-        weights = seen * mu.weights[None].astype(x.dtype)
-        return jnp.matmul(weights / weights.sum(axis=1, keepdims=True), mu.points) - x
-
-
 def attention(**options: Any) -> Any:
     return filled(lambda: jf.MultiHeadAttention(4, 2, causal=True, key=KEY, **options), seed=2)
 
@@ -92,8 +81,6 @@ FIELDS = {
     "pre": lambda: jf.PreNorm(attention(rotary=10.0), jf.LayerNorm(4)),
     "peri": lambda: jf.PeriNorm(jf.PreNorm(attention(), jf.RMSNorm(4)), jf.LayerNorm(4)),
     "in time": lambda: jf.TimeDependent(jf.PiecewiseLinear([attention(), attention()], [0.0, 1.0])),
-    "own": Mean,
-    "own, in a sum": lambda: Mean() + attention(),
 }
 
 
@@ -504,11 +491,36 @@ def test_ties_at_the_border_are_kept():
     ],
 )
 def test_generation_errors(prompt, length, options, message):
-    from jaxflow.models import generation
-
     settings = {"temperature": 1.0, "top_k": None, "top_p": None, "key": KEY} | options
     with pytest.raises(ValueError, match=message):
         generation.check(np.asarray(prompt, np.int32), 11, length, **settings)
+
+
+class Mean(jf.AbstractField):
+    """The mean of the tokens up to the query, minus the query: a field that keeps nothing."""
+
+    geometry: Any = jf.Euclidean()
+
+    def __call__(self, t, x, mu):
+        return jnp.cumsum(mu.points, axis=0) / jnp.arange(1.0, mu.n + 1)[:, None] - x
+
+
+def test_a_field_that_keeps_nothing_generates_without_a_cache(monkeypatch):
+    """Alone and inside others; so do adaptive steps and implicit methods."""
+    model = language_model()
+    assert generation.can_be_cached(model)
+    both = model.field.at(0.0) + jf.PreNorm(Mean(), jf.LayerNorm(8))
+    others = [
+        with_depth(model, model.depth, Mean()),
+        with_depth(model, model.depth, jf.TimeDependent(jf.Constant(both))),
+        with_depth(model, Depth(t1=2.0, steps=2, solver=diffrax.Kvaerno3())),
+        with_depth(model, Depth(t1=2.0, tolerance=1e-3, solver=diffrax.Tsit5())),
+    ]
+    assert not any(generation.can_be_cached(other) for other in others)
+    monkeypatch.setattr(
+        generation, "plainly", lambda model, tokens, length, *_: ("plainly", length)
+    )
+    assert others[0].generate(jnp.asarray([1, 2], jnp.int32), 3, temperature=0) == ("plainly", 3)
 
 
 def test_generation_checks_the_steps():

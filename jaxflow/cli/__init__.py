@@ -6,6 +6,7 @@ pictures. `jaxflow --install-completion` teaches the shell its commands and opti
 completion import no JAX: a command imports its work when it runs.
 """
 
+import io
 import sys
 
 import typer
@@ -47,15 +48,14 @@ def _compare(settings: reading.Comparison):
     compare(settings)
 
 
-@command(trainings, "resnet", learning.ResidualTraining, learning.base)
-@command(trainings, "image", learning.ImageTraining, learning.base)
-@command(trainings, "lm", learning.LanguageTraining, learning.base)
 def _train(settings: learning.AbstractTraining):
     from .train import train
 
     train(settings)
 
 
+for task, kind in learning.TASKS.items():
+    command(trainings, task, kind, learning.base)(_train)
 app.add_typer(trainings, name="train")
 
 
@@ -83,7 +83,7 @@ def _info(settings: reading.Information):
 def main():
     """The entry point: an error is one line, and the exit code says of which kind."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the terminal's encoding has not is written out
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks, as \\x...
             stream.reconfigure(errors="backslashreplace")
     try:
         app()

@@ -39,14 +39,13 @@ class Boundary(TyperGroup):
             with _sigterm():
                 code = super().main(*args, standalone_mode=False, **extra)
         except typer.TyperException as error:
-            if not error.message or "Usage:" in error.message:  # no command: its help
-                typer.echo(error.message, err=True)
+            text = _usage(error)
+            if "Usage:" in text:  # no command was given: it is the help
+                typer.echo(text, err=True)
                 sys.exit(REFUSED)
-            code = _say(error.format_message().replace("Value error, ", ""), REFUSED)
-        except (KeyboardInterrupt, typer.Abort):
-            code = _say("interrupted", 128 + signal.SIGINT)
+            code = _say(text, REFUSED)
         except Stopped as stopped:
-            code = _say("terminated", stopped.exit_code)
+            code = stopped.exit_code
         except BrokenPipeError:  # whoever read the output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = FAILED
@@ -65,9 +64,16 @@ def _say(text: str, code: int) -> int:
     return code
 
 
+def _usage(error: typer.TyperException) -> str:
+    """What is wrong with a flag, and what was given."""
+    text = error.format_message().replace("Value error, ", "").partition(", unable to parse")[0]
+    found = getattr(error.__cause__, "errors", None)  # of Pydantic, which read the value
+    return f"{text.rstrip('.')}, got {found()[0]['input']!r}." if found else text
+
+
 def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+        return f"{error.filename} cannot be read or written: {error.strerror}. Take another path."
     if isinstance(error, MemoryError) and not str(error):
         return "there is not enough memory: take fewer or smaller tokens."
     return str(error) or type(error).__name__

@@ -5,24 +5,22 @@ A test holds them against the tables that they are looked up in.
 
 from enum import StrEnum
 
-Interaction = StrEnum("Interaction", "softmax unnormalised linear hardmax sinkhorn".split())
-Law = StrEnum("Law", "uniform gaussian cap circle simplex".split())
-Geometry = StrEnum("Geometry", "sphere euclidean rms-norm layer-norm".split())
-Scheme = StrEnum("Scheme", "post sqrt pre peri ngpt".split())
-Observable = StrEnum(
-    "Observable", "energy clusters diameter order hull-area kinetic entropy rank".split()
-)
-Until = StrEnum("Until", "never clustered steady".split())
+Interaction = StrEnum("Interaction", "softmax unnormalised linear hardmax sinkhorn")
+Law = StrEnum("Law", "uniform gaussian cap circle simplex")
+Geometry = StrEnum("Geometry", "sphere euclidean rms-norm layer-norm")
+Scheme = StrEnum("Scheme", "post sqrt pre peri ngpt")
+Observable = StrEnum("Observable", "energy clusters diameter order hull-area kinetic entropy rank")
+Until = StrEnum("Until", "never clustered steady")
 Solver = StrEnum(
     "Solver",
-    "lie-trotter strang euler midpoint heun rk4 bosh3 tsit5 dopri5 dopri8 geodesic kvaerno3 "
-    "kvaerno5".split(),
+    "lie-trotter strang euler midpoint heun rk4 bosh3 tsit5 dopri5 dopri8 geodesic "
+    "kvaerno3 kvaerno5",
 )
-Curve = StrEnum("Curve", "layers shared linear smooth fourier hyper hyper-full".split())
-Placement = StrEnum("Placement", "pre peri post".split())
-Tokens = StrEnum("Tokens", "bytes chars bpe".split())
-PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised".split())
-DType = StrEnum("DType", "float32 float64 float16 bfloat16".split())
+Curve = StrEnum("Curve", "layers shared linear smooth fourier hyper hyper-full")
+Placement = StrEnum("Placement", "pre peri post")
+Tokens = StrEnum("Tokens", "bytes chars bpe")
+PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
+DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 
 # Methods without an estimate of their error, which take fixed steps.
 FIXED = {Solver(name) for name in ("lie-trotter", "strang", "euler", "rk4")}

@@ -18,6 +18,9 @@ Run = dict[str, Any]
 def compare(s: Comparison):
     """Prints the settings that differ and the last values, and draws the curves."""
     require("matplotlib.figure")
+    folder = next(parent for parent in s.out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--out must be in a folder, and {folder} is a file.")
     read = dict(zip(_names(s.runs), map(_read, s.runs), strict=True))
     shared = _shared_metrics(read, s.metric)
     table("settings that differ", [("setting", *read), *_settings(read)])
@@ -70,9 +73,10 @@ def _is_number(value: Any) -> bool:
 
 def _shared_metrics(read: dict[str, Run], wanted: list[str] | None) -> list[str]:
     """The metrics to show: those that are numbers in every run."""
-    axes = sorted({run["axis"] for run in read.values()})
+    axes = {run["axis"] for run in read.values()}
     if len(axes) > 1:
-        raise ValueError(f"the runs are of different commands: measured over {', '.join(axes)}.")
+        told = ", ".join(f"{name} over {run['axis']}" for name, run in read.items())
+        raise ValueError(f"the runs are of different commands: {told}.")
     measured = [
         {k: 0 for row in run["rows"] for k in row if _is_number(row[k])} for run in read.values()
     ]
@@ -96,7 +100,7 @@ def _settings(read: dict[str, Run]) -> list[tuple[str, ...]]:
 
 def _values(run: Run, metric: str) -> tuple[list[float], list[float]]:
     rows = [row for row in run["rows"] if _is_number(row.get(metric))]
-    return [row[run["axis"]] for row in rows], [row[metric] for row in rows]
+    return [float(row[run["axis"]]) for row in rows], [float(row[metric]) for row in rows]
 
 
 def _results(read: dict[str, Run], metrics: list[str]) -> list[tuple[str, ...]]:

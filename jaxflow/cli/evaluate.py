@@ -99,7 +99,8 @@ def depth_like(
 
 def _depths(own: models.Depth, s: Evaluation) -> tuple[list[models.Depth], list[str]]:
     """Its own first; then each solver with each number of steps and each tolerance, and why not."""
-    sizes = [{"steps": n} for n in s.steps or []] + [{"tolerance": a} for a in s.tolerance or []]
+    sizes: list[dict[str, Any]] = [{"steps": n} for n in s.steps or []]
+    sizes += [{"tolerance": a} for a in s.tolerance or []]
     depths, notes = [own], []
     pairs = itertools.product(s.solver or [None], sizes or [{}]) if s.solver or sizes else ()
     for chosen, size in pairs:
@@ -139,7 +140,7 @@ def _data(run: Trained, s: Evaluation) -> tuple[Any, dict[str, Any]]:
             f"{data.source} is not what {run.folder} was trained on, by its sha256: put that back, "
             f"or name another with {flag}."
         )
-    if not language and not (
+    if isinstance(data, training.Images) and not (
         list(data.shape) == run.data["shape"] and data.classes <= run.data["classes"]
     ):
         raise ValueError(

@@ -25,6 +25,6 @@ def info(s: Information):
     for device in jax.devices():
         rows.append((f"device {device.id}", f"{device.platform}: {device.device_kind}"))
     with jax.enable_x64(s.dtype == "float64"):
-        x = jax.ShapeDtypeStruct((s.n, s.d), jnp.dtype(s.dtype.value))
+        x = jax.ShapeDtypeStruct((s.n, s.d), jnp.dtype(str(s.dtype)))
         rows.append((f"backend for n = {s.n}, d = {s.d}, {s.dtype}", describe_backend(x, x, x)))
     table("jaxflow", rows)

@@ -92,6 +92,13 @@ class AbstractTraining:
                 f"--tolerance needs a solver that estimates its error, such as --solver tsit5; "
                 f"{self.solver} takes fixed steps."
             )
+        if self.curve is Curve.linear and self.layers < 2:
+            raise ValueError(f"--curve linear needs --layers of at least 2, got {self.layers}.")
+        if self.curve is Curve.fourier and self.layers % 2 == 0:
+            raise ValueError(
+                "--curve fourier is a constant and pairs of sine and cosine, so --layers must be "
+                f"odd, got {self.layers}."
+            )
         if self.curve is Curve.layers and (self.solver_steps or 0) % self.layers:
             raise ValueError(
                 f"--solver-steps must be a multiple of --layers, as each layer takes whole steps; "
@@ -112,11 +119,14 @@ class AbstractTransformer(AbstractTraining):
     bf16: bool = flag(False, "Attention and feed-forward in bfloat16.")
 
     def check(self):
+        """Raises ValueError for settings that do not go together."""
         AbstractTraining.check(self)
         if self.dim % self.heads:
             raise ValueError(
                 f"--dim must be a multiple of --heads, got {self.dim} and {self.heads}."
             )
+        if self.bf16 and self.placement is Placement.post:
+            raise ValueError("--bf16 is of the fields between norms: take --placement pre or peri.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

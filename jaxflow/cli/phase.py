@@ -47,7 +47,7 @@ def phase(s: Phase):
 
 def _check(s: Phase):
     """Raises an error for a threshold that rounding hides, and for what does not fit."""
-    number = jnp.finfo(float)
+    number = jnp.finfo(jnp.result_type(float))
     if 1 - s.threshold < 100 * number.eps:
         raise ValueError(
             f"1 - --threshold must be at least 100 roundings of {number.eps:.1e}, got "

@@ -14,13 +14,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args, get_origin
+from typing import Any, Protocol, TypeVar, get_args, get_origin, runtime_checkable
 
 import typer
 
 # ------------------------------------------------------------------ rules
 
 
+@runtime_checkable
 class Rule(Protocol):
     """What a value has to be, in words, and whether one is."""
 
@@ -36,8 +37,8 @@ LARGEST = 2**31 - 1  # of whole numbers: indices of arrays have 32 bits
 class Range:
     """Numbers from `low` to `high`; with `open`, without the two."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float | int = -math.inf
+    high: float | int = math.inf
     open: bool = False
 
     def __str__(self):
@@ -51,7 +52,7 @@ class Range:
             return "positive" if self.low == 0 else f"more than {self.low:.12g}"
         return f"at least {self.low:.12g}"
 
-    def allows(self, value: float) -> bool:
+    def allows(self, value: float | int) -> bool:
         inside = self.low < value < self.high if self.open else self.low <= value <= self.high
         return inside and math.isfinite(value)
 
@@ -112,6 +113,12 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _given_as(field: dataclasses.Field) -> str:
+    is_argument = field.default is dataclasses.MISSING
+    return field.name.upper() if is_argument else flag_name(field.name)
+
+
+@runtime_checkable
 class Settings(Protocol):
     """A dataclass of flags."""
 
@@ -125,7 +132,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def check(settings: Any):
     """Raises ValueError for the first value that its rule, or another value, does not allow."""
     for field in dataclasses.fields(settings):
-        check_value(field, getattr(settings, field.name), flag_name(field.name))
+        check_value(field, getattr(settings, field.name), _given_as(field))
     settings.check()
 
 
@@ -174,7 +181,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         return [_typed(get_args(kind)[0], item, where) for item in value]
     if issubclass(kind, enum.Enum):
         if value not in [member.value for member in kind]:
-            raise ValueError(f"{where} must be one of {', '.join(kind)}, got {value!r}.")
+            raise ValueError(f"{where} must be one of {', '.join(map(str, kind))}, got {value!r}.")
         return kind(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
@@ -186,6 +193,9 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
 
 
 # ------------------------------------------------------------------ commands
+
+
+_PLACE = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def command(
@@ -211,7 +221,8 @@ def command(
             fn(settings)
 
         run.__doc__ = kind.__doc__
-        parameters = [_parameter("ctx", typer.Context), *_parameters(kind)]
+        context = inspect.Parameter("ctx", _PLACE, annotation=typer.Context)
+        parameters = [context, *_parameters(kind)]
         vars(run)["__signature__"] = inspect.Signature(parameters)
         app.command(name)(run)
         return fn
@@ -229,9 +240,4 @@ def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
         else:
             names = [flag_name(field.name)] if field.type is not bool else []
             default = typer.Option(field.default, *names, help=help)
-        yield _parameter(field.name, field.type, default)
-
-
-def _parameter(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(name, place, default=default, annotation=kind)
+        yield inspect.Parameter(field.name, _PLACE, default=default, annotation=field.type)

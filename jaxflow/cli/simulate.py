@@ -94,8 +94,8 @@ def _solve(
     s: Simulation, field: AbstractField, mu0: Measure, ts: np.ndarray, folder: Path
 ) -> FlowSolution:
     """The flow, with its cost said first. If it is stopped, metrics.jsonl holds what was done."""
-    names = dict.fromkeys(["energy", "clusters", *(s.observe or [])])
-    observe = {str(name): OBSERVABLES[name](s, field) for name in names}
+    names = ["energy", "clusters", *map(str, s.observe or [])]
+    observe = {name: OBSERVABLES[name](s, field) for name in names}
     parts: list[FlowSolution] = []
     _announce(field, mu0, s)
     try:

@@ -145,9 +145,11 @@ def of_config(flags: Simulation, given: frozenset[str]) -> dict[str, Any]:
     record = read_settings(flags.config, unchanged=False)
     if record.pop("command", "simulate") != "simulate":
         raise ValueError(f"{flags.config} is not of a run of `jaxflow simulate`.")
-    if (version := record.pop("jaxflow", None)) != __version__:
+    version = record.pop("jaxflow", __version__)
+    settings = from_json(Simulation, record, str(flags.config))
+    if version != __version__:
         say(f"{flags.config} was written by jaxflow {version}; this is {__version__}.")
-    return from_json(Simulation, record, str(flags.config))
+    return settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,11 @@ are Philox bits keyed by (seed, k) and (seed, e), so batch k is a pure function 
 that knows k goes on exactly. The bits are used raw, so the batches are those of any NumPy.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
-import json
-import tempfile
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, Num, UInt
 
-from .sources import Labelled, read_images, scan, text_files, tokenise
-from .tokenizers import Bytes, Tokenizer, tokenizer_from_dict
+from .._memory import check_fits
+from .cache import tokenised
+from .numbers import fraction, whole, word
+from .sources import Labelled, classes_of, read_images, scan, text_files
+from .tokenizers import BPE, Bytes, Chars, Tokenizer
 
 TokenBatch = tuple[Int32[np.ndarray, "batch context"], Int32[np.ndarray, "batch context"]]
 ImageBatch = tuple[Float32[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
@@ -37,10 +39,8 @@ _SPLIT = 2**64 - 1
 
 def _bits(seed: int, counter: int, count: int) -> UInt[np.ndarray, " count"]:
     """`count` 64-bit words of the Philox stream keyed by (seed, counter)."""
-    for name, value in {"seed": seed, "step": counter}.items():
-        if not 0 <= value < 2**64:
-            raise ValueError(f"{name} must lie in 0 ... 2^64 - 1, got {value}.")
-    return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
+    key = np.array([word("seed", seed), word("step", counter)], np.uint64)
+    return np.random.Philox(key=key).random_raw(count)
 
 
 @functools.lru_cache(maxsize=2)
@@ -48,15 +48,12 @@ def _permutation(n: int, seed: int, counter: int) -> Integer[np.ndarray, " n"]:
     return np.argsort(_bits(seed, counter, n), kind="stable")
 
 
-def _check_sizes(**sizes: int):
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+def _check_batch(numbers: int):
+    check_fits(16 * numbers, "a batch", "Take a smaller batch_size.", host=True)
 
 
-def _check_fraction(validation: float | int):
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation must be a fraction in [0, 1), got {validation}.")
+def _first(batches: Iterator[Any], count: int | None) -> Iterator[Any]:
+    return itertools.islice(batches, None if count is None else whole("count", count, least=0))
 
 
 def _rows(n: int, batch_size: int) -> Iterator[Integer[np.ndarray, " batch"]]:
@@ -97,6 +94,9 @@ class Text:
         """Batch number `step`: independent uniform windows of the training tokens.
 
         **Returns:** `(inputs, targets)`, each int32 `(batch_size, context)`, targets one token on.
+
+        **Raises:** ValueError if `step` is not in 0 ... 2^64 - 1, TypeError if it is no whole
+        number.
         """
         starts = len(self.training) - self.context
         # The remainder of 64 bits is uniform up to tokens / 2^64.
@@ -108,9 +108,14 @@ class Text:
 
         All batches have one shape: rows after the last window have targets -1 (`IGNORED`), which a
         loss leaves out. `count`: the first so many batches alone.
+
+        **Raises:** ValueError for a negative `count`, TypeError for one that is no whole number.
         """
+        return _first(self._validation_batches(), count)
+
+    def _validation_batches(self) -> Iterator[TokenBatch]:
         windows = max(len(self.validation) - 1, 0) // self.context
-        for rows in itertools.islice(_rows(windows, self.batch_size), count):
+        for rows in _rows(windows, self.batch_size):
             inputs, targets = self._windows(self.validation, np.maximum(rows, 0) * self.context)
             targets[rows < 0] = IGNORED
             yield inputs, targets
@@ -149,49 +154,70 @@ def text_data(
 
     **Arguments:**
 
-    - `source`: a UTF-8 file; or a folder, whose text files (`.txt`, `.md`, `.py`, ... in hidden
-      folders excepted) are read in order of their names, with a line feed between two. `None` is
-      the English prose of Python's own manual, which comes with every CPython.
+    - `source`: a UTF-8 file; or a folder, whose text files (`.txt`, `.md`, `.py`, ... in any case;
+      hidden files and folders excepted) are read in order of their names, with a line feed between
+      two. A byte order mark is no part of the text. `None` is the English prose of Python's own
+      manual, which comes with every CPython.
     - `tokenizer`: `Bytes()`, `Chars()` (the characters of the whole text) or `BPE(size)` (trained
       on the training part). A fitted one, from a run's config, is used as it is.
     - `context`: tokens a window, c. `batch_size`: windows a batch.
     - `validation`: the fraction of characters, at the end of the text, that is set aside.
-    - `seed`: of the windows.
+    - `seed`: of the windows, in 0 ... 2^64 - 1.
     - `cache`: a folder that keeps the tokens for the next run. `None` keeps them for this process.
+      Tokens from it are compared with their sha256; where they are damaged, a warning names the
+      file, and they are made again for this process.
 
-    **Raises:** ValueError for a path that does not exist, a file that is not UTF-8 (with the byte
-    where it ends to be), a part too short for one window.
+    **Raises:** ValueError for numbers out of their range; for a path that does not exist, is a
+    pipe or a device, or must not be read; for a file that is not UTF-8 (with the byte where it ends
+    to be), an empty text, a part too short for one window, and a cache that cannot be written to.
+    TypeError for numbers that are not whole and for another tokenizer. MemoryError for batches that
+    do not fit the memory.
     """
-    _check_sizes(context=context, batch_size=batch_size)
-    _check_fraction(validation)
-    files = text_files(source)
+    context, batch_size = whole("context", context), whole("batch_size", batch_size)
+    seed, validation = word("seed", seed), fraction("validation", validation)
+    if not isinstance(tokenizer, Bytes | Chars | BPE):
+        raise TypeError(f"tokenizer must be Bytes(), Chars() or BPE(size), got {tokenizer!r}.")
+    _check_batch(batch_size * (context + 1))
+    files, folder = text_files(source), _cache_folder(cache)
     sha256, characters = scan(files)
+    name = "pydoc_data.topics" if source is None else str(source)
+    if not characters:
+        raise ValueError(f"a text must have characters; {name} has none.")
     split = int((1 - validation) * characters)
-    with contextlib.ExitStack() as stack:
-        if cache is None:  # the mapping of a file outlives its name
-            folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-            cache = stack.enter_context(folder)
-        entry = tokenise(files, tokenizer, split, Path(cache), sha256=sha256)
-        data = Text(
-            training=np.load(entry / "training.npy", mmap_mode="r"),
-            validation=np.load(entry / "validation.npy", mmap_mode="r"),
-            tokenizer=tokenizer_from_dict(json.loads((entry / "tokenizer.json").read_text())),
-            context=context,
-            batch_size=batch_size,
-            seed=seed,
-            source="pydoc_data.topics" if source is None else str(source),
-            sha256=sha256,
-            characters=characters,
-        )
-    parts = {"training": data.training} | ({"validation": data.validation} if validation else {})
-    for name, tokens in parts.items():
-        if len(tokens) <= context:
+    tokens = tokenised(files, tokenizer, split, folder, sha256=sha256)
+    parts = {"training": tokens.training}
+    for part, found in (parts | ({"validation": tokens.validation} if validation else {})).items():
+        if len(found) <= context:
             raise ValueError(
-                f"the {name} part has {len(tokens)} tokens; windows of context {context} need "
+                f"the {part} part has {len(found)} tokens; windows of context {context} need "
                 f"{context + 1}. Take a smaller context, another validation fraction (it is "
-                f"{validation}), or a longer text ({data.source}: {characters} characters)."
+                f"{validation}), or a longer text ({name}: {characters} characters)."
             )
-    return data
+    return Text(
+        training=tokens.training,
+        validation=tokens.validation,
+        tokenizer=tokens.tokenizer,
+        context=context,
+        batch_size=batch_size,
+        seed=seed,
+        source=name,
+        sha256=sha256,
+        characters=characters,
+    )
+
+
+def _cache_folder(cache: str | Path | None) -> Path | None:
+    if cache is None:
+        return None
+    if not isinstance(cache, str | os.PathLike):
+        raise TypeError(f"cache must be the path of a folder, got a {type(cache).__name__}.")
+    path = Path(cache)
+    for place in (path, *path.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise ValueError(f"cache must be a folder, or a new one; {place} is a file.")
+            break
+    return path
 
 
 # ------------------------------------------------------------------ images
@@ -232,8 +258,11 @@ class Images:
 
         **Returns:** `(images, labels)`: float32 `(batch_size, height, width, channels)` in [0, 1],
         int32 `(batch_size,)`.
+
+        **Raises:** ValueError if `step` is not in 0 ... 2^64 - 1, TypeError if it is no whole
+        number.
         """
-        n, start = len(self.images), step * self.batch_size
+        n, start = len(self.images), word("step", step) * self.batch_size
         epochs = range(start // n, (start + self.batch_size - 1) // n + 1)
         order = np.concatenate([_permutation(n, self.seed, epoch) for epoch in epochs])
         chosen = order[start % n :][: self.batch_size]
@@ -244,9 +273,13 @@ class Images:
 
         All batches have one shape: rows after the last image have the label -1 (`IGNORED`), which a
         loss and an accuracy leave out. `count`: the first so many batches alone.
+
+        **Raises:** ValueError for a negative `count`, TypeError for one that is no whole number.
         """
-        n = len(self.validation_images)
-        for rows in itertools.islice(_rows(n, self.batch_size), count):
+        return _first(self._validation_batches(), count)
+
+    def _validation_batches(self) -> Iterator[ImageBatch]:
+        for rows in _rows(len(self.validation_images), self.batch_size):
             labels = np.where(rows < 0, np.int32(IGNORED), self.validation_labels[rows])
             yield self._scaled(self.validation_images[rows]), labels
 
@@ -282,19 +315,27 @@ def image_data(
 
     - `source`: `None` is the 1797 digits of 8 x 8 pixels in scikit-learn. A path is a .npz with the
       arrays `images`, `labels`, or `x_train`, `y_train` (and `x_test`, `y_test`), images
-      `(n, height, width)` or `(n, height, width, channels)`, integers 0 ... 255 or floats 0 ... 1;
-      or a file in the idx format of MNIST, gzipped or not.
+      `(n, height, width)` or `(n, height, width, channels)`; or a file in the idx format of MNIST,
+      gzipped or not. White is 65535 in uint16, 255 in other integers, 1 in floats and booleans; a
+      pixel beyond it, a negative one or NaN is refused, as nothing is clipped. Labels are
+      0, 1, 2, ...: as many classes as there are images, or a thousand where these are fewer.
     - `labels`: the labels of an idx file. `None` looks beside it, for `labels` and `idx1` in the
       place of `images` and `idx3`, as MNIST's files are called.
-    - `batch_size`: images a batch.
+    - `batch_size`: images a batch; one longer than an epoch goes on in the next.
     - `validation`: a fraction drawn at random (the same for every seed), or the path of a second
       file. A `x_test` in the source is taken instead of a fraction.
-    - `seed`: of the order of the images.
+    - `seed`: of the order of the images, in 0 ... 2^64 - 1.
 
-    **Raises:** ValueError for a path that does not exist or a damaged file, pixels or labels out of
-    range, parts of different shapes or without an image.
+    **Raises:** ValueError for numbers out of their range; for a path that does not exist, is a
+    pipe or a device, or must not be read; for a damaged file, pixels or labels out of their range
+    (with the first that is), parts of different shapes or without an image. TypeError for numbers
+    that are not whole. MemoryError for images or batches that do not fit the memory, before they
+    are read. ImportError for the built-in images without scikit-learn.
     """
-    _check_sizes(batch_size=batch_size)
+    batch_size, seed = whole("batch_size", batch_size), word("seed", seed)
+    _check_batch(batch_size)
+    if not isinstance(validation, str | Path):
+        validation = fraction("validation", validation)
     train, test = read_images(source, labels)
     if isinstance(validation, str | Path):
         test, _ = read_images(validation)
@@ -305,6 +346,8 @@ def image_data(
             f"training and validation images must be alike: got {train.images.shape[1:]} with "
             f"white = {train.white:g} and {test.images.shape[1:]} with white = {test.white:g}."
         )
+    classes = classes_of(train, test)
+    _check_batch(batch_size * math.prod(train.images.shape[1:]))
     digest = hashlib.sha256()
     for array in (train.images, train.labels, test.images, test.labels):
         digest.update(np.ascontiguousarray(array).data)
@@ -314,7 +357,7 @@ def image_data(
         validation_images=test.images,
         validation_labels=test.labels,
         white=train.white,
-        classes=int(max(train.labels.max(), test.labels.max(initial=0))) + 1,
+        classes=classes,
         batch_size=batch_size,
         seed=seed,
         source="digits" if source is None else str(source),
@@ -322,8 +365,7 @@ def image_data(
     )
 
 
-def _split(data: Labelled, validation: float | int) -> tuple[Labelled, Labelled]:
-    _check_fraction(validation)
+def _split(data: Labelled, validation: float) -> tuple[Labelled, Labelled]:
     n = len(data.images)
     held = round(validation * n)
     if held == n or (validation and not held):

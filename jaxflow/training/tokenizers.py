@@ -8,12 +8,28 @@ that a run's config decodes what its model writes, without the data.
 
 import functools
 import importlib
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Integer, UInt
+
+from .._files import first_outside
+from .numbers import whole
+
+# Published vocabularies have up to 262,144 symbols.
+LARGEST = 2**20
+
+# Byte pairs are merged within a word in a time that grows as the square of its length, so a run of
+# letters, marks or spaces without an end is cut.
+_RUN = 2**10
+_RUNS = re.compile(rf"(?:[^\W_]{{{_RUN}}}|(?:[^\w\s]|_){{{_RUN}}}|\s{{{_RUN}}})")
+
+# What a tokenizer of byte pairs has to give back before it is used.
+_PROBE = "It's Aa é, 東京 🙂:\r\n\t  1²\0"
 
 
 @dataclass(frozen=True)
@@ -23,50 +39,77 @@ class Bytes:
     vocab_size = 256
 
     def fit(self, text: Iterable[str]) -> "Bytes":
+        """This tokenizer: it is that of every text."""
         return self
 
     def encode(self, text: str) -> UInt[np.ndarray, " tokens"]:
-        return np.frombuffer(text.encode(), np.uint8)
+        """The bytes of the text; ValueError for half a surrogate pair, which UTF-8 has not."""
+        return np.frombuffer(_utf8(text), np.uint8)
 
     def decode(self, tokens: Any) -> str:
-        """The text; bytes that are no UTF-8, as a model may write, become U+FFFD."""
-        return bytes(np.asarray(tokens).tolist()).decode(errors="replace")
+        """The text; bytes that are no UTF-8, as a model may write, become U+FFFD.
+
+        **Raises:** ValueError for a token that is not in 0 ... 255, TypeError for floats.
+        """
+        return _checked(tokens, self.vocab_size).astype(np.uint8).tobytes().decode(errors="replace")
 
     def to_dict(self) -> dict[str, Any]:
+        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
         return {"type": "bytes"}
 
 
 @dataclass(frozen=True)
 class Chars:
-    """The characters of a text, in order of their code points: `Chars().fit([text])`."""
+    """The characters of a text, in order of their code points: `Chars().fit([text])`.
+
+    **Raises:** ValueError for an alphabet that is not in this order, or has a character twice.
+    """
 
     alphabet: str = ""
+
+    def __post_init__(self):
+        _utf8(self.alphabet)
+        if sorted(set(self.alphabet)) != list(self.alphabet):
+            raise ValueError(
+                "an alphabet must have each character once, in order of the code points, as "
+                f"Chars().fit([text]) makes it; got {self.alphabet[:40]!r}."
+            )
 
     @property
     def vocab_size(self) -> int:
         return len(self.alphabet)
 
     def fit(self, text: Iterable[str]) -> "Chars":
+        """The tokenizer of the characters in these pieces of a text."""
         return self if self.alphabet else Chars("".join(sorted(set().union(*text))))
 
     @functools.cached_property
     def _codes(self) -> UInt[np.ndarray, " vocab"]:
+        if not self.alphabet:
+            raise ValueError("Chars() has no alphabet before Chars().fit([text]) of some text.")
         return np.frombuffer(self.alphabet.encode("utf-32-le"), "<u4")
 
     def encode(self, text: str) -> UInt[np.ndarray, " tokens"]:
         """The characters' places in the alphabet; ValueError for one that is not in it."""
+        alphabet = self._codes
         if foreign := set(text).difference(self.alphabet):
             raise ValueError(
                 f"the alphabet of {self.vocab_size} characters has no {min(foreign)!r}: leave it "
                 "out, or train with the tokenizer Bytes(), which knows every text."
             )
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        return np.searchsorted(self._codes, codes).astype(np.uint32)
+        return np.searchsorted(alphabet, codes).astype(np.uint32)
 
     def decode(self, tokens: Any) -> str:
-        return self._codes[np.asarray(tokens, np.int64)].tobytes().decode("utf-32-le")
+        """The text.
+
+        **Raises:** ValueError for a token outside 0 ... vocab_size - 1, TypeError for floats.
+        """
+        alphabet = self._codes
+        return alphabet[_checked(tokens, self.vocab_size)].tobytes().decode("utf-32-le")
 
     def to_dict(self) -> dict[str, Any]:
+        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
         return {"type": "chars", "alphabet": self.alphabet}
 
 
@@ -75,24 +118,64 @@ class BPE:
     """Byte-level byte-pair encoding, of at most `size` symbols: `BPE(512).fit([text])`.
 
     `model` is the fitted tokenizer in the JSON of the `tokenizers` library.
+
+    **Raises:** ValueError for a size that is not in 256 ... 2^20, or a model that is damaged;
+    TypeError for a size that is no whole number; ImportError for a model without that library.
     """
 
     size: int
     model: str = ""
 
     def __post_init__(self):
-        if self.size < 256:
-            raise ValueError(f"BPE starts from the 256 bytes: size must be >= 256, got {self.size}")
+        size = whole("the size of BPE", self.size, least=-(2**63), most=LARGEST)
+        if size < 256:
+            raise ValueError(f"BPE starts from the 256 bytes: size must be >= 256, got {size}")
+        object.__setattr__(self, "size", size)
+        if self.model:
+            self._check_model()
 
     @functools.cached_property
     def _backend(self) -> Any:
-        return _library().Tokenizer.from_str(self.model)
+        if not self.model:
+            raise ValueError(
+                f"BPE({self.size}) has no symbols before BPE({self.size}).fit([text])."
+            )
+        library = _library()
+        try:
+            return library.Tokenizer.from_str(self.model)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"the model of BPE is not JSON of the tokenizers library: {error}. Take it from "
+                "to_dict() of a fitted one."
+            ) from None
+
+    def _check_model(self):
+        """Whether the model gives back every text: it has all bytes, and changes nothing before."""
+        vocabulary, parts = self._backend.get_vocab(), json.loads(self.model)
+        bytes_ = set(_library().pre_tokenizers.ByteLevel.alphabet())
+        kinds = [(parts[name] or {}).get("type") for name in ("model", "pre_tokenizer", "decoder")]
+        extra = ("normalizer", "post_processor", "truncation", "padding", "added_tokens")
+        if not (
+            bytes_ <= vocabulary.keys()
+            and sorted(vocabulary.values()) == list(range(len(vocabulary)))
+            and len(vocabulary) <= self.size
+            and kinds == ["BPE", "ByteLevel", "ByteLevel"]
+            and not any(parts.get(name) for name in extra)
+            and not parts["model"].get("dropout")
+            and self.decode(self.encode(_PROBE)) == _PROBE
+        ):
+            raise ValueError(
+                f"the model of BPE is not one of the 256 bytes and their pairs, at most {self.size}"
+                f" symbols, as BPE({self.size}).fit([text]) makes it, so it would not give a text "
+                "back. Take it from to_dict() of a fitted one."
+            )
 
     @property
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
     def fit(self, text: Iterable[str]) -> "BPE":
+        """The tokenizer of the most frequent pairs in these pieces of a text."""
         if self.model:
             return self
         hf = _library()
@@ -103,28 +186,86 @@ class BPE:
         trainer = hf.trainers.BpeTrainer(
             vocab_size=self.size, initial_alphabet=alphabet, show_progress=False
         )
-        backend.train_from_iterator(text, trainer)
+        backend.train_from_iterator((part for piece in text for part in _cut(piece)), trainer)
         return BPE(self.size, backend.to_str())
 
     def encode(self, text: str) -> UInt[np.ndarray, " tokens"]:
-        return np.array(self._backend.encode(text).ids, np.uint32)
+        """The tokens of the text; ValueError for half a surrogate pair, which UTF-8 has not."""
+        _utf8(text)
+        ids = [np.array(self._backend.encode(part).ids, np.uint32) for part in _cut(text)]
+        return np.concatenate([*ids, np.zeros(0, np.uint32)])
 
     def decode(self, tokens: Any) -> str:
-        return self._backend.decode(np.asarray(tokens).tolist())
+        """The text; bytes that are no UTF-8, as a model may write, become U+FFFD.
+
+        **Raises:** ValueError for a token outside 0 ... vocab_size - 1, TypeError for floats.
+        """
+        return self._backend.decode(_checked(tokens, self.vocab_size).tolist())
 
     def to_dict(self) -> dict[str, Any]:
+        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
         return {"type": "bpe", "size": self.size, "model": self.model}
 
 
 Tokenizer = Bytes | Chars | BPE
 _TOKENIZERS = {"bytes": Bytes, "chars": Chars, "bpe": BPE}
+_ENTRIES = {"bytes": {}, "chars": {"alphabet": str}, "bpe": {"size": int, "model": str}}
 
 
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of `tokenizer.to_dict()`, as a run's config holds it."""
-    if saved.get("type") not in _TOKENIZERS:
-        raise ValueError(f"a tokenizer's type is one of {list(_TOKENIZERS)}; got {saved}.")
-    return _TOKENIZERS[saved["type"]](**{k: v for k, v in saved.items() if k != "type"})
+    """The tokenizer of `tokenizer.to_dict()`, as a run's config holds it.
+
+    **Raises:** ValueError for another type, entries that are missing, too many or of the wrong
+    type, an alphabet out of order, and a model that is damaged.
+    """
+    kind = saved.get("type") if isinstance(saved, dict) else saved
+    if not isinstance(kind, str) or kind not in _TOKENIZERS:
+        raise ValueError(f"a tokenizer's type is one of {list(_TOKENIZERS)}; got {kind!r:.80}.")
+    entries = {name: value for name, value in saved.items() if name != "type"}
+    if {name: type(value) for name, value in entries.items()} != _ENTRIES[kind]:
+        expected = {name: of.__name__ for name, of in _ENTRIES[kind].items()}
+        found = {name: type(value).__name__ for name, value in entries.items()}
+        raise ValueError(
+            f"a tokenizer of type {kind} must have the entries {expected}; got {found}."
+        )
+    return _TOKENIZERS[kind](**entries)
+
+
+def _utf8(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a string, got a {type(text).__name__}.")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of the text is {text[error.start]!r}, half a surrogate pair, "
+            "which UTF-8 does not have: leave it out."
+        ) from None
+
+
+def _checked(tokens: Any, vocab_size: int) -> Integer[np.ndarray, " tokens"]:
+    """Tokens as int64, if all of them are some of this vocabulary."""
+    found = np.asarray(tokens)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise TypeError(
+            f"tokens must be a sequence of whole numbers, got {found.dtype} of shape {found.shape}."
+        )
+    if outside := first_outside(found, 0, vocab_size - 1):
+        raise ValueError(
+            f"tokens must lie in 0 ... {vocab_size - 1}, the vocabulary; got {outside[0]} "
+            f"{outside[1]}."
+        )
+    return found.astype(np.int64)
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text in parts without a longer run than `_RUN`."""
+    start = 0
+    for run in _RUNS.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    if start < len(text):
+        yield text[start:]
 
 
 def _library() -> Any:
