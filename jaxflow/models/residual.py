@@ -12,7 +12,7 @@ from .._types import ArrayLike
 from ..fields import AbstractField, FeedForward
 from ..measure import Measure
 from .base import AbstractModel, Depth, depth_or_steps
-from .blocks import CurveOf, blocks, layered, linear, small
+from .blocks import CurveOf, blocks, check_size, layered, linear, small
 
 
 class ResidualNetwork(AbstractModel):
