@@ -73,7 +73,7 @@ class _DamagedError(Exception):
 def _read(entry: Path, made_of: dict[str, Any]) -> Tokens:
     record = entry / "entry.json"
     try:
-        written = json.loads(record.read_bytes())
+        written = json.loads(regular(record).read_bytes())
         found = {name: _sha256(regular(entry / name)) for name in _FILES}
     except (OSError, ValueError) as error:
         raise _DamagedError(f"the tokens in {entry} cannot be read: {error}") from error

@@ -338,7 +338,7 @@ def image_data(
         validation = fraction("validation", validation)
     train, test = read_images(source, labels)
     if isinstance(validation, str | Path):
-        test, _ = read_images(validation)
+        test, _ = read_images(validation, what="validation")
     elif test is None:
         train, test = _split(train, validation)
     if train.images.shape[1:] != test.images.shape[1:] or train.white != test.white:
