@@ -6,6 +6,7 @@ Truth is the reference and JAX's own derivatives of it, in float64 on the same r
 import dataclasses
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +99,9 @@ def truth(case, operands, directions, cotangents):
 
 def kernels(case, operands, directions, cotangents, residuals):
     problem = Problem(case.band, case.weighted)
-    tangent = Tangent(*operands, *residuals, *directions)
-    cotangent = Cotangent(*operands, *residuals, *cotangents)
+    (mean, lse), (g, h), (du, dk, dv, db) = residuals, cotangents, directions
+    tangent = Tangent(*operands, mean, lse, du, dk, dv, db)
+    cotangent = Cotangent(*operands, mean, lse, g, h)
     return tuple(evaluate(INTERPRETED, o, problem) for o in (operands, tangent, cotangent))
 
 
@@ -148,12 +150,13 @@ def test_against_the_reference(case, dtype, tolerance, monkeypatch):
 def test_a_query_that_is_not_finite_spoils_its_own_row(mode):
     case = Case("nan", m=20, n=20)
     operands, directions, cotangents = drawn(case, jnp.dtype("float32"))
-    outputs = INTERPRETED.forward(operands, Problem())
+    mean, lse = INTERPRETED.forward(operands, Problem())
+    (g, h), (du, dk, dv, db) = cotangents, directions
     spoiled = operands._replace(q=operands.q.at[3, 0].set(jnp.nan))
     spoiled = {
         "forward": spoiled,
-        "tangent": Tangent(*spoiled, *outputs, *directions),
-        "cotangent": Cotangent(*spoiled, *outputs, *cotangents),
+        "tangent": Tangent(*spoiled, mean, lse, du, dk, dv, db),
+        "cotangent": Cotangent(*spoiled, mean, lse, g, h),
     }[mode]
     rows = np.asarray(evaluate(INTERPRETED, spoiled, Problem())[0])
     assert np.isnan(rows[3]).all()
@@ -161,7 +164,9 @@ def test_a_query_that_is_not_finite_spoils_its_own_row(mode):
 
 
 def abstract(mode, m, n, p, r, dtype, batch=()):
-    of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((*batch, *shape), jnp.dtype(dtype))
+    def of(*shape, dtype=dtype) -> Any:
+        return jax.ShapeDtypeStruct((*batch, *shape), jnp.dtype(dtype))
+
     vector = partial(of, dtype=jnp.float32)
     operands = of(m, p), of(n, p), of(n, r), vector(n), vector()
     residuals = of(m, r), vector(m)
