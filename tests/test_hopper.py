@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +72,11 @@ class Case:
         primal = Forward(low(m, p), low(n, p), low(n, r), b, scale)
         if mode == "forward":
             return primal
-        results = Blocked().forward(primal, self.problem)
+        mean, lse = Blocked().forward(primal, self.problem)
         if mode == "cotangent":
-            return Cotangent(*primal, *results, low(m, r), normal(m))
+            return Cotangent(*primal, mean, lse, low(m, r), normal(m))
         db = jnp.where(self.weighted, normal(n), 0).astype(f)
-        return Tangent(*primal, *results, normal(m, p), low(n, p), low(n, r), db)
+        return Tangent(*primal, mean, lse, normal(m, p), low(n, p), low(n, r), db)
 
     @property
     def problem(self):
@@ -156,9 +157,10 @@ def test_device(case, width, mode, dtype):
 
 
 def abstract(mode, width, dtype, n=4096, batch=8):
-    matrix = jax.ShapeDtypeStruct((batch, n, width), dtype)
-    vector = jax.ShapeDtypeStruct((batch, n), jnp.float32)
-    primal = Forward(matrix, matrix, matrix, vector, jax.ShapeDtypeStruct((batch,), jnp.float32))
+    matrix: Any = jax.ShapeDtypeStruct((batch, n, width), dtype)
+    vector: Any = jax.ShapeDtypeStruct((batch, n), jnp.float32)
+    scale: Any = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    primal = Forward(matrix, matrix, matrix, vector, scale)
     if mode == "forward":
         return primal
     if mode == "cotangent":

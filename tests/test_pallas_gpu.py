@@ -187,6 +187,7 @@ def test_without_triton_it_falls_back(abstract_device, monkeypatch):
 def test_tiles_of_a_small_shared_memory(capability, rows):
     shapes = Shapes(*[jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)] * 3)
     family = pallas_gpu.family(shapes, Problem(), capability)
+    assert isinstance(family, tensor_cores.TensorCores)
     assert family.candidates("cotangent", shapes)[0].rows == rows
 
 
@@ -216,12 +217,12 @@ def test_particles_on_mosaic(weighted, interpreter):
     problem = Problem(weighted=weighted)
     kernels = Particles(config=particles.Config(64), interpret=interpreter)
     primal = Forward(q, k, v, b, scale)
-    results = Blocked().forward(primal, problem)
-    directions = draw(m, p), draw(n, p), draw(n, r), draw(n)
+    mean, lse = Blocked().forward(primal, problem)
+    du, dk, dv, db = draw(m, p), draw(n, p), draw(n, r), draw(n)
     for operands in (
         primal,
-        Tangent(*primal, *results, *directions),
-        Cotangent(*primal, *results, draw(m, r), draw(m)),
+        Tangent(*primal, mean, lse, du, dk, dv, db),
+        Cotangent(*primal, mean, lse, draw(m, r), draw(m)),
     ):
         expected = evaluate(Blocked(), operands, problem)
         # Scores reach 400: a float32 is known to 400 * 2^-24 = 2e-5, and so is its exponential.

@@ -195,8 +195,9 @@ def _mode(name: str) -> Mode:
 
 def _problem(shapes: Shapes, log_weights, scale: float | jax.Array, causal, window) -> Problem:
     # Each constant is a program of its own, so it is one only where cuDNN can take it.
-    constant = isinstance(scale, float) and jnp.dtype(shapes.q.dtype).itemsize == 2
-    return Problem(band(causal, window), log_weights is not None, scale if constant else None)
+    narrow = jnp.dtype(shapes.q.dtype).itemsize == 2
+    constant = scale if isinstance(scale, float) and narrow else None
+    return Problem(band(causal, window), log_weights is not None, constant)
 
 
 # ------------------------------------------------------------------ checks
@@ -263,24 +264,28 @@ def _log_weights(b: jax.Array, dtype) -> Float[Array, " n"]:
 
 def _scale(scale, dtype) -> float | jax.Array:
     """A number as a float, anything else as an array."""
-    number = isinstance(scale, int | float | np.integer | np.floating)
-    if isinstance(scale, bool) or not (number or isinstance(scale, jax.Array | np.ndarray)):
+    if isinstance(scale, int | float | np.integer | np.floating) and not isinstance(scale, bool):
+        _check_finite(scale, dtype)
+        return float(scale)
+    if not isinstance(scale, jax.Array | np.ndarray):
         raise TypeError(f"scale must be a real number or a scalar array, got {scale!r}.")
-    if not number:
-        scale = _array("scale", scale)
-        if not any(jnp.issubdtype(scale.dtype, kind) for kind in (jnp.floating, jnp.integer)):
-            raise TypeError(f"scale must be a real number, got an array of {scale.dtype}.")
-        if scale.shape != ():
-            raise ValueError(
-                f"scale must be a scalar, got shape {scale.shape}. One scale a head goes through "
-                "jax.vmap."
-            )
-        if not is_concrete(scale):
-            return scale
-    # Also integers that are too large for a float.
+    array = _array("scale", scale)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"scale must be a real number, got an array of {array.dtype}.")
+    if array.shape != ():
+        raise ValueError(
+            f"scale must be a scalar, got shape {array.shape}. One scale a head goes through "
+            "jax.vmap."
+        )
+    if is_concrete(array):
+        _check_finite(array, dtype)
+    return array
+
+
+def _check_finite(scale, dtype):
+    # By comparison: an integer may be too large for a float.
     if not abs(scale) <= float(jnp.finfo(dtype).max):
         raise ValueError(
             f"scale (the inverse temperature) must be finite, got {scale!s:.24} in {dtype}. "
             "The limit of infinite scale is the interaction jaxflow.Hardmax()."
         )
-    return float(scale) if number else scale
