@@ -17,43 +17,50 @@ The map, in reading order:
 All attention runs through one operation, `softmax_expectation`.
 """
 
-from . import events, measure, models, observables, phase, solvers, training, viz
-from .fields import (
-    NGPT,
-    AbstractField,
-    Constant,
-    FeedForward,
-    Fourier,
-    Hardmax,
-    HyperNetwork,
-    LayerNorm,
-    Legendre,
-    Linear,
-    LinearDrift,
-    MultiHeadAttention,
-    PeriNorm,
-    PiecewiseConstant,
-    PiecewiseLinear,
-    PostNorm,
-    PreNorm,
-    RMSNorm,
-    Scaled,
-    SelfAttention,
-    Sinkhorn,
-    Softmax,
-    SqrtScaling,
-    Sum,
-    TimeDependent,
-    UnitNorm,
-    Unnormalised,
-    divergence,
-)
-from .flow import FlowError, FlowSolution, flow, memory_estimate
-from .geometry import Ellipsoid, Euclidean, Sphere
-from .kernels import select_backend, softmax_expectation
-from .lyapunov import lyapunov_exponents
-from .measure import Measure
-from .phase import PhaseDiagram, phase_diagram
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import events, measure, models, observables, phase, solvers, training, viz
+    from ._cache import enable_compilation_cache
+    from .fields import (
+        NGPT,
+        AbstractField,
+        Constant,
+        FeedForward,
+        Fourier,
+        Hardmax,
+        HyperNetwork,
+        LayerNorm,
+        Legendre,
+        Linear,
+        LinearDrift,
+        MultiHeadAttention,
+        PeriNorm,
+        PiecewiseConstant,
+        PiecewiseLinear,
+        PostNorm,
+        PreNorm,
+        RMSNorm,
+        Scaled,
+        SelfAttention,
+        Sinkhorn,
+        Softmax,
+        SqrtScaling,
+        Sum,
+        TimeDependent,
+        UnitNorm,
+        Unnormalised,
+        divergence,
+    )
+    from .flow import FlowError, FlowSolution, flow, memory_estimate
+    from .geometry import Ellipsoid, Euclidean, Sphere
+    from .kernels import select_backend, softmax_expectation
+    from .lyapunov import lyapunov_exponents
+    from .measure import Measure
+    from .phase import PhaseDiagram, phase_diagram
 
 __version__ = "0.1.0"
 
@@ -93,6 +100,7 @@ __all__ = [
     "UnitNorm",
     "Unnormalised",
     "divergence",
+    "enable_compilation_cache",
     "events",
     "flow",
     "lyapunov_exponents",
@@ -108,3 +116,38 @@ __all__ = [
     "training",
     "viz",
 ]
+
+# Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
+_HOMES = "_cache", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "phase"
+
+
+def __getattr__(name: str) -> Any:
+    """A module, or a name of a home (PEP 562)."""
+    if not name.startswith("__"):
+        try:
+            return import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    if name in __all__:
+        for home in _HOMES:
+            if hasattr(module := import_module(f".{home}", __name__), name):
+                return globals().setdefault(name, getattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    @property
+    def flow(self) -> Any:
+        """The function. Python would put the module of that name in its place."""
+        return import_module(".flow", __name__).flow
+
+    @flow.setter
+    def flow(self, module: ModuleType): ...
+
+
+sys.modules[__name__].__class__ = _Package

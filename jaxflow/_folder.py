@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ _LARGEST_JSON = 2**28  # bytes; what a run writes is far smaller
 
 
 @contextlib.contextmanager
-def claim(folder: str | Path | None, kind: str, *, going_on: bool | None = False) -> Iterator[Path]:
+def claim(
+    folder: str | Path | None,
+    kind: str,
+    *,
+    going_on: bool | None = False,
+    own: Collection[str] = (),
+) -> Iterator[Path]:
     """Takes a folder for one run as long as the context lasts.
 
         with claim(out, "simulate") as folder:
@@ -39,6 +45,7 @@ def claim(folder: str | Path | None, kind: str, *, going_on: bool | None = False
     - `kind`: the kind of run, such as "simulate" or "train".
     - `going_on`: whether the folder has to hold a run of this kind. `False`: it has to be new or
       empty. `None`: it may be either.
+    - `own`: names that may be in a folder that has no config.json yet, as they are of such a run.
 
     **Returns:** a context manager, which yields the path of the folder.
 
@@ -46,35 +53,48 @@ def claim(folder: str | Path | None, kind: str, *, going_on: bool | None = False
     was asked or none where one was to go on, holds files of something else, is a file, or is used
     by another process, which the message names; OSError if it cannot be made or written to.
     """
-    # Here, as only a run that writes needs it.
-    import filelock
-
-    path, made = _made(folder, kind, going_on)
-    lock = filelock.FileLock(path.resolve() / _LOCK, blocking=False, is_singleton=True)
-    if lock.is_locked:  # by this thread
-        yield path
-        return
+    path, made = _made(folder, going_on)
     try:
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise ValueError(f"{path} is in use by {_holder(path)}: wait, or stop it.") from None
-        try:
-            _check(path, kind, going_on)
-            about = {"process": os.getpid(), "host": socket.gethostname()}
-            (path / _HOLDER).write_text(json.dumps(about), encoding="utf-8")
+        with locked(path) as again:
+            if not again:
+                _check(path, kind, going_on, own)
             yield path
-        finally:
-            # Before the lock goes; whoever opened its file meanwhile sees that it has no name.
-            for name in (_HOLDER, _LOCK):
-                with contextlib.suppress(OSError):
-                    (path / name).unlink()
-            lock.release()
     except BaseException:
         for new in made:
             with contextlib.suppress(OSError):  # something was written
                 new.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Keeps other processes, and other threads, out of a folder while the context lasts.
+
+    **Returns:** a context manager, which yields whether this thread holds the folder already.
+
+    **Raises:** ValueError if it is in use, naming the process and its host.
+    """
+    # Here, as only a run that writes needs it.
+    import filelock
+
+    lock = filelock.FileLock(folder.resolve() / _LOCK, blocking=False, is_singleton=True)
+    if lock.is_locked:
+        yield True
+        return
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"{folder} is in use by {_holder(folder)}: wait, or stop it.") from None
+    try:
+        about = {"process": os.getpid(), "host": socket.gethostname()}
+        (folder / _HOLDER).write_text(json.dumps(about), encoding="utf-8")
+        yield False
+    finally:
+        # Before the lock goes; whoever opened its file meanwhile sees that it has no name.
+        for name in (_HOLDER, _LOCK):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+        lock.release()
 
 
 def write_settings(folder: Path, kind: str, settings: dict[str, Any]):
@@ -177,7 +197,7 @@ def sync(path: Path):
 # ------------------------------------------------------------------ what a folder holds
 
 
-def _made(folder: str | Path | None, kind: str, going_on: bool | None) -> tuple[Path, list[Path]]:
+def _made(folder: str | Path | None, going_on: bool | None) -> tuple[Path, list[Path]]:
     """The folder, and which folders were made for it, the innermost first."""
     if folder is None:
         return _new(Path("runs"))
@@ -193,7 +213,7 @@ def _made(folder: str | Path | None, kind: str, going_on: bool | None) -> tuple[
 
 
 def _new(parent: Path) -> tuple[Path, list[Path]]:
-    _, made = _made(parent, "", None)
+    _, made = _made(parent, None)
     name = time.strftime("%Y%m%d-%H%M%S")
     number = 1
     while True:
@@ -206,7 +226,7 @@ def _new(parent: Path) -> tuple[Path, list[Path]]:
             return path, [path, *made]
 
 
-def _check(path: Path, kind: str, going_on: bool | None):
+def _check(path: Path, kind: str, going_on: bool | None, own: Collection[str]):
     config = path / CONFIG
     if os.path.lexists(config):
         found = read_settings(config, unchanged=going_on is not False).get("command")
@@ -220,10 +240,10 @@ def _check(path: Path, kind: str, going_on: bool | None):
                 f"{path} holds a run already: go on with it (resume), or take another folder."
             )
         return
-    others = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    names = {p.name for p in path.iterdir() if not p.name.startswith(".")}
     if going_on:
         raise ValueError(f"{path} is no run to go on with: it has no {CONFIG}.")
-    if others:
+    if others := sorted(names - set(own)):
         raise ValueError(
             f"{path} is no run folder, as it has no {CONFIG}, and not empty: it holds {others[0]}. "
             "Take another folder, so that nothing in it is overwritten."

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import jax
 
+# Numbers that an array of pairs may hold: of n tokens as many rows (or systems, or times) are taken
+# at a time as stay below it. 16 MiB in float64.
+PAIRS_AT_ONCE = 2**21
+
 
 def check_fits(needed: int, what: str, remedy: str, *, host: bool = False):
     """Refuses what needs more bytes than are free, on the default device or on the host.

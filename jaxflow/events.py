@@ -9,9 +9,11 @@
 Metastable states last exponentially long in beta (arXiv 2410.06833), and the times at which they
 end are what is asked for. The `until_*` are diffrax events, `flow(..., event=until_clustered())`;
 the time is found by bisection in the solver's interpolation, so an observable may jump, as a count
-does.
+does. The flow ends just past the crossing: its last measure satisfies the condition.
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,9 +25,11 @@ import numpy as np
 import optimistix
 from jaxtyping import Array, Float
 
-from ._types import Points, Scalar, ScalarLike, is_concrete
+from ._functions import by_code
+from ._memory import PAIRS_AT_ONCE
+from ._types import Points, Scalar, ScalarLike, accumulation_dtype, is_concrete
 from .fields import AbstractField
-from .flow import FlowArgs, flow, over_systems, particle_velocity
+from .flow import FlowArgs, FlowError, flow, over_systems, particle_velocity
 from .measure import Measure
 from .observables import ClusterCount, MergeTree
 
@@ -51,7 +55,10 @@ class Crossing(eqx.Module):
                 "an event needs an observable with a scalar value, got shape "
                 f"{values.shape[y.ndim - 2 :]}."
             )
-        excess = self.sign * (values.astype(y.dtype) - self.level.astype(y.dtype))
+        values, level = values.astype(y.dtype), self.level.astype(y.dtype)
+        # Past the level by more than the rounding of the value, which another program may have.
+        rounding = 16 * jnp.finfo(y.dtype).eps * jnp.maximum(jnp.abs(values), jnp.abs(level))
+        excess = self.sign * (values - level) + rounding
         return _from_above(excess.max(), t <= t0)
 
 
@@ -70,16 +77,20 @@ def until_below(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
 
     **Arguments:** `observable`, as in `flow(observe=...)`, with a scalar value: any function of
     (t, mu); `level`, which may be traced.
+
+    **Raises:** `ValueError` for a level that is no scalar.
     """
-    return _event(Crossing(observable, _level(level), 1.0))
+    return _event(Crossing(by_code(observable), _level(level), 1.0))
 
 
 def until_above(observable: Callable[[Any, Measure], Any], level: ScalarLike) -> diffrax.Event:
     """Stops at the first time at which observable(t, mu) > level, in every system.
 
-    Arguments as in [`jaxflow.events.until_below`][].
+    **Arguments:** as in [`jaxflow.events.until_below`][].
+
+    **Raises:** `ValueError` for a level that is no scalar.
     """
-    return _event(Crossing(observable, _level(level), -1.0))
+    return _event(Crossing(by_code(observable), _level(level), -1.0))
 
 
 def until_clustered(
@@ -150,7 +161,20 @@ def merges(
     [`jaxflow.flow`][], for one system, outside `jit`.
 
     **Returns:** a [`jaxflow.observables.MergeTree`][] with `links`, the two tokens that met; it is
-    complete if one cluster is left at t1.
+    complete if one cluster is left at t1. Where a solve fails on the way, the tree holds the
+    mergers before, its `failure` says what happened, and a warning does, too.
+
+    **Raises:** `ValueError` for several systems, and what [`jaxflow.flow`][] raises for bad input.
+
+    !!! example
+
+        ```python
+        import jax, jaxflow as jf
+
+        mu0 = jf.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+        tree = jf.events.merges(jf.SelfAttention(beta=1.0), mu0, t1=50.0)
+        assert len(tree.times) == 7  # eight tokens become one
+        ```
     """
     if mu0.points.ndim != 2:
         raise ValueError(
@@ -160,25 +184,32 @@ def merges(
     massive = ~np.isneginf(np.asarray(mu0.log_probabilities))
     labels = np.where(massive, np.arange(mu0.n), -1)
     found: list[_Merge] = []
-    t, mu = t0, mu0
+    # As the flow rounds it, so that an event at the end is one.
+    t1 = float(np.asarray(t1, accumulation_dtype(mu0.points.dtype)))
+    t, mu, failure = float(t0), mu0, None
     while True:
-        labels = _merge(labels, _linked(mu, labels, threshold), float(t), found)
+        labels = _merge(labels, _linked(mu, labels, threshold), t, found)
         clusters = len(np.unique(labels[massive]))
         if progress is not None:
-            progress(float(t), clusters)
+            progress(t, clusters)
         if clusters == 1 or t >= t1:
             break
-        sol = flow(
-            field,
-            mu,
-            t0=t,
-            t1=t1,
-            dt0=dt0,
-            solver=solver,
-            stepsize_controller=stepsize_controller,
-            max_steps=max_steps,
-            event=_event(_Gap(jnp.asarray(labels), _level(threshold))),
-        )
+        try:
+            sol = flow(
+                field,
+                mu,
+                t0=t,
+                t1=t1,
+                dt0=dt0,
+                solver=solver,
+                stepsize_controller=stepsize_controller,
+                max_steps=max_steps,
+                event=_event(_Gap(jnp.asarray(labels), _level(threshold))),
+            )
+        except FlowError as error:
+            failure = str(error)
+            warnings.warn(f"merges found {len(found)} of the mergers, then {error}", stacklevel=2)
+            break
         t, mu = float(sol.ts[-1]), sol.measures[-1]
     as_pairs = lambda values: np.array(values, int).reshape(-1, 2)
     return MergeTree(
@@ -188,6 +219,7 @@ def merges(
         sizes=np.array([merge.size for merge in found], int),
         leaves=None if massive.all() else np.flatnonzero(massive),
         links=as_pairs([merge.link for merge in found]),
+        failure=failure,
     )
 
 
@@ -212,7 +244,7 @@ class _Gap(eqx.Module):
             apart = (label != self.labels) & (label >= 0) & (self.labels >= 0)
             return jnp.where(apart, jnp.matmul(unit, x, precision="highest"), -1).max()
 
-        rows = min(len(y), max(1, 2**21 // len(y)))
+        rows = min(len(y), max(1, PAIRS_AT_ONCE // len(y)))
         closest = jax.lax.map(nearest, (unit, self.labels), batch_size=rows).max()
         return _from_above(self.threshold.astype(closest.dtype) - closest, t <= t0)
 
@@ -286,7 +318,13 @@ class _Bisection(optimistix.AbstractRootFinder):
         return short, optimistix.RESULTS.successful
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        return y, aux, {}
+        # Past the crossing by a part of the step in which a token moves by more than rounding:
+        # what is saved has then crossed, also as another program computes it.
+        lower, upper = options["lower"], options["upper"]
+        eps = jnp.finfo(y.dtype).eps
+        past = jnp.maximum(math.sqrt(eps) * (upper - lower), 8 * eps * jnp.abs(y))
+        past = jnp.minimum(y + past, upper)
+        return jnp.where(fn(past, args)[0] <= 0, past, y), aux, {}
 
 
 def _event(condition: Callable) -> diffrax.Event:

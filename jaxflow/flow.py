@@ -7,37 +7,50 @@ and each step is retracted, so repulsive fields keep the space to rounding as at
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array
+import optimistix
+from jax.interpreters import ad
+from jaxtyping import Array, Bool
 
+from ._flow_input import (
+    Observables,
+    check_kinds,
+    check_measure,
+    check_number,
+    check_tolerances,
+    times,
+    times_checked,
+)
+from ._functions import compared_by_code
 from ._memory import check_fits
-from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from .explicit import evaluations_per_step
 from .fields import AbstractField
 from .fields.time import breakpoints, jumps
 from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
 from .solvers import (
     AbstractSplitting,
-    Frozen,
     Geodesic,
     PiecewiseSteps,
-    Retracted,
+    along,
     default_adjoint,
-    evaluations_per_step,
     step_times,
 )
 
-Observables = Mapping[str, Callable[[Any, Measure], Any]]
-
 _save_points = diffrax.SubSaveAt(t1=True).fn  # diffrax's default: save the state
+# diffrax's default root finder, and the one that takes its place.
+_CHORD = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)()
+_NEWTON = diffrax.with_stepsize_controller_tols(optimistix.Newton)()
 
 
 class FlowError(RuntimeError):
@@ -52,6 +65,13 @@ class FlowArgs(NamedTuple):
     observe: dict[str, Callable]
 
 
+class Sides(NamedTuple):
+    """What an observable is on both sides of each saved time, where parameters may jump."""
+
+    before: Array
+    after: Array
+
+
 class FlowSolution(eqx.Module):
     """What a flow returns.
 
@@ -63,6 +83,8 @@ class FlowSolution(eqx.Module):
     - `observed`: `{name: values}` of `observe`, one entry a saved time, in floating point (counts
       too, so that a time that was not reached can hold inf).
     - `ys`: what a `SaveAt(fn=...)` of the user's own saved, else `None`.
+    - `t0`, `end`, `final`: where the flow began, how far it came (t1, or the time of an event), and
+      the measure there. With `BacksolveAdjoint` and `ImplicitAdjoint`: what was saved last.
     - `stats`: `num_steps`, `num_accepted_steps`, `num_rejected_steps`, `max_steps`, and
       `num_evaluations` of the field (of its first part, for a splitting method; `None` for
       implicit solvers, where it is not known).
@@ -75,6 +97,9 @@ class FlowSolution(eqx.Module):
     measures: Any
     observed: Any
     ys: Any
+    t0: Array
+    end: Array
+    final: Measure
     stats: dict[str, Any]
     result: diffrax.RESULTS
     event_mask: Any
@@ -95,11 +120,68 @@ class FlowSolution(eqx.Module):
             )
         return self.measures[jnp.isfinite(self.ts).sum() - 1]
 
-    def evaluate(self, t: float | Array) -> Measure:
-        """The measure at any time, for a flow with `SaveAt(dense=True)`."""
+    @property
+    def ok(self) -> Bool[Array, ""]:
+        """Whether the solve succeeded and its end is finite."""
+        return diffrax.is_okay(self.result) & jnp.isfinite(self.final.points).all()
+
+    def integral(self, name: str) -> Array:
+        """int of what was observed by that name over [t0, end], by the trapezoidal rule between the
+        saved times; they should be the steps, `SaveAt(t0=True, steps=True)`, or dense.
+
+        **Raises:** `ValueError` where nothing was observed by that name.
+        """
+        if name not in (self.observed or {}):
+            others = ", ".join(self.observed or {}) or "nothing"
+            raise ValueError(f"{others} was observed, not {name}: pass observe={{{name!r}: fn}}.")
+        values = self.observed[name]
+        sides = values if isinstance(values, Sides) else Sides(values, values)
+        reached = jnp.isfinite(self.ts)
+        shape = (-1, *[1] * (sides.after.ndim - 1))
+        gaps = jnp.where(reached[1:], self.ts[1:] - jnp.where(reached[:-1], self.ts[:-1], 0), 0)
+        there = lambda side: jnp.where(reached.reshape(shape), side, 0)
+        ends = there(sides.after)[:-1] + there(sides.before)[1:]
+        return (gaps.reshape(shape) * ends / 2).sum(axis=0)
+
+    def evaluate(self, t: ScalarLike | ArrayLike) -> Measure:
+        """The measure at any time between t0 and `end`, for a flow with `SaveAt(dense=True)`.
+
+        **Arguments:** `t`, one time, or several of shape `(times,)`, which become the leading axis
+        of the points.
+
+        **Raises:** `ValueError` where the solution is not dense, and for times outside of the
+        interval that was solved (under `jit`, an error when the program runs).
+        """
         if self.interpolation is None:
             raise ValueError("evaluate needs a dense solution: pass saveat=SaveAt(dense=True).")
-        return Measure(self.geometry.retract(self.interpolation.evaluate(t)), self.log_weights)
+        if self.t0.ndim:
+            raise ValueError(
+                f"evaluate is of one flow, got {self.t0.shape} flows: jax.vmap it, too."
+            )
+        check_number("t", t)
+        if np.ndim(t) > 1:
+            raise ValueError(f"t must be one time or a list of times, got shape {np.shape(t)}.")
+        known = is_concrete(t, self.t0, self.end)
+        outside = f"t must lie in the interval that was solved, [{self.t0}, {self.end}]; got {t}."
+        if known and not _inside(np.asarray(t), np.asarray(self.t0), np.asarray(self.end)).all():
+            raise ValueError(outside)
+        ts = jnp.asarray(t, self.t0.dtype)
+        if not known:
+            out = ~_inside(ts, self.t0, self.end)
+            ts = eqx.error_if(ts, out, "t must lie in the interval that was solved, [t0, end].")
+        return _evaluate(self, jnp.clip(ts, self.t0, self.end))
+
+
+def _inside(t, t0, end):
+    slack = 1e-6 * (end - t0)  # of times rounded to float32
+    return (t >= t0 - slack) & (t <= end + slack)
+
+
+@eqx.filter_jit
+def _evaluate(sol: FlowSolution, ts: Array) -> Measure:
+    at = cast(diffrax.DenseInterpolation, sol.interpolation).evaluate
+    ys = jax.vmap(at)(ts) if ts.ndim else at(ts)
+    return cast(Measure, _measures(sol.geometry.retract(ys), sol.log_weights))
 
 
 def flow(
@@ -158,109 +240,105 @@ def flow(
     not fit, `FlowError` where the solve fails or is not finite (under `jit`, the run-time error of
     `equinox.error_if`).
     """
-    _check_input(field, mu0, t0, t1, dt0, solver, saveat)
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1 or None, got {max_steps}.")
+    check_kinds(
+        field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
+        max_steps,
+    )  # fmt: skip
+    check_measure(field, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)
     if stepsize_controller is None:
         stepsize_controller = _default_controller(solver, dt0, dtype)
+    check_tolerances(stepsize_controller)
     check_fits(
         memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps),
         "the flow",
         "Save fewer times, or save statistics instead of points: observe={...} with "
         "saveat=SaveAt(ts=..., fn=lambda t, y, args: None).",
     )
-    stepsize_controller = _at_breakpoints(stepsize_controller, field, adjoint, solver, dtype)
-    if adjoint == diffrax.RecursiveCheckpointAdjoint() and isinstance(
-        stepsize_controller, diffrax.StepTo
-    ):
-        adjoint = default_adjoint(len(stepsize_controller.ts) - 1)
-    timelike = lambda t: None if t is None else jnp.asarray(t, dtype)
-    if not is_concrete(t0, t1):
-        late = ~(jnp.asarray(t0) <= jnp.asarray(t1))
-        t1 = eqx.error_if(t1, late, "t1 must not be less than t0: flow along -field instead.")
-    saveat = jtu.tree_map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, saveat)
+    stepsize_controller = _at_jumps(stepsize_controller, field)
+    when = times(t0, t1, dt0, saveat, stepsize_controller, dtype)
+    controller = _at_breakpoints(when.controller, field, adjoint, solver, dtype)
+    if adjoint == diffrax.RecursiveCheckpointAdjoint() and isinstance(controller, diffrax.StepTo):
+        adjoint = default_adjoint(len(controller.ts) - 1)
+    arguments = (
+        field,
+        mu0,
+        when._replace(
+            saveat=compared_by_code(when.saveat, keep=(_save_points,)),
+            controller=_traced_tolerances(controller, dtype),
+        ),
+    )
+    forward = _check_modes(arguments, adjoint)
     try:
-        sol, last, finite = _solve(
-            field,
-            mu0,
-            (timelike(t0), timelike(t1), timelike(dt0)),
-            solver,
-            _traced_tolerances(stepsize_controller, dtype),
-            saveat,
+        sol = _solve(
+            arguments,
+            _with_newton(solver),
             adjoint,
-            event,
+            compared_by_code(event),
             max_steps,
             progress_meter,
-            dict(observe or {}),
+            compared_by_code(dict(observe or {})),
+            is_concrete(mu0.points),
         )
     except TypeError as error:
-        if "forward-mode" in str(error) and "custom_vjp" in str(error):
-            raise TypeError(_without_forward_mode(field, adjoint)) from error
+        if forward:
+            error.add_note(_without_rule(field))
         raise
-    return _check_solution(sol, last, finite, field, t1, max_steps) if throw else sol
+    return _check_solution(*sol, field, t1, solver, max_steps) if throw else sol[0]
 
 
 @eqx.filter_jit
-def _solve(
-    field,
-    mu0,
-    times,
-    solver,
-    controller,
-    saveat,
-    adjoint,
-    event,
-    max_steps,
-    progress_meter,
-    observe,
-):
+def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geometry):
+    """The solution; its last time and state, whether it failed, and whether it is finite."""
+    field, mu0, times = arguments
     geometry, log_weights = field.geometry, mu0.log_weights
-    t0, t1, dt0 = times
     y0 = mu0.points
     # These two run the same solver on an augmented state, or save nothing but the state.
     plain = isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint)
-    if jumps(field):
-        solver = solver if plain else Frozen(solver, jumps(field))
+    solver = solver if plain else along(solver, field)
     if not isinstance(geometry, Euclidean):
-        # Points that are not finite make a solve that fails, which is the caller's to see.
-        y0 = eqx.error_if(
-            y0,
-            ~geometry.contains(y0).all() & jnp.isfinite(y0).all(),
-            f"the points must lie on {geometry}: retract them first.",
-        )
+        if not on_geometry:
+            # Points that are not finite make a solve that fails, which is the caller's to see.
+            y0 = eqx.error_if(
+                y0,
+                ~geometry.contains(y0).all() & jnp.isfinite(y0).all(),
+                f"the points must lie on {geometry}: retract them first.",
+            )
         # In 16 bits no step would be near enough.
         y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
-        solver = solver if plain else Retracted(solver, geometry)
-    inner = saveat if plain else _saving(saveat, geometry)
-    sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(particle_velocity),
-        solver,
-        t0,
-        t1,
-        dt0,
-        y0,
-        FlowArgs(field, log_weights, observe),
-        saveat=inner,
-        stepsize_controller=controller,
-        adjoint=adjoint,
-        event=event,
-        max_steps=max_steps,
-        throw=False,
-        progress_meter=progress_meter,
-    )
+    with times_checked(times.checked):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(particle_velocity),
+            solver,
+            times.t0,
+            times.t1,
+            times.dt0,
+            y0,
+            FlowArgs(field, log_weights, observe),
+            saveat=times.saveat if plain else _saving(times.saveat, geometry),
+            stepsize_controller=times.controller,
+            adjoint=adjoint,
+            event=event and _looking(event, geometry),
+            max_steps=max_steps,
+            throw=False,
+            progress_meter=meter,
+        )
     if plain:
         saved, last, ts = _observe_saved(sol, geometry, log_weights, observe), None, sol.ts
+        end, final = cast(Array, ts)[-1], cast(Array, saved.points)[-1]
     else:
         (saved, last_y), (ts, last_t) = cast(tuple, sol.ys), cast(tuple, sol.ts)
-        last = last_t[-1], last_y[-1]
+        last = end, final = last_t[-1], last_y[-1]
     unpack = lambda fn: jtu.tree_map(fn, saved, is_leaf=lambda x: isinstance(x, _Saved))
-    evaluations = _evaluations(sol.stats, field, times, solver, controller)
+    evaluations = _evaluations(sol.stats, field, times, solver)
     out = FlowSolution(
         ts=ts,
         measures=unpack(lambda s: _measures(s.points, log_weights)),
         observed=unpack(lambda s: s.observed),
         ys=unpack(lambda s: s.value),
+        t0=times.t0,
+        end=end,
+        final=Measure(geometry.retract(final), log_weights),
         stats=sol.stats | {"num_evaluations": evaluations},
         result=sol.result,
         event_mask=sol.event_mask,
@@ -268,7 +346,7 @@ def _solve(
         geometry=geometry,
         log_weights=log_weights,
     )
-    return out, last, _finite(out)
+    return out, last, jnp.invert(diffrax.is_okay(sol.result)), _finite(out)
 
 
 def particle_velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
@@ -296,6 +374,22 @@ def over_systems(fn: Callable, y: Points, log_weights: Array | None):
 
 
 # ------------------------------------------------------------------ saving
+
+
+class _Looking(eqx.Module):
+    """The condition of an event, which sees the points as they are saved."""
+
+    condition: Callable
+    geometry: AbstractGeometry
+
+    def __call__(self, t: Any, y: Points, args: FlowArgs, **about: Any) -> Array:
+        return self.condition(t, self.geometry.retract(y), args, **about)
+
+
+def _looking(event: diffrax.Event, geometry: AbstractGeometry) -> diffrax.Event:
+    wrap = lambda condition: _Looking(condition, geometry)
+    conditions = jtu.tree_map(wrap, event.cond_fn, is_leaf=callable)
+    return diffrax.Event(conditions, event.root_finder, event.direction)
 
 
 class _Saved(eqx.Module):
@@ -352,12 +446,12 @@ def _measures(points, log_weights):
     return Measure(points, log_weights)
 
 
-def _evaluations(stats, field, times, solver, controller):
+def _evaluations(stats, field, times, solver):
     counts = evaluations_per_step(solver, len(field.parts))
     if counts is None:
         return None
-    t0, t1, dt0 = times
-    adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
+    t0, t1, dt0 = times.t0, times.t1, times.dt0
+    adaptive = isinstance(times.controller, diffrax.AbstractAdaptiveStepSizeController)
     edges = jnp.asarray(jumps(field), t0.dtype)
     starts = 1 + ((edges > t0) & (edges < t1)).sum()
     return (
@@ -380,6 +474,13 @@ def _default_controller(solver, dt0, dtype):
     return diffrax.ConstantStepSize()
 
 
+def _at_jumps(controller, field):
+    """Given steps that end at a jump of the field up to rounding end right there."""
+    if not isinstance(controller, diffrax.StepTo) or not is_concrete(controller.ts):
+        return controller
+    return diffrax.StepTo(jnp.asarray(step_times(np.asarray(controller.ts), jumps(field))))
+
+
 def _at_breakpoints(controller, field, adjoint, solver, dtype):
     """The controller, made to end a step at each breakpoint of the field."""
     points = breakpoints(field)
@@ -390,9 +491,6 @@ def _at_breakpoints(controller, field, adjoint, solver, dtype):
             "live on the geometry of the field. Use diffrax.RecursiveCheckpointAdjoint() with a "
             "splitting method or Geodesic."
         )
-    if isinstance(controller, diffrax.StepTo) and is_concrete(controller.ts):
-        ts = step_times(np.asarray(controller.ts), jumps(field))
-        controller = diffrax.StepTo(jnp.asarray(ts, dtype))
     if not points:
         return controller
     if isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
@@ -421,109 +519,101 @@ def _traced_tolerances(controller, dtype):
     return jtu.tree_map(trace, controller, is_leaf=is_pid)
 
 
+def _with_newton(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    """An implicit method with Newton's, unless the user chose a root finder.
+
+    diffrax's own takes the Jacobian once a step and calls rounding errors divergence where clusters
+    stand still, so that most of its steps are rejected.
+    """
+    implicit = isinstance(solver, diffrax.AbstractImplicitSolver)
+    if not implicit or getattr(solver, "root_finder", None) != _CHORD:
+        return solver
+    return eqx.tree_at(lambda s: s.root_finder, solver, _NEWTON)
+
+
 # ------------------------------------------------------------------ checks
 
 
-def _check_input(field, mu0, t0, t1, dt0, solver, saveat):
-    if not isinstance(field, AbstractField):
-        raise TypeError(
-            f"field must be a jaxflow field, got {type(field).__name__}. Subclass "
-            "jaxflow.fields.AbstractField to write your own."
-        )
-    if not isinstance(mu0, Measure):
-        raise TypeError(
-            f"mu0 must be a jaxflow.Measure, got {type(mu0).__name__}. Wrap points (n, d) in "
-            "jaxflow.Measure(points)."
-        )
-    for name, kind, value in (
-        ("solver", diffrax.AbstractSolver, solver),
-        ("saveat", diffrax.SaveAt, saveat),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} must be a diffrax.{kind.__name__} instance, got {value!r}.")
-    for name, t in (("t0", t0), ("t1", t1)):
-        if jnp.shape(t) != ():
-            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}.")
-        if is_concrete(t) and not np.isfinite(t):
-            raise ValueError(f"{name} must be finite, got {t}.")
-    if is_concrete(t0, t1) and t1 < t0:
-        raise ValueError(f"t1 must not be less than t0, got t0={t0}, t1={t1}; flow along -field.")
-    if dt0 is not None and is_concrete(dt0) and not 0 < dt0 < np.inf:
-        raise ValueError(f"dt0, a step or the first one, must be positive and finite; got {dt0}.")
-    _check_times(saveat, t0, t1)
-    if mu0.log_weights is not None and is_concrete(mu0.log_weights):
-        most = np.asarray(mu0.log_weights).max(axis=-1)
-        if not np.isfinite(most).all():
-            raise ValueError(
-                "mu0.log_weights must be below inf, with one above -inf in each system, so that "
-                f"there is some mass; the largest is {most.min() if most.ndim else most}."
-            )
-    if is_concrete(mu0.points):
-        points = np.asarray(mu0.points)
-        if not np.isfinite(points).all():
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(points))[0])
-            raise ValueError(f"mu0.points must be finite, got {points[where]} at index {where}.")
-        with jax.ensure_compile_time_eval():  # Also while a surrounding jit is traced.
-            on_space = np.asarray(field.geometry.contains(mu0.points))
-        if not on_space.all():
-            where = tuple(int(i) for i in np.argwhere(~on_space)[0])
-            raise ValueError(
-                f"the points must lie on the field's geometry {field.geometry}; the one at index "
-                f"{where} has length {np.linalg.norm(points[where]):.6g}. Retract them first "
-                "(field.geometry.retract(points)), or pass another geometry to the field."
-            )
-
-
-def _check_times(saveat, t0, t1):
-    for sub in jtu.tree_leaves(saveat.subs, is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt)):
-        if sub.ts is None or not is_concrete(sub.ts, t0, t1):
-            continue
-        ts = np.asarray(sub.ts)
-        slack = 1e-6 * max(abs(float(t0)), abs(float(t1)))  # of times rounded to float32
-        if (np.diff(ts) < 0).any() or not (t0 - slack <= ts[0] and ts[-1] <= t1 + slack):
-            raise ValueError(
-                f"SaveAt(ts=...) must increase within [t0, t1] = [{t0}, {t1}]; got {len(ts)} times "
-                f"from {ts.min():g} to {ts.max():g}."
-            )
-
-
-def _without_forward_mode(field, adjoint) -> str:
+def _check_modes(arguments, adjoint) -> bool:
+    """Whether `flow` itself is differentiated in forward mode, which needs an adjoint for it."""
+    modes = [_modes(leaf) for leaf in jtu.tree_leaves(arguments)]
+    forward = any(ad.JVPTracer in kinds for kinds in modes)
     if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint):
-        return (
-            f"forward mode does not pass through {type(adjoint).__name__}; pass "
-            "adjoint=diffrax.ForwardMode(), or diffrax.DirectAdjoint() for both modes."
-        )
+        name = type(adjoint).__name__
+        if any(len(kinds) > 1 for kinds in modes):
+            raise TypeError(
+                f"a second derivative does not pass through {name}; pass "
+                "adjoint=diffrax.DirectAdjoint(), which takes any order and mode."
+            )
+        if forward:
+            raise TypeError(
+                f"forward mode does not pass through {name}; pass adjoint=diffrax.ForwardMode(), "
+                "or diffrax.DirectAdjoint() for both modes."
+            )
+    return forward
+
+
+def _modes(leaf: Any) -> list[type]:
+    """The tracers of derivatives around a value, the outer ones first."""
+    kinds = []
+    while isinstance(leaf, jax.core.Tracer):
+        if hasattr(leaf, "primal"):
+            kinds.append(type(leaf))
+        leaf = getattr(leaf, "primal", getattr(leaf, "val", None))
+    return kinds
+
+
+def _without_rule(field: AbstractField) -> str:
     return (
-        f"forward mode passes through {type(adjoint).__name__}, but not through a jax.custom_vjp "
-        f"function, and one is evaluated inside the solve: look in the field "
-        f"{type(field).__name__}, then in what is observed, saved or an event. Give it a "
-        "jax.custom_jvp rule, which serves both modes, or leave the derivative to JAX."
+        "Forward mode passes through this adjoint, but not through a jax.custom_vjp function: if "
+        f"one is evaluated inside the solve, look in the field {type(field).__name__}, then in "
+        "what is observed, saved or an event. Give it a jax.custom_jvp rule, which serves both "
+        "modes, or leave the derivative to JAX."
     )
 
 
-def _check_solution(sol: FlowSolution, last, finite, field, t1, max_steps) -> FlowSolution:
-    failed = jnp.invert(diffrax.is_okay(sol.result))
+def _check_solution(
+    sol: FlowSolution, last, failed, finite, field, t1, solver, max_steps
+) -> FlowSolution:
     # Under grad outside of jit the values are known, behind their derivatives.
     known = lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a
-    last, field, t1, weights = jtu.tree_map(known, (last, field, t1, sol.log_weights))
-    if not is_concrete(failed, finite, *jtu.tree_leaves(eqx.filter((last, t1), eqx.is_array))):
+    if not is_concrete(failed, finite):
         message = "the flow failed, or is not finite: call it outside jit for the time and cause."
         return eqx.error_if(sol, failed | ~finite, message)
-    if not failed and finite:
+    if not np.asarray(failed).any() and np.asarray(finite).all():
         return sol
-    steps = int(sol.stats["num_steps"])
+    last, field, t1, weights = jtu.tree_map(known, (last, field, t1, sol.log_weights))
+    steps, rejected = (int(sol.stats[name]) for name in ("num_steps", "num_rejected_steps"))
+    advice = _advice(solver, rejected > steps / 2, sol.t0.dtype)
     came = "" if last is None else f" at t = {float(last[0]):.6g} of t1 = {float(t1):.6g}"
-    text = f"the flow stopped{came} after {steps} steps: "
+    text = f"the flow stopped{came} after {steps} steps, of which {rejected} were rejected: "
     cause = None if last is None else _not_finite(FlowArgs(field, weights, {}), last, t1)
     if cause is not None:
         text += f"{cause}. Look for an overflow in the field (a large beta, a growing V), or "
         text += "stop earlier."
     elif steps >= (max_steps or math.inf):
-        text += f"max_steps = {max_steps} was reached. Raise max_steps, loosen rtol and atol, or "
-        text += "use an implicit solver such as diffrax.Kvaerno5() if the flow is stiff."
+        text += f"max_steps = {max_steps} was reached. {advice}"
     else:
-        text += f"{diffrax.RESULTS[sol.result]}"
+        text += f"{diffrax.RESULTS[sol.result]} {advice}"
     raise FlowError(text)
+
+
+def _advice(solver, mostly_rejected: bool, dtype) -> str:
+    """What to change, but for what was tried."""
+    if isinstance(solver, diffrax.AbstractImplicitSolver):
+        text = "Raise max_steps, or loosen rtol and atol"
+        if dtype != jnp.float64:
+            text += ', or use double precision (jax.config.update("jax_enable_x64", True))'
+        elif mostly_rejected:
+            text += (
+                ": most steps were rejected, as where rounding hides the error that rtol and atol "
+                "ask for"
+            )
+        return text + "."
+    return (
+        "Raise max_steps, loosen rtol and atol, or use an implicit solver such as "
+        "diffrax.Kvaerno5() in double precision if the flow is stiff."
+    )
 
 
 def _finite(sol: FlowSolution):
@@ -567,23 +657,32 @@ def memory_estimate(
     max_steps: int | None = 4096,
     adjoint: diffrax.RecursiveCheckpointAdjoint | None = None,
 ) -> int:
-    """The bytes that a flow of mu0 needs: the saved points and the stages of the solver.
+    """The bytes that a flow of mu0 needs: the saved points and what a step of the solver holds.
 
-    With an `adjoint`, also the states that a gradient keeps; see `jaxflow.solvers.default_adjoint`.
-    What attention and the step that is computed again need beside them is not counted: some tens
-    of MB, O(n * block).
+    A step holds its stages; that of an implicit method also the Jacobian of all coordinates and its
+    factors, 2 (n d)^2 numbers. What attention needs beside them is not counted: some tens of MB,
+    O(n * block).
+
+    **Arguments:** as in [`jaxflow.flow`][]. With an `adjoint`, the states that a gradient keeps are
+    counted too; see [`jaxflow.solvers.default_adjoint`][].
+
+    **Returns:** a number of bytes.
     """
     dtype = accumulation_dtype(mu0.points.dtype)
-    state = math.prod(mu0.points.shape) * dtype.itemsize
-    stages = 16  # More than any of diffrax's methods has.
+    numbers = math.prod(mu0.points.shape)
+    tableau = getattr(solver, "tableau", None)
+    stages = tableau.num_stages if isinstance(tableau, diffrax.ButcherTableau) else 16
     saves = 0
     for sub in jtu.tree_leaves(saveat.subs, is_leaf=_is_sub):
         if sub.fn is _save_points:
-            times = 0 if sub.ts is None else len(sub.ts)
+            at_times = 0 if sub.ts is None else len(sub.ts)
             steps = 0 if not sub.steps or max_steps is None else max_steps // sub.steps
-            saves += sub.t0 + sub.t1 + times + steps
+            saves += sub.t0 + sub.t1 + at_times + steps
     if saveat.dense and max_steps is not None:
         saves += max_steps * (stages + 1)
     if adjoint is not None:
         saves += adjoint.checkpoints or (max_steps or 0)
-    return state * (saves + stages + 8)
+    step = numbers * (stages + 8)
+    if isinstance(solver, diffrax.AbstractImplicitSolver):
+        step += 2 * numbers**2
+    return dtype.itemsize * (numbers * saves + step)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ._rules import known, positive, real, reals
 from ._types import ArrayLike, accumulation_dtype, is_concrete
 
 Vectors = Float[Array, "*shape d"]
@@ -35,11 +36,14 @@ class AbstractGeometry(eqx.Module):
 
     @abc.abstractmethod
     def project(self, x: Vectors, v: Vectors) -> Vectors:
-        """P_x v: the orthogonal projection of v on the tangent space at x."""
+        """P_x v: the orthogonal projection of v on the tangent space at x.
+
+        **Raises:** `ValueError` where x and v differ in shape.
+        """
 
     @abc.abstractmethod
     def retract(self, x: Vectors) -> Vectors:
-        """The point of the space nearest to x."""
+        """The point of the space nearest to x; nan where none is nearest (the sphere's centre)."""
 
     @abc.abstractmethod
     def exp(self, x: Vectors, v: Vectors) -> Vectors:
@@ -52,7 +56,10 @@ class AbstractGeometry(eqx.Module):
 
     @abc.abstractmethod
     def distance(self, x: Vectors, y: Vectors) -> Float[Array, "*shape"]:
-        """The length of the shortest geodesic from x to y."""
+        """The length of the shortest geodesic from x to y.
+
+        **Raises:** `ValueError` where x and y differ in shape.
+        """
 
     @abc.abstractmethod
     def normals(self, x: Vectors) -> tuple[Vectors, ...]:
@@ -92,6 +99,7 @@ class Euclidean(AbstractGeometry):
         return v
 
     def distance(self, x: Vectors, y: Vectors) -> Float[Array, "*shape"]:
+        _check_shapes(x, y)
         return _norm(x - y)
 
     def normals(self, x: Vectors) -> tuple[Vectors, ...]:
@@ -109,13 +117,14 @@ class Sphere(AbstractGeometry):
 
     **Arguments:** `radius`, a positive number (layer normalisation without its gain has
     radius sqrt(d)).
+
+    **Raises:** `ValueError` or `TypeError` where the radius is not positive and finite.
     """
 
     radius: float = 1.0
 
     def __check_init__(self):
-        if not self.radius > 0:
-            raise ValueError(f"the radius of a sphere must be positive, got {self.radius}.")
+        real("the radius of a sphere", self.radius, "positive and finite", positive)
 
     def inner(self, u: Vectors, v: Vectors) -> Float[Array, "*shape"]:
         return _dot(u, v)
@@ -142,6 +151,7 @@ class Sphere(AbstractGeometry):
         return stretch * (v - along * (x + bend * u))
 
     def distance(self, x: Vectors, y: Vectors) -> Float[Array, "*shape"]:
+        _check_shapes(x, y)
         # atan2 keeps its accuracy where arccos(<x, y>) loses half the digits: near 0 and pi.
         return self.radius * 2 * jnp.atan2(_norm(x - y), _norm(x + y))
 
@@ -168,7 +178,12 @@ class Ellipsoid(AbstractGeometry):
     normalisation) without gain, and P_x is its derivative: the flow of P_x F is the limit of small
     steps x <- retract(x + h F(x)), which is Post-LN.
 
-    **Arguments:** `gain`, positive, and `bias` (`None`: zero), shape `(d,)`; `centred`.
+    **Arguments:** `gain`, positive, and `bias` (`None`: zero), shape `(d,)`; `centred`: whether
+    the coordinates of z add up to zero, as those of LayerNorm do and those of RMS normalisation do
+    not.
+
+    **Raises:** `ValueError` or `TypeError` for a gain that is not positive, numbers that are not
+    finite, shapes that differ, and centred tokens in fewer than three dimensions.
     """
 
     gain: Float[Array, " d"]
@@ -176,8 +191,10 @@ class Ellipsoid(AbstractGeometry):
     centred: bool = eqx.field(static=True)
 
     def __init__(self, gain: ArrayLike, bias: ArrayLike | None = None, *, centred: bool = True):
-        self.gain = jnp.asarray(gain, float)
-        self.bias = jnp.zeros_like(self.gain) if bias is None else jnp.asarray(bias, float)
+        self.gain = reals("the gain of an ellipsoid", gain)
+        self.bias = (
+            jnp.zeros_like(self.gain) if bias is None else reals("the bias of an ellipsoid", bias)
+        )
         self.centred = centred
 
     def __check_init__(self):
@@ -186,8 +203,9 @@ class Ellipsoid(AbstractGeometry):
                 "gain and bias of an ellipsoid must have one shape (d,), got "
                 f"{self.gain.shape} and {self.bias.shape}."
             )
-        if is_concrete(self.gain) and not (np.asarray(self.gain) > 0).all():
-            raise ValueError(f"the gain of an ellipsoid must be positive, got {self.gain}.")
+        gain = known(self.gain)
+        if gain is not None and not (gain > 0).all():
+            raise ValueError(f"the gain of an ellipsoid must be positive, got {gain}.")
         if self.centred and self.gain.shape[0] < 3:
             raise ValueError(
                 "centred tokens with |z| = sqrt(d) form a sphere from d = 3 on, got "
@@ -265,6 +283,10 @@ def _normal_coordinates(square):
 
 def _rows(vector, x):
     """The vector, for each token of x."""
+    if x.shape[-1:] != vector.shape:
+        raise ValueError(
+            f"tokens on this ellipsoid have d = {len(vector)} coordinates, got shape {x.shape}."
+        )
     library = _array_library(x, vector)
     return library.broadcast_to(library.asarray(vector, x.dtype), x.shape)
 
@@ -275,10 +297,20 @@ def _array_library(x, *parameters):
 
 
 def _slack(dtype) -> float:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"points must be floating point, got {dtype}. Cast them first.")
     return 10 * math.sqrt(jnp.finfo(dtype).eps)
 
 
+def _check_shapes(x, y):
+    if x.shape != y.shape:
+        raise ValueError(
+            f"points and vectors must have one shape (..., d), got {x.shape} and {y.shape}."
+        )
+
+
 def _dot(x, y):
+    _check_shapes(x, y)
     return (x * y).sum(axis=-1)
 
 

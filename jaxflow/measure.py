@@ -6,6 +6,7 @@ mu = sum_j w_j delta_{x_j},  w_j >= 0,  sum_j w_j = 1
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from ._memory import check_fits
+from ._rules import (
+    array,
+    count,
+    function,
+    instance,
+    known,
+    not_negative,
+    positive,
+    prng_key,
+    real,
+    reals,
+)
+from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype
 
 
 class Measure(eqx.Module):
@@ -27,13 +41,23 @@ class Measure(eqx.Module):
       `(*batch, n)`. `-inf` is a token without mass (padding). `None` is the uniform weight 1/n.
 
     Indexing, iteration and `len` run over the leading axis: `sol.measures[-1]`.
+
+    **Raises:** `ValueError` or `TypeError` for shapes and dtypes that make no measure, and, where
+    the log-weights are known, for nan, inf, and systems without any mass.
+
+    ```python
+    >>> mu = jaxflow.Measure([[1.0, 0.0], [0.0, 1.0]], log_weights=[0.0, -jnp.inf])
+    >>> mu.mean.tolist()
+    [1.0, 0.0]
+
+    ```
     """
 
     points: Points
     log_weights: LogWeights | None = None
 
     def __init__(self, points: ArrayLike, log_weights: ArrayLike | None = None):
-        points = jnp.asarray(points)
+        points = array("points", points)
         if points.ndim < 2 or 0 in points.shape:
             raise ValueError(
                 "points must have shape (*batch, n, d) with at least one token and one dimension; "
@@ -42,7 +66,7 @@ class Measure(eqx.Module):
         if not jnp.issubdtype(points.dtype, jnp.floating):
             raise TypeError(f"points must be floating point, got {points.dtype}. Cast them first.")
         if log_weights is not None:
-            log_weights = jnp.asarray(log_weights)
+            log_weights = array("log_weights", log_weights)
             if log_weights.shape not in (points.shape[-2:-1], points.shape[:-1]):
                 raise ValueError(
                     f"log_weights must have one entry a token, shape {points.shape[-2:-1]} or "
@@ -50,6 +74,7 @@ class Measure(eqx.Module):
                 )
             if not jnp.issubdtype(log_weights.dtype, jnp.floating):
                 raise TypeError(f"log_weights must be floating point, got {log_weights.dtype}.")
+            _check_mass(known(log_weights))
         self.points = jnp.asarray(points, points.dtype)  # Never weakly typed.
         self.log_weights = log_weights
 
@@ -86,12 +111,29 @@ class Measure(eqx.Module):
 
     def __getitem__(self, index: Any) -> "Measure":
         self._check_leading()
-        if isinstance(index, int) and not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range: the leading axis has {len(self)}.")
-        index = np.asarray(index) if isinstance(index, list) else index
+        index = np.asarray(index) if isinstance(index, list | int | np.integer) else index
+        self._check_index(index)
         if self.log_weights is None or self.log_weights.ndim == 1:
             return Measure(self.points[index], self.log_weights)
         return Measure(self.points[index], self.log_weights[index])
+
+    def _check_index(self, index: Any):
+        """JAX would take the nearest entry for an index beyond the last."""
+        if isinstance(index, np.ndarray | jax.Array):
+            if jnp.issubdtype(index.dtype, jnp.integer):
+                there, least, most = known(index), -len(self), len(self) - 1
+                if there is None or ((there >= least) & (there <= most)).all():
+                    return
+                raise IndexError(
+                    f"index {there} is out of range: the leading axis has {len(self)} entries."
+                )
+            if index.dtype == bool and index.shape == (len(self),):
+                return
+        if not isinstance(index, slice | tuple | type(Ellipsis)):
+            raise IndexError(
+                "a measure is indexed by integers, slices, and masks of its leading axis of "
+                f"{len(self)} entries; got {index!r}."
+            )
 
     def _check_leading(self):
         if self.points.ndim == 2:
@@ -101,7 +143,10 @@ class Measure(eqx.Module):
             )
 
     def expectation(self, fn: Callable[[Float[Array, " d"]], Array]) -> Array:
-        """E_mu[fn(x)] = sum_j w_j fn(x_j), for a function of one token."""
+        """E_mu[fn(x)] = sum_j w_j fn(x_j), for a function of one token.
+
+        **Raises:** `TypeError` where fn is no function with an array as its value.
+        """
         values = self._map(fn)
         axis = self.points.ndim - 2
         weights = self.weights.astype(values.dtype)
@@ -121,21 +166,62 @@ class Measure(eqx.Module):
         return jnp.einsum("...n,...ni,...nj->...ij", weights, centred, centred)
 
     def push_forward(self, fn: Callable[[Float[Array, " d"]], Float[Array, " k"]]) -> "Measure":
-        """fn_# mu: the law of fn(x), for a map of one token."""
+        """fn_# mu: the law of fn(x), for a map of one token.
+
+        **Raises:** `ValueError` or `TypeError` where fn maps no token to a vector.
+        """
         return Measure(self._map(fn), self.log_weights)
 
     def _map(self, fn: Callable) -> Array:
+        function("what maps a token", fn)
+        token = jax.ShapeDtypeStruct((self.d,), self.points.dtype)
+        value = jax.eval_shape(fn, token)
+        if not isinstance(value, jax.ShapeDtypeStruct):
+            raise TypeError(f"a function of one token must return one array, got {value!r}.")
         for _ in range(self.points.ndim - 1):
             fn = jax.vmap(fn)
         return fn(self.points)
+
+
+def _check_mass(log_weights: np.ndarray | None):
+    """What is known of log-weights: that they are those of a measure, in each system."""
+    if log_weights is None or (np.isfinite(log_weights.max(axis=-1))).all():
+        return
+    if np.isnan(log_weights).any() or np.isposinf(log_weights).any():
+        raise ValueError("log_weights must be finite, or -inf for a token without mass.")
+    raise ValueError(
+        "log_weights must leave some mass: one of them above -inf in each system, and not all -inf."
+    )
+
+
+def check_measure(name: str, value: Any):
+    """A measure, as functions of a measure ask for one."""
+    if not isinstance(value, Measure):
+        raise TypeError(
+            f"{name} must be a jaxflow.Measure, got {type(value).__name__}. Wrap points (n, d) in "
+            "jaxflow.Measure(points), or take a solution's: sol.last."
+        )
 
 
 # ------------------------------------------------------------------ samplers
 
 
 def uniform_sphere(n: int, d: int, *, key: PRNGKeyArray, radius: float = 1.0) -> Measure:
-    """n independent uniform points on the sphere of that radius in R^d."""
-    _check_sizes(n=n, d=d)
+    """n independent uniform points on the sphere of that radius in R^d.
+
+    **Raises:** `ValueError` or `TypeError` for sizes below 1, a radius that is not positive, and
+    what is no key; `MemoryError` where the points do not fit.
+
+    ```python
+    >>> mu = jaxflow.measure.uniform_sphere(512, 3, key=jax.random.key(0))
+    >>> mu.points.shape
+    (512, 3)
+
+    ```
+    """
+    n, d = _sizes(n, d)
+    real("radius", radius, "positive and finite", positive)
+    prng_key(key)
     x = jax.random.normal(key, (n, d))
     return Measure(radius * x / jnp.linalg.norm(x, axis=1, keepdims=True))
 
@@ -150,11 +236,20 @@ def gaussian(
 ) -> Measure:
     """n independent points of N(mean, covariance) on R^d.
 
-    `mean` is a number or `(d,)`; `covariance` a variance or a symmetric matrix `(d, d)`.
+    **Arguments:** `mean`: a number for all coordinates, or a vector `(d,)`; `covariance`: a
+    variance for all coordinates, at least 0, or a positive definite matrix `(d, d)`.
+
+    **Raises:** `ValueError` or `TypeError` for bad sizes, means, covariances and keys;
+    `MemoryError` where the points do not fit.
     """
-    _check_sizes(n=n, d=d)
+    n, d = _sizes(n, d)
+    prng_key(key)
+    mean, covariance = reals("mean", mean), reals("covariance", covariance)
+    if mean.shape not in ((), (d,)):
+        raise ValueError(f"mean must be a number or shape {(d,)}, got {mean.shape}.")
+    _check_covariance(known(covariance))
     z = jax.random.normal(key, (n, d))
-    covariance = jnp.asarray(covariance, z.dtype)
+    covariance = covariance.astype(z.dtype)
     if covariance.ndim == 0:
         x = jnp.sqrt(covariance) * z
     else:
@@ -163,7 +258,28 @@ def gaussian(
                 f"covariance must be a number or shape {(d, d)}, got {covariance.shape}."
             )
         x = z @ jnp.linalg.cholesky(covariance).T
-    return Measure(jnp.broadcast_to(jnp.asarray(mean, z.dtype), (n, d)) + x)
+    return Measure(jnp.broadcast_to(mean.astype(z.dtype), (n, d)) + x)
+
+
+def _check_covariance(covariance: np.ndarray | None):
+    """What is known of a covariance: a variance, or a symmetric matrix of full rank."""
+    if covariance is None:
+        return
+    if covariance.ndim == 0:
+        real("covariance", covariance, "at least 0", not_negative)
+        return
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"covariance must be a number or shape (d, d), got {covariance.shape}.")
+    wide = covariance.astype(float)
+    slack = 1e-5 * np.abs(wide).max()  # entries may have been rounded to float32
+    if not np.allclose(wide, wide.T, rtol=0, atol=slack):
+        raise ValueError(f"covariance must be a symmetric matrix, got {covariance}.")
+    least = np.linalg.eigvalsh(wide)[0]
+    if not least > 0:
+        raise ValueError(
+            f"covariance must be positive definite, its least eigenvalue is {least:.3g}. Add a "
+            "small multiple of the identity, or push a Gaussian of lower dimension forward."
+        )
 
 
 def von_mises_fisher(
@@ -175,56 +291,79 @@ def von_mises_fisher(
     rejected on its own until it is accepted.
 
     **Arguments:** `mean`, the direction m, shape `(d,)` with d >= 2, of any length but zero;
-    `concentration`, kappa > 0.
+    `concentration`, kappa >= 0 (0 is the uniform law).
+
+    **Raises:** `ValueError` or `TypeError` for a mean without direction, a concentration that is
+    negative or not finite, bad sizes and keys; `MemoryError` where the points do not fit.
     """
-    axis = jnp.asarray(mean, float)
+    axis = reals("mean", mean)
     if axis.ndim != 1 or axis.shape[0] < 2:
         raise ValueError(f"mean must be a direction of shape (d,), d >= 2; got {axis.shape}.")
-    _check_sizes(n=n, d=axis.shape[0])
+    n, _ = _sizes(n, axis.shape[0])
+    prng_key(key)
+    rule = "from 0 up to 1e30; for a negative one pass -mean"
+    kappa = real("concentration", concentration, rule, lambda kappa: 0 <= kappa < 1.01e30)
+    where = known(axis)
+    if where is not None and not where.any():
+        raise ValueError(f"mean must have a direction, got {where}.")
+    # Squares of the longest and shortest vectors would overflow or vanish.
+    axis = axis / jnp.abs(axis).max()
     axis = axis / jnp.linalg.norm(axis)
-    kappa = jnp.asarray(concentration, axis.dtype)
-    cosine, tangent = _wood(n, axis, kappa, key)
-    sine = jnp.sqrt((1 - cosine) * (1 + cosine))
-    return Measure(cosine[:, None] * axis[None] + sine[:, None] * tangent)
+    away, tangent = _wood(n, axis, kappa.astype(axis.dtype), key)
+    sine = jnp.sqrt(away * (2 - away))
+    return Measure((1 - away)[:, None] * axis[None] + sine[:, None] * tangent)
 
 
 @partial(jax.jit, static_argnums=0)
 def _wood(n: int, axis: Array, kappa: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-    """Cosines to the axis by Wood's rejection, and unit vectors uniform orthogonal to it."""
+    """1 - cosine to the axis by Wood's rejection, and unit vectors uniform orthogonal to it.
+
+    With the cosines w of proposals and x0 of their bound written 1 - s and 1 - s0, no number here
+    cancels, however large kappa is. What is not a number is accepted, so that the loop ends.
+    """
     d = axis.shape[0]
-    # b = (sqrt(4 kappa^2 + (d-1)^2) - 2 kappa) / (d-1), without the cancellation.
-    b = (d - 1) / (jnp.sqrt(4 * kappa**2 + (d - 1) ** 2) + 2 * kappa)
-    x0 = (1 - b) / (1 + b)
-    c = kappa * x0 + (d - 1) * jnp.log1p(-(x0**2))
-    key_cosine, key_tangent = jax.random.split(key)
+    # b = (sqrt(4 kappa^2 + (d-1)^2) - 2 kappa) / (d-1), and x0 = (1 - b) / (1 + b).
+    b = (d - 1) / (jnp.hypot(2 * kappa, jnp.asarray(d - 1, kappa.dtype)) + 2 * kappa)
+    x0, s0 = (1 - b) / (1 + b), 2 * b / (1 + b)
+    key_away, key_tangent = jax.random.split(key)
 
     def propose(carry):
-        key, cosine, done = carry
+        key, away, done = carry
         key, key_beta, key_uniform = jax.random.split(key, 3)
         z = jax.random.beta(key_beta, (d - 1) / 2, (d - 1) / 2, (n,), axis.dtype)
-        w = (1 - (1 + b) * z) / (1 - (1 - b) * z)
+        s = 2 * b * z / ((1 - z) + b * z)
         log_u = jnp.log(jax.random.uniform(key_uniform, (n,), axis.dtype))
-        accepted = kappa * w + (d - 1) * jnp.log1p(-x0 * w) - c >= log_u
-        return key, jnp.where(accepted & ~done, w, cosine), done | accepted
+        # log((1 - x0 w) / (1 - x0^2)), where 1 - x0^2 = 2 s0 / (1 + b)
+        ratio = jnp.log((s0 + x0 * s) * (1 + b) / (2 * s0))
+        accepted = ~(kappa * (s0 - s) + (d - 1) * ratio < log_u)
+        return key, jnp.where(accepted & ~done, s, away), done | accepted
 
-    start = key_cosine, jnp.zeros(n, axis.dtype), jnp.zeros(n, bool)
-    _, cosine, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), propose, start)
+    start = key_away, jnp.zeros(n, axis.dtype), jnp.zeros(n, bool)
+    _, away, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), propose, start)
     tangent = jax.random.normal(key_tangent, (n, d), axis.dtype)
     for _ in range(2):  # Once leaves a part along the axis where the draw is close to it.
         tangent = tangent - (tangent @ axis)[:, None] * axis[None]
         tangent = tangent / jnp.linalg.norm(tangent, axis=1, keepdims=True)
-    return cosine, tangent
+    return away, tangent
 
 
 def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:
-    """n equispaced points on the unit circle, the first at the angle `phase` (radians)."""
-    _check_sizes(n=n)
+    """n equispaced points on the unit circle, the first at the angle `phase` (radians).
+
+    **Raises:** `ValueError` or `TypeError` for n below 1 and a phase that is not finite;
+    `MemoryError` where the points do not fit.
+    """
+    n, _ = _sizes(n, 2)
+    phase = real("phase", phase)
     return from_angles(phase + 2 * jnp.pi * jnp.arange(n, dtype=float) / n)
 
 
 def from_angles(angles: ArrayLike) -> Measure:
-    """The points (cos a, sin a) of the unit circle, for angles in radians, shape `(*batch, n)`."""
-    angles = jnp.asarray(angles, float)
+    """The points (cos a, sin a) of the unit circle, for angles in radians, shape `(*batch, n)`.
+
+    **Raises:** `ValueError` or `TypeError` for what is no array of finite angles.
+    """
+    angles = reals("angles", angles)
     return Measure(jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
 
@@ -233,16 +372,21 @@ def simplex(n: int, d: int, rho: ScalarLike = 0.0) -> Measure:
 
     They exist for d >= n and -1/(n-1) <= rho <= 1 (and for d = n - 1 at rho = -1/(n-1)): the rows
     of sqrt(1 - rho) (I - J/n) + sqrt((1 + (n-1) rho)/n) J/sqrt(n), J the matrix of ones.
+
+    **Raises:** `ValueError` or `TypeError` where there are no such vectors; `MemoryError` where
+    they, or the matrix J, do not fit.
     """
-    _check_sizes(n=n, d=d)
-    rho = jnp.asarray(rho, float)
+    n, d = count("n", n), count("d", d)
+    _sizes(n, max(n, d))
+    rho = real("rho", rho)
     lowest = -1 / (n - 1) if n > 1 else -1.0
     tolerance = 100 * float(jnp.finfo(rho.dtype).eps)
     regular = False
-    if is_concrete(rho):
-        if not lowest - tolerance <= rho <= 1:
-            raise ValueError(f"{n} unit vectors need {lowest:.6g} <= rho <= 1, got {rho}.")
-        regular = bool(abs(rho - lowest) <= tolerance)
+    cosine = known(rho)
+    if cosine is not None:
+        if not lowest - tolerance <= cosine <= 1:
+            raise ValueError(f"{n} unit vectors need {lowest:.6g} <= rho <= 1, got {cosine}.")
+        regular = bool(abs(cosine - lowest) <= tolerance)
     if d < n - regular:
         raise ValueError(
             f"{n} unit vectors with inner products {rho} span {n - regular} dimensions; got d={d}."
@@ -263,11 +407,13 @@ def kuramoto(n: int, order_parameter: ScalarLike, *, phase: ScalarLike = 0.0) ->
     The density (1 - r^2) / (2 pi (1 - 2 r cos a + r^2)) is the invariant family of the Kuramoto
     model (Ott and Antonsen 2008). Its quantile function is a = 2 arctan((1-r)/(1+r) tan(pi (u -
     1/2))), here at the midpoints u = (j + 1/2)/n.
+
+    **Raises:** `ValueError` or `TypeError` for n below 1, an order parameter outside [0, 1) and a
+    phase that is not finite; `MemoryError` where the points do not fit.
     """
-    _check_sizes(n=n)
-    r = jnp.asarray(order_parameter, float)
-    if is_concrete(r) and not 0 <= r < 1:
-        raise ValueError(f"an order parameter must lie in [0, 1), got {r}.")
+    n, _ = _sizes(n, 2)
+    phase = real("phase", phase)
+    r = real("an order parameter", order_parameter, "in [0, 1)", lambda r: 0 <= r < 1)
     u = (jnp.arange(n, dtype=float) + 0.5) / n - 0.5
     angles = 2 * jnp.arctan((1 - r) / (1 + r) * jnp.tan(jnp.pi * u))
     return from_angles(phase + angles)
@@ -278,7 +424,7 @@ def from_text(
     d: int,
     *,
     key: PRNGKeyArray,
-    position_scale: float = 0.5,
+    position_scale: ScalarLike = 0.5,
     max_tokens: int | None = None,
 ) -> tuple[Measure, list[str]]:
     """The measure of a prompt: one token a word or punctuation mark.
@@ -288,13 +434,27 @@ def from_text(
     e is a random embedding (equal words have equal vectors, Gaussian in R^d before normalisation)
     and p_j the sinusoidal position code of Vaswani et al. 2017, both of unit length.
 
+    **Arguments:** `text`: a string; `d`: at least 2; `position_scale`: the length of p_j;
+    `max_tokens`: how many tokens to take at most, from the start (`None`: all).
+
     **Returns:** the measure, uniform on the tokens, and the tokens as strings.
+
+    **Raises:** `ValueError` or `TypeError` for a text without a token and bad arguments;
+    `MemoryError` where the points do not fit.
     """
-    _check_sizes(d=d)
-    tokens = re.findall(r"\w+|[^\w\s]", text)[:max_tokens]
+    instance("text", text, str, "'a prompt'")
+    count("d", d, 2)
+    prng_key(key)
+    position_scale = real("position_scale", position_scale)
+    most = None if max_tokens is None else count("max_tokens", max_tokens)
+    words = islice(re.finditer(r"\w+|[^\w\s]", text), most)
+    tokens = [word.group() for word in words]
     if not tokens:
         raise ValueError("the text has no token: it must hold at least one word or mark.")
-    vocabulary, index = np.unique([t.lower() for t in tokens], return_inverse=True)
+    _sizes(len(tokens), d)
+    lower = [token.lower() for token in tokens]
+    vocabulary = {word: k for k, word in enumerate(sorted(set(lower)))}
+    index = np.array([vocabulary[word] for word in lower])
     table = jax.random.normal(key, (len(vocabulary), d))
     table = table / jnp.linalg.norm(table, axis=1, keepdims=True)
     rates = 10000.0 ** (-jnp.arange(0, d, 2, dtype=float) / d)
@@ -314,15 +474,20 @@ def from_image(image: ArrayLike, patch: int, *, unit: bool = True) -> Measure:
     - `patch`: the side of a square patch in pixels, so d = patch^2 channels.
     - `unit`: centre each patch by the mean over all and put it on the unit sphere. A patch equal
       to the mean has no direction and becomes the first coordinate vector.
+
+    **Raises:** `ValueError` or `TypeError` for shapes that are no image, sides that are no
+    multiples of `patch`, and pixels that are not finite (under `jit` such an image has no finite
+    tokens).
     """
-    pixels = jnp.asarray(image, float)
+    pixels = _pixels(image)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3:
         raise ValueError(
             f"an image must have shape (height, width[, channels]), got {pixels.shape}."
         )
     h, w, c = pixels.shape
-    if patch < 1 or h % patch or w % patch:
+    patch = count("patch", patch)
+    if 0 in pixels.shape or h % patch or w % patch:
         raise ValueError(f"the sides of the image {(h, w)} must be multiples of patch = {patch}.")
     x = pixels.reshape(h // patch, patch, w // patch, patch, c).swapaxes(1, 2)
     x = x.reshape(-1, patch * patch * c)
@@ -331,10 +496,21 @@ def from_image(image: ArrayLike, patch: int, *, unit: bool = True) -> Measure:
     x = x - x.mean(axis=0, keepdims=True)
     length = jnp.linalg.norm(x, axis=1, keepdims=True)
     axis = jnp.zeros(x.shape[1], x.dtype).at[0].set(1)
-    return Measure(jnp.where(length > 0, x / jnp.where(length > 0, length, 1), axis[None]))
+    return Measure(jnp.where(length == 0, axis[None], x / jnp.where(length == 0, 1, length)))
 
 
-def _check_sizes(**sizes: int):
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
+def _sizes(n: Any, d: Any) -> tuple[int, int]:
+    """The sizes of a measure that is drawn; it, and two arrays of its size, must fit."""
+    n, d = count("n", n), count("d", d)
+    check_fits(
+        3 * n * d * jax.dtypes.canonicalize_dtype(float).itemsize,
+        f"a measure of {n} tokens in dimension {d}",
+        "Take fewer tokens or dimensions.",
+    )
+    return n, d
+
+
+def _pixels(image: ArrayLike) -> Array:
+    """The pixels in floating point; black and white ones are 0 and 1."""
+    pixels = array("image", image)
+    return reals("pixels", pixels.astype(float) if pixels.dtype == bool else pixels)

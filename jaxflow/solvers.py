@@ -12,8 +12,8 @@ step_times           given steps that end at the jumps of a field
 
 import abc
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeGuard, TypeVar, cast
+from functools import reduce
+from typing import ClassVar, cast
 
 import diffrax
 import equinox as eqx
@@ -22,21 +22,48 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ._rules import count, instance
 from ._types import ScalarLike
+from .explicit import (
+    AbstractComposition,
+    AbstractMethod,
+    combined,
+    evaluations_per_step,
+    explicit_step,
+    is_explicit,
+    is_method,
+    tableau,
+)
 from .fields import AbstractField
-from .fields.time import frozen
-from .geometry import AbstractGeometry
+from .fields.time import frozen, jumps
+from .geometry import AbstractGeometry, Euclidean
 
 
-class AbstractFieldSolver(diffrax.AbstractWrappedSolver):
-    """A diffrax solver around another one, for `jaxflow.flow`, whose `args` hold the field."""
+class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
+    """A diffrax solver around another one, for `jaxflow.flow`, whose `args` hold the field.
+
+    diffrax asks a wrapping solver's `.solver` what kind of method it is, and does not look deeper;
+    then it reads, and sets by `equinox.tree_at`, attributes of that kind on the wrapping one: the
+    tolerances of `root_finder`, and the `scan_kind` that an adjoint can pass. They are redirected
+    to the innermost method.
+    """
 
     wrapped: eqx.AbstractVar[diffrax.AbstractSolver]
 
+    def __check_init__(self):
+        instance("wrapped", self.wrapped, diffrax.AbstractSolver, "diffrax.Tsit5()")
+
     @property
     def solver(self) -> diffrax.AbstractSolver:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # diffrax asks `.solver` what kind of method this is, and does not look deeper.
-        return self.wrapped.solver if _is(self.wrapped, AbstractFieldSolver) else self.wrapped
+        deeper = is_method(self.wrapped, AbstractFieldSolver)
+        return self.wrapped.solver if deeper else self.wrapped
+
+    @property
+    def inner(self):
+        return self.wrapped
+
+    def evaluations(self, parts):
+        return evaluations_per_step(self.wrapped, parts)
 
     @property
     def term_structure(self):
@@ -49,8 +76,6 @@ class AbstractFieldSolver(diffrax.AbstractWrappedSolver):
     @property
     def term_compatible_contr_kwargs(self):
         return self.solver.term_compatible_contr_kwargs
-
-    # diffrax sets these two on a Runge-Kutta method from the adjoint and the controller.
 
     @property
     def scan_kind(self):
@@ -104,6 +129,9 @@ class Retracted(AbstractFieldSolver):
             error = jnp.abs(error) + jnp.abs(y1 - retracted)
         return retracted, error, dense_info, solver_state, result
 
+    def compose(self, step, field, t0, t1, y):
+        return self.geometry.retract(step(field, t0, t1, y))
+
 
 class Frozen(AbstractFieldSolver):
     """Any diffrax solver, in each step of which a field made of pieces is the piece of that step.
@@ -122,6 +150,16 @@ class Frozen(AbstractFieldSolver):
         # Up to rounding: one that is missed costs accuracy, one too many an evaluation.
         near = jnp.abs(jnp.asarray(self.jumps, t0.dtype) - t0) < 1e-3 * (t1 - t0)
         return self.wrapped.step(terms, t0, t1, y0, args, solver_state, made_jump | near.any())
+
+    def compose(self, step, field, t0, t1, y):
+        return step(frozen(field, t0 + 0.5 * (t1 - t0)), t0, t1, y)
+
+
+def along(solver: diffrax.AbstractSolver, field: AbstractField) -> diffrax.AbstractSolver:
+    """The solver for a field that may be made of pieces, and live on a submanifold."""
+    solver = Frozen(solver, jumps(field)) if jumps(field) else solver
+    flat = isinstance(field.geometry, Euclidean)
+    return solver if flat else Retracted(solver, field.geometry)
 
 
 # ------------------------------------------------------------------ exponential maps
@@ -152,7 +190,7 @@ class RK4(diffrax.AbstractERK):
         return 4
 
 
-class Geodesic(diffrax.AbstractAdaptiveSolver):
+class Geodesic(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     """An explicit Runge-Kutta method in normal coordinates of the field's geometry.
 
         y_{k+1} = exp_{y_k}(u(h)),    u' = (D exp_{y_k}(u))^{-1} X(exp_{y_k}(u)),    u(0) = 0
@@ -173,7 +211,7 @@ class Geodesic(diffrax.AbstractAdaptiveSolver):
     interpolation_cls: ClassVar = diffrax.ThirdOrderHermitePolynomialInterpolation
 
     def __check_init__(self):
-        if _tableau(self.solver) is None:
+        if tableau(self.solver) is None:
             raise ValueError(
                 f"Geodesic takes an explicit Runge-Kutta method, got {type(self.solver).__name__}: "
                 "use diffrax.Heun(), diffrax.Tsit5(), jaxflow.solvers.RK4(), ..."
@@ -186,35 +224,36 @@ class Geodesic(diffrax.AbstractAdaptiveSolver):
         return terms.vf(t0, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        geometry, tableau = args.field.geometry, cast(diffrax.ButcherTableau, _tableau(self.solver))
+        geometry, method = args.field.geometry, self._tableau
         h = t1 - t0
         start = lambda: terms.vf(t0, y0, args)
         slopes = [jax.lax.cond(made_jump, start, lambda: solver_state)]
         velocity = slopes[0]
-        for c, row in zip(tableau.c, tableau.a_lower, strict=True):
-            u = h * _combine(row, slopes)
+        for c, row in zip(method.c, method.a_lower, strict=True):
+            u = h * combined(row, slopes)
             velocity = terms.vf(t0 + float(c) * h, geometry.exp(y0, u), args)
             slopes.append(geometry.exp_inverse_derivative(y0, u, velocity))
-        y1 = geometry.exp(y0, h * _combine(tableau.b_sol, slopes))
-        error = h * _combine(tableau.b_error, slopes)
-        last = velocity if tableau.fsal else terms.vf(t1, y1, args)
+        y1 = geometry.exp(y0, h * combined(method.b_sol, slopes))
+        error = h * combined(method.b_error, slopes)
+        last = velocity if method.fsal else terms.vf(t1, y1, args)
         dense_info = {"y0": y0, "y1": y1, "k0": h * slopes[0], "k1": h * last}
         return y1, error, dense_info, last, diffrax.RESULTS.successful
 
     def func(self, terms, t0, y0, args):
         return terms.vf(t0, y0, args)
 
+    def evaluations(self, parts):
+        return 1, self._tableau.num_stages - self._tableau.fsal
 
-def _combine(weights, slopes):
-    """sum_j a_j k_j, without the terms that are zero."""
-    pairs = zip(weights, slopes, strict=True)
-    return sum(float(a) * k for a, k in pairs if a) + jnp.zeros_like(slopes[0])
+    @property
+    def _tableau(self) -> diffrax.ButcherTableau:
+        return cast(diffrax.ButcherTableau, tableau(self.solver))
 
 
 # ------------------------------------------------------------------ splitting
 
 
-class AbstractSplitting(diffrax.AbstractSolver):
+class AbstractSplitting(AbstractComposition):
     """A composition of steps, each with one of the parts X_1 + ... + X_K of a field.
 
     The parts of a sum are those of its terms; a multiple or a curve of sums has parts too.
@@ -225,6 +264,9 @@ class AbstractSplitting(diffrax.AbstractSolver):
     term_structure: ClassVar = diffrax.AbstractTerm
     interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
 
+    def __check_init__(self):
+        instance("solver", self.solver, diffrax.AbstractSolver, "diffrax.Heun()")
+
     @abc.abstractmethod
     def substeps(self, parts: int) -> list[tuple[int, float, float]]:
         """(part, start, end) of each substep, times in units of the step."""
@@ -233,26 +275,37 @@ class AbstractSplitting(diffrax.AbstractSolver):
         return None
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        y, result = y0, diffrax.RESULTS.successful
-        for part, start, end in self.over(args.field, t0, t1):
-            y, done = self._substep(terms, start, end, y, args._replace(field=part))
-            result = diffrax.RESULTS.where(diffrax.is_okay(result), done, result)
-        return y, None, {"y0": y0, "y1": y}, None, result
+        results = [diffrax.RESULTS.successful]
 
-    def _substep(self, terms, t0, t1, y, args):
-        if is_explicit(self.solver):  # Written out it serves every adjoint.
-            evaluate = lambda field, t, y: terms.vf(t, y, args._replace(field=field))
-            y = explicit_step(self.solver, args.field, t0, t1, y, evaluate)
-            return y, diffrax.RESULTS.successful
-        state = self.solver.init(terms, t0, t1, y, args)
-        y, _, _, _, result = self.solver.step(terms, t0, t1, y, args, state, False)
-        return y, result
+        def substep(field, t0, t1, y):
+            of = args._replace(field=field)
+            if is_explicit(self.solver):  # Written out it serves every adjoint.
+                evaluate = lambda field, t, y: terms.vf(t, y, args._replace(field=field))
+                return explicit_step(self.solver, field, t0, t1, y, evaluate)
+            state = self.solver.init(terms, t0, t1, y, of)
+            y, _, _, _, result = self.solver.step(terms, t0, t1, y, of, state, False)
+            results.append(result)
+            return y
 
-    def over(self, field: AbstractField, t0, t1) -> Iterator[tuple[AbstractField, Any, Any]]:
-        """(part of the field, start, end) of each substep of the step from t0 to t1."""
-        parts = field.parts
+        y1 = self.compose(substep, args.field, t0, t1, y0)
+        first = lambda a, b: diffrax.RESULTS.where(diffrax.is_okay(a), b, a)
+        return y1, None, {"y0": y0, "y1": y1}, None, reduce(first, results)
+
+    @property
+    def inner(self):
+        return self.solver
+
+    def compose(self, step, field, t0, t1, y):
         at = lambda u: t1 if u == 1 else t0 + u * (t1 - t0)
-        return ((parts[k], at(a), at(b)) for k, a, b in self.substeps(len(parts)))
+        parts = field.parts
+        for k, start, end in self.substeps(len(parts)):
+            y = step(parts[k], at(start), at(end), y)
+        return y
+
+    def evaluations(self, parts):
+        inner = evaluations_per_step(self.solver)
+        times = [part for part, _, _ in self.substeps(parts)].count(0)
+        return inner and (0, times * (inner[1] if is_explicit(self.solver) else sum(inner)))
 
     def func(self, terms, t0, y0, args):
         return terms.vf(t0, y0, args)
@@ -358,95 +411,6 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
     Each state is kept for up to 64 steps, where a gradient then costs what it does for a
     rematerialised `jax.lax.scan`; of more, 8 sqrt(steps) are, and memory grows as the square root.
     """
-    if steps < 1:
+    if count("steps", steps, 0) < 1:
         raise ValueError(f"a solve has at least one step, got {steps}.")
     return diffrax.RecursiveCheckpointAdjoint(min(steps, math.ceil(8 * math.sqrt(steps))))
-
-
-# ------------------------------------------------------------------ methods written out
-
-
-Kind = TypeVar("Kind", bound=diffrax.AbstractSolver)
-
-
-def _is(solver: diffrax.AbstractSolver, kind: type[Kind]) -> TypeGuard[Kind]:
-    """isinstance of the method itself: diffrax's answers for the one that is wrapped as well."""
-    return issubclass(type(solver), kind)
-
-
-def _tableau(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
-    """The tableau of an explicit Runge-Kutta method."""
-    tableau = getattr(solver, "tableau", None) if _is(solver, diffrax.AbstractERK) else None
-    return tableau if isinstance(tableau, diffrax.ButcherTableau) else None
-
-
-def evaluations_per_step(solver: diffrax.AbstractSolver, parts: int = 1) -> tuple[int, int] | None:
-    """(evaluations at the start and after a jump, evaluations a step) of an explicit method.
-
-    None where it varies. Of a field of several `parts`, which a splitting method evaluates one by
-    one, the evaluations of the first are counted.
-    """
-    if _is(solver, AbstractFieldSolver):
-        return evaluations_per_step(solver.wrapped, parts)
-    if _is(solver, diffrax.HalfSolver):
-        inner = evaluations_per_step(solver.solver, parts)
-        # Reused slopes are those of the first half step, also at the start of the whole one.
-        return inner and (2 * inner[0], 3 * inner[1])
-    if _is(solver, AbstractSplitting):
-        inner = evaluations_per_step(solver.solver)
-        times = [part for part, _, _ in solver.substeps(parts)].count(0)
-        return inner and (0, times * (inner[1] if is_explicit(solver.solver) else sum(inner)))
-    if _is(solver, diffrax.Euler):
-        return 0, 1
-    if _is(solver, Geodesic):
-        stages = cast(diffrax.ButcherTableau, _tableau(solver.solver))
-        return 1, stages.num_stages - stages.fsal
-    if tableau := _tableau(solver):
-        return (1, tableau.num_stages - 1) if tableau.fsal else (0, tableau.num_stages)
-    return None
-
-
-def is_explicit(solver: diffrax.AbstractSolver) -> bool:
-    """Whether `explicit_step` can write the method out."""
-    if _is(solver, Retracted):
-        return is_explicit(solver.wrapped)
-    if _is(solver, AbstractSplitting):
-        return is_explicit(solver.solver)
-    return _is(solver, diffrax.Euler) or _tableau(solver) is not None
-
-
-def explicit_step(
-    solver: diffrax.AbstractSolver,
-    field: AbstractField,
-    t0: Array,
-    t1: Array,
-    y: Array,
-    evaluate: Callable[[AbstractField, Array, Array], Array],
-) -> Array:
-    """y after one step of an explicit method, written out.
-
-    `evaluate(field, t, y)` is called once a stage, always in the same order: what it keeps of a
-    stage, such as keys and values, can be found again by its number.
-    """
-    if not is_explicit(solver):
-        raise ValueError(
-            f"{type(solver).__name__} is not an explicit Runge-Kutta method, or a splitting into "
-            "such, so its stages cannot be written out. Use diffrax.Euler(), Heun(), Tsit5(), ..."
-        )
-    if _is(solver, Retracted):
-        y = explicit_step(solver.wrapped, field, t0, t1, y, evaluate)
-        return solver.geometry.retract(y)
-    if _is(solver, AbstractSplitting):
-        for part, start, end in solver.over(field, t0, t1):
-            y = explicit_step(solver.solver, part, start, end, y, evaluate)
-        return y
-    h = t1 - t0
-    if _is(solver, diffrax.Euler):
-        return y + h * evaluate(field, t0, y)
-    tableau = cast(diffrax.ButcherTableau, _tableau(solver))
-    slopes = [evaluate(field, t0, y)]
-    # The last stage of a method that reuses it (FSAL) is the first of the next step.
-    rows = tableau.a_lower[:-1] if tableau.fsal else tableau.a_lower
-    for c, row in zip(tableau.c, rows, strict=False):
-        slopes.append(evaluate(field, t0 + float(c) * h, y + h * _combine(row, slopes)))
-    return y + h * _combine(tableau.b_sol[: len(slopes)], slopes)

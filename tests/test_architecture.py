@@ -1,6 +1,7 @@
 """The rules of the code base, as tests."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import pathlib
@@ -17,26 +18,32 @@ ROOT = pathlib.Path(jaxflow.__file__).parent
 
 # Imports point to a lower layer, or stay within a package.
 LAYERS = {
-    "_folder": 0,
+    "_cache": 0,
     "_files": 1,
+    "_folder": 0,
+    "_functions": 0,
     "_memory": 0,
     "_types": 0,
+    "_rules": 0.5,
     "measure": 1,
     "geometry": 1,
     "kernels": 1,
     "sharding": 1,
     "fields": 2,
-    "solvers": 3,
+    "phase_rows": 2,
+    "_flow_input": 3,
+    "explicit": 3,
     "observables": 3,
-    "flow": 4,
-    "density": 5,
-    "events": 5,
-    "lyapunov": 5,
-    "models": 5,
-    "phase": 5,
-    "training": 6,
-    "viz": 7,
-    "cli": 8,
+    "solvers": 4,
+    "flow": 5,
+    "density": 6,
+    "events": 6,
+    "lyapunov": 6,
+    "models": 6,
+    "phase": 6,
+    "training": 7,
+    "viz": 8,
+    "cli": 9,
 }
 
 
@@ -77,14 +84,54 @@ def test_only_flow_calls_the_solver():
     assert callers == {"flow"}
 
 
-def classes():
+def all_classes():
     for info in pkgutil.walk_packages(jaxflow.__path__, "jaxflow."):
         if info.name == "jaxflow.__main__":
             continue
         module = importlib.import_module(info.name)
         for cls in vars(module).values():
-            if inspect.isclass(cls) and cls.__module__ == info.name and issubclass(cls, eqx.Module):
+            if inspect.isclass(cls) and cls.__module__ == info.name:
                 yield cls
+
+
+def classes():
+    return (cls for cls in all_classes() if issubclass(cls, eqx.Module))
+
+
+def written_in(cls):
+    """The methods and properties that the body of a class defines, but for abstract ones."""
+    for name, member in vars(cls).items():
+        function = inspect.unwrap(getattr(member, "fget", None) or member)
+        own = getattr(function, "__qualname__", "").startswith(f"{cls.__qualname__}.")
+        if own and not getattr(member, "__isabstractmethod__", False):
+            yield name
+
+
+# What dataclasses write, and constructors, which each class has of its own.
+OWN = {*vars(dataclasses.make_dataclass("_", [], frozen=True)), "__new__", "__check_init__"}
+# Of others' classes: typer's commands, JAX's tracers.
+FOREIGN = {"super": {"cli/boundary.py"}, "hasattr": {"flow.py"}}
+
+
+def test_methods_are_abstract_or_final():
+    """What a base class of ours implements, no class below it implements again."""
+    assert {"seen", "__call__", "split"} <= set(written_in(jaxflow.fields.AbstractWrapper))
+    assert {"parts", "__add__"} <= set(written_in(jaxflow.AbstractField))
+    for cls in all_classes():
+        for base in cls.__mro__[1:]:
+            if base.__module__.startswith("jaxflow."):
+                again = set(written_in(base)) & set(vars(cls)) - OWN
+                assert not again, f"{cls} overrides {sorted(again)} of {base}"
+
+
+@pytest.mark.parametrize("name", ["super", "hasattr"])
+def test_classes_are_wrapped_and_known(name):
+    """A method that is not overridden needs no super(), an object of a known class no hasattr."""
+    for path in modules():
+        if str(path.relative_to(ROOT)) in FOREIGN[name]:
+            continue
+        calls = (n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+        assert not any(isinstance(f, ast.Name) and f.id == name for f in calls), path
 
 
 def test_classes_are_abstract_or_final():

@@ -16,7 +16,14 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint")
 
-from jaxflow.training.checkpoints import best, latest, metadata, restore, save  # noqa: E402
+from jaxflow.training.checkpoints import (  # noqa: E402
+    best,
+    latest,
+    metadata,
+    remove,
+    restore,
+    save,
+)
 
 
 class Block(eqx.Module):
@@ -223,12 +230,25 @@ def test_a_changed_manifest_is_refused(stored):
         restore(path, tree)
 
 
-def test_latest_falls_back_to_the_last_whole_one(stored):
+def test_damaged_is_not_absent(stored):
+    """A damaged checkpoint is an error for who asks for it, and is never removed."""
     path, tree = stored
-    newer = put(path.parent, tree, step=2000)
-    assert latest(path.parent) == newer
-    (newer / "manifest.json").write_text("{")
-    assert latest(path.parent) == path
+    newer = put(path.parent, tree, step=2000, metrics={"loss": 0.1})
+    assert latest(path.parent) == newer == best(path.parent)
+    manifest = newer / "manifest.json"
+    content = manifest.read_bytes()
+    for damaged in (b"", b"{", content[:-20], content.replace(b"2000", b"3000"), b"[]", None):
+        manifest.unlink() if damaged is None else manifest.write_bytes(damaged)
+        for ask in (latest, best):
+            with pytest.raises(ValueError, match=f"{newer} is damaged: .*manifest.json") as raised:
+                ask(path.parent)
+            assert f"delete it and resume from {path}." in str(raised.value)
+        with pytest.raises(ValueError, match="is damaged"):
+            remove(newer)
+    put(path.parent, tree, step=3000, metrics={"loss": 0.2}, keep=1)
+    assert steps(path.parent) == [2000, 3000]
+    shutil.rmtree(newer)
+    assert best(path.parent) == path.parent / "step-00003000"
 
 
 # ------------------------------------------------------------------ which ones stay

@@ -90,16 +90,6 @@ def test_f17_speeds_of_the_direction(scheme, key):
     np.testing.assert_allclose(along, radial * np.ones((9, 1)), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_causal_flow_can_be_continued(scheme, key):
-    """attend, of what is kept of the tokens, is the field at the last token."""
-    field = SCHEMES[scheme]()
-    x = jf.Sphere().retract(jax.random.normal(key, (5, 4)))
-    kept = field.keys_values(0.3, x)
-    last = field.attend(0.3, x[4:], kept, 4)
-    np.testing.assert_allclose(last, field(0.3, x, jf.Measure(x))[4:], rtol=1e-12, atol=1e-14)
-
-
 def test_a_curve_of_post_norms_has_their_ellipsoid(key):
     gain, bias = np.array([1.0, 2.0, 0.5, 1.5]), np.zeros(4)
     attention = jf.MultiHeadAttention(4, 2, key=key)

@@ -119,7 +119,7 @@ def test_observed_counts_are_shown(sol):
 
 
 def test_clusters_of_many_tokens_are_counted_at_some_times(sol, monkeypatch):
-    monkeypatch.setattr(jaxflow.viz.run, "COUNTED_TOKENS", 3 * N)
+    monkeypatch.setattr(jaxflow.viz.run, "PAIRS_AT_ONCE", 3 * N)
     figure = sphere(sol)
     curve = figure.data[2]
     counts = np.asarray(jf.observables.cluster_count(sol.measures))

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import jaxflow as jf
+from jaxflow import phase_rows
 from jaxflow.cli import app
-from jaxflow.phase import MetPairs, crossing, equiangular_time, phase_diagram, rows
+from jaxflow.phase import MetPairs, crossing, equiangular_time, phase_diagram
 
 TIGHT = diffrax.PIDController(rtol=1e-9, atol=1e-9)
 SMALL: dict[str, Any] = {"n": 6, "d": 3, "systems": 4, "key": jax.random.key(0)}
@@ -274,9 +275,9 @@ def test_an_interrupted_command_goes_on(tmp_path, by_name):
             raise KeyboardInterrupt
         write(self, i, row)
 
-    write = rows.Rows.write
+    write = phase_rows.Rows.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows.Rows, "write", stop)
+        patch.setattr(phase_rows.Rows, "write", stop)
         assert command("--out", cut).exit_code != 0
     assert not (cut / "phase.npz").exists()
     result = command("--resume", cut, flags=()) if by_name else command("--out", cut)

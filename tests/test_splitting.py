@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 
 import jaxflow as jf
-from jaxflow.solvers import (
-    LieTrotter,
-    Retracted,
-    Strang,
-    default_adjoint,
-    evaluations_per_step,
-    explicit_step,
-    is_explicit,
-)
+from jaxflow.solvers import LieTrotter, Strang, default_adjoint
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -193,7 +185,7 @@ def test_default_adjoint():
         default_adjoint(0)
 
 
-# ------------------------------------------------------------------ counts, and methods by hand
+# ------------------------------------------------------------------ counts
 
 
 class Ledger(jf.AbstractField):
@@ -228,57 +220,3 @@ def test_evaluations_are_counted(solver, count):
     )
     jax.effects_barrier()
     assert int(sol.stats["num_evaluations"]) == len(calls) == 2 * count
-
-
-def test_evaluations_of_one_step():
-    assert evaluations_per_step(diffrax.Euler()) == (0, 1)
-    assert evaluations_per_step(diffrax.Tsit5()) == (1, 6)
-    assert evaluations_per_step(Retracted(diffrax.Heun(), jf.Sphere())) == (0, 2)
-    assert evaluations_per_step(Strang(), parts=1) == (0, 2)
-    assert evaluations_per_step(Strang(), parts=2) == (0, 4)
-    assert evaluations_per_step(diffrax.HalfSolver(diffrax.Tsit5())) == (2, 18)
-    for implicit in (diffrax.Kvaerno3(), LieTrotter(diffrax.Kvaerno3())):
-        assert evaluations_per_step(implicit) is None
-
-
-EXPLICIT = [
-    diffrax.Euler(), diffrax.Heun(), diffrax.Midpoint(), diffrax.Ralston(), diffrax.Bosh3(),
-    diffrax.Tsit5(), diffrax.Dopri5(), diffrax.Dopri8(), Retracted(diffrax.Heun(), jf.Sphere()),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("solver", EXPLICIT, ids=lambda s: type(s).__name__)
-def test_methods_written_out_are_those_of_diffrax(solver):
-    """One step of x' = A x sin(t)."""
-    a, x = jnp.asarray(matrix(0)), points()
-    t0, t1 = jnp.asarray(0.3), jnp.asarray(0.7)
-    velocity = lambda t, y: jnp.sin(t) * jnp.matmul(y, a.T)
-
-    @jax.jit
-    def both(x):
-        term = diffrax.ODETerm(lambda t, y, args: velocity(t, y))
-        state = solver.init(term, t0, t1, x, None)
-        theirs = solver.step(term, t0, t1, x, None, state, False)[0]
-        evaluate = lambda field, t, y: velocity(t, y)
-        return theirs, explicit_step(solver, jf.LinearDrift(1.0), t0, t1, x, evaluate)
-
-    theirs, ours = both(x)
-    assert is_explicit(solver)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-13)
-
-
-@pytest.mark.parametrize(
-    "solver",
-    [
-        diffrax.Kvaerno3(),
-        diffrax.HalfSolver(diffrax.Euler()),
-        LieTrotter(diffrax.ImplicitEuler()),
-        diffrax.HalfSolver(LieTrotter()),
-    ],
-    ids=lambda s: str(s)[:40],
-)
-def test_other_methods_are_not_written_out(solver):
-    assert not is_explicit(solver)
-    zero = jnp.zeros(())
-    with pytest.raises(ValueError, match="not an explicit Runge-Kutta method"):
-        explicit_step(solver, jf.LinearDrift(1.0), zero, zero, points(), lambda f, t, y: y)

@@ -2,41 +2,90 @@
 `info`.
 
 Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
-pictures. `jaxflow --install-completion` teaches the shell its commands and options.
+pictures. `jaxflow --install-completion` teaches the shell its commands and options. Help and
+completion import no JAX: a command imports its work when it runs.
 """
+
+import io
+import sys
 
 import typer
 
-from ..flow import FlowError
-from ..training import TrainingError
-from .compare import compare
-from .console import console
-from .evaluate import evaluate
-from .info import info
-from .phase import COMMAND, phase
-from .sample import sample
-from .simulate import simulate
-from .train import train
+from . import learning, reading, simulation
+from .boundary import Boundary, leave
+from .settings import command
 
 app = typer.Typer(
-    help="Transformers as flows of measures.", no_args_is_help=True, rich_markup_mode="markdown"
+    help="Transformers as flows of measures.",
+    cls=Boundary,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
 )
-app.command()(simulate)
-app.command(COMMAND)(phase)
-app.command()(compare)
-app.add_typer(train, name="train")
-app.command()(evaluate)
-app.command()(sample)
-app.command()(info)
+trainings = typer.Typer(
+    help="Train a model whose depth is time.", no_args_is_help=True, rich_markup_mode="markdown"
+)
 
 
-ERRORS = ValueError, TypeError, MemoryError, OSError, ImportError, FlowError, TrainingError
+@command(app, "simulate", simulation.Simulation, simulation.of_config)
+def _simulate(settings: simulation.Simulation):
+    from .simulate import simulate
+
+    simulate(settings)
+
+
+@command(app, "phase-diagram", simulation.Phase, simulation.of_run)
+def _phase(settings: simulation.Phase):
+    from .phase import phase
+
+    phase(settings)
+
+
+@command(app, "compare", reading.Comparison)
+def _compare(settings: reading.Comparison):
+    from .compare import compare
+
+    compare(settings)
+
+
+def _train(settings: learning.AbstractTraining):
+    from .train import train
+
+    train(settings)
+
+
+for task, kind in learning.TASKS.items():
+    command(trainings, task, kind, learning.base)(_train)
+app.add_typer(trainings, name="train")
+
+
+@command(app, "evaluate", reading.Evaluation)
+def _evaluate(settings: reading.Evaluation):
+    from .evaluate import evaluate
+
+    evaluate(settings)
+
+
+@command(app, "sample", reading.Sampling)
+def _sample(settings: reading.Sampling):
+    from .sample import sample
+
+    sample(settings)
+
+
+@command(app, "info", reading.Information)
+def _info(settings: reading.Information):
+    from .info import info
+
+    info(settings)
 
 
 def main():
-    """The entry point: an error that states its remedy is shown without a traceback."""
+    """The entry point: an error is one line, and the exit code says of which kind."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks, as \\x...
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except ERRORS as error:
-        console.print(f"[red]error[/red] {error}", highlight=False)
-        raise SystemExit(1) from None
+    except SystemExit as stop:
+        leave(stop.code)

@@ -1,103 +1,112 @@
 """`jaxflow compare RUN RUN ...`: what differs between runs, in their settings and their results."""
 
-import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-from rich.table import Table
+from typing import Any
 
 from .. import viz
+from .._folder import CONFIG, json_object, read_json, read_settings
 from ..viz.style import require
-from .console import console
+from .console import say, table
+from .reading import Comparison
+from .simulate import write_figure
 
+LOG = "metrics.jsonl"
 Run = dict[str, Any]
 
 
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders of one command.")],
-    metric: Annotated[
-        list[str] | None, typer.Option(help="Draw this metric; repeatable (default: all).")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The figure.")] = Path("compare.png"),
-):
-    """Compare runs: the settings that differ, the last value of each metric, and their curves.
-
-    Examples:
-
-    `jaxflow compare runs/post runs/pre --metric diameter`
-
-    `jaxflow compare runs/layers runs/smooth --metric validation_loss --out losses.png`
-    """
-    if len(runs) < 2:
-        raise typer.BadParameter("compare takes two or more run folders.")
-    names = _names(runs)
-    read = {name: _read(folder) for name, folder in zip(names, runs, strict=True)}
-    shared = _shared_metrics(read, metric)
-    console.print(_settings_table(read))
-    console.print(_results_table(read, shared))
-    _draw(read, shared, out)
-    console.print(f"Figure: {out}", soft_wrap=True)
+def compare(s: Comparison):
+    """Prints the settings that differ and the last values, and draws the curves."""
+    require("matplotlib.figure")
+    folder = next(parent for parent in s.out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--out must be in a folder, and {folder} is a file.")
+    read = dict(zip(_names(s.runs), map(_read, s.runs), strict=True))
+    shared = _shared_metrics(read, s.metric)
+    table("settings that differ", [("setting", *read), *_settings(read)])
+    table("last value", [("metric", *read), *_results(read, shared)])
+    _draw(read, shared, s.out)
+    say(f"Figure: {s.out}")
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """The last part of each path, or the whole of it where that is not enough."""
+    """The last part of each path, the whole of it where that is not enough, and a number where that
+    is not either."""
     short = [run.resolve().name for run in runs]
-    return short if len(set(short)) == len(runs) else [str(run) for run in runs]
+    names = short if len(set(short)) == len(runs) else [str(run) for run in runs]
+    return [
+        name if (earlier := names[:k].count(name)) == 0 else f"{name} ({earlier + 1})"
+        for k, name in enumerate(names)
+    ]
 
 
 def _read(folder: Path) -> Run:
-    for file in ("config.json", "metrics.jsonl"):
-        if not (folder / file).is_file():
-            raise typer.BadParameter(f"{folder} is no run: it has no {file}.")
-    config = json.loads((folder / "config.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if not rows:
-        raise typer.BadParameter(f"{folder} has no metrics yet.")
+    for file in (CONFIG, LOG):
+        if not (folder / file).exists():
+            raise ValueError(f"{folder} is no run: it has no {file}.")
+    config = folder / CONFIG
+    settings = read_settings(config, unchanged="sha256" in read_json(config))
+    text = _text(folder / LOG)
+    rows = [
+        json_object(line, f"line {k} of {folder / LOG}")
+        for k, line in enumerate(text.splitlines(), 1)
+    ]
+    if not rows or not rows[0]:
+        raise ValueError(f"{folder} has no metrics yet.")
     axis = next(iter(rows[0]))  # t, beta or step
-    return {"settings": config.get("settings", config), "rows": rows, "axis": axis}
+    for k, row in enumerate(rows, 1):
+        if not _is_number(row.get(axis)):
+            raise ValueError(f"line {k} of {folder / LOG} must have a number {axis}, got {row}.")
+    return {"settings": settings.get("settings", settings), "rows": rows, "axis": axis}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shared_metrics(read: dict[str, Run], wanted: list[str] | None) -> list[str]:
+    """The metrics to show: those that are numbers in every run."""
     axes = {run["axis"] for run in read.values()}
     if len(axes) > 1:
-        raise typer.BadParameter(f"the runs are of different commands: measured over {axes}.")
-    columns = [[k for row in run["rows"] for k in row] for run in read.values()]
-    numbers = lambda name: any(
-        isinstance(row.get(name), int | float) for run in read.values() for row in run["rows"]
-    )
-    shared = [k for k in dict.fromkeys(columns[0]) if all(k in c for c in columns[1:])]
-    shared = [k for k in shared if k not in axes and numbers(k)]
-    if missing := set(wanted or []) - set(shared):
-        raise typer.BadParameter(
-            f"not measured by all runs: {', '.join(sorted(missing))}; all measured "
-            f"{', '.join(shared)}."
+        told = ", ".join(f"{name} over {run['axis']}" for name, run in read.items())
+        raise ValueError(f"the runs are of different commands: {told}.")
+    measured = [
+        {k: 0 for row in run["rows"] for k in row if _is_number(row[k])} for run in read.values()
+    ]
+    shared = [k for k in measured[0] if k not in axes and all(k in other for other in measured)]
+    if missing := sorted(set(wanted or []) - set(shared)):
+        raise ValueError(
+            f"not measured by all runs: {', '.join(missing)}; all measured {', '.join(shared)}."
         )
+    if not shared:
+        raise ValueError("the runs have no metric in common.")
     return [k for k in shared if not wanted or k in wanted]
 
 
-def _settings_table(read: dict[str, Run]) -> Table:
-    table = Table("setting", *read, title="settings that differ")
+def _settings(read: dict[str, Run]) -> list[tuple[str, ...]]:
+    """A row for each setting that is not the same in all runs."""
     settings = [run["settings"] for run in read.values()]
-    for name in sorted({k for s in settings for k in s}):
-        values = [s.get(name) for s in settings]
-        if any(value != values[0] for value in values[1:]):
-            table.add_row(name, *(str(value) for value in values))
-    return table
+    names = sorted({k for s in settings for k in s})
+    rows = [(name, *(s.get(name) for s in settings)) for name in names]
+    return [tuple(map(str, row)) for row in rows if any(value != row[1] for value in row[2:])]
 
 
 def _values(run: Run, metric: str) -> tuple[list[float], list[float]]:
-    rows = [r for r in run["rows"] if isinstance(r.get(metric), int | float)]
-    return [r[run["axis"]] for r in rows], [r[metric] for r in rows]
+    rows = [row for row in run["rows"] if _is_number(row.get(metric))]
+    return [float(row[run["axis"]]) for row in rows], [float(row[metric]) for row in rows]
 
 
-def _results_table(read: dict[str, Run], metrics: list[str]) -> Table:
-    table = Table("metric", *read, title="last value")
+def _results(read: dict[str, Run], metrics: list[str]) -> list[tuple[str, ...]]:
     axis = next(iter(read.values()))["axis"]
-    table.add_row(axis, *(f"{run['rows'][-1][axis]:.6g}" for run in read.values()))
-    for metric in metrics:
-        table.add_row(metric, *(f"{_values(run, metric)[1][-1]:.6g}" for run in read.values()))
-    return table
+    last = lambda metric: (f"{_values(run, metric)[1][-1]:.6g}" for run in read.values())
+    return [(metric, *last(metric)) for metric in (axis, *metrics)]
 
 
 def _draw(read: dict[str, Run], metrics: list[str], out: Path):
@@ -109,4 +118,4 @@ def _draw(read: dict[str, Run], metrics: list[str], out: Path):
         pairs = {name: _values(run, metric) for name, run in read.items()}
         viz.curves(pairs, xlabel=axis, ylabel=metric.replace("_", " "), ax=ax)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    write_figure(out, figure)

@@ -1,73 +1,82 @@
 """`jaxflow evaluate RUN`: the loss of a trained model at its own depth and at others."""
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import typer
-from rich.table import Table
 
 from .. import models, training, viz
+from .._cache import enable_compilation_cache
+from .._folder import write_text
 from ..fields import TimeDependent
 from ..fields.time import sample
-from ..training import checkpoints
-from .console import console
-from .train import Solver, read_images, read_text
+from ..viz.style import require
+from .boundary import interruptible
+from .choices import Solver
+from .console import progress, say, table
+from .learning import TASKS, AbstractTraining, LanguageTraining, training_settings
+from .reading import Evaluation
+from .simulate import write_figure
+from .train import read_data
 
 _COLUMNS = {"loss": ".4f", "accuracy": ".2%", "num_evaluations": ".4g"}
 
 
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a `jaxflow train` run.")],
-    steps: Annotated[
-        list[int] | None, typer.Option(help="Another number of steps; repeatable.")
-    ] = None,
-    tolerance: Annotated[
-        list[float] | None, typer.Option(help="Adaptive steps; repeatable.")
-    ] = None,
-    solver: Annotated[list[Solver] | None, typer.Option(help="Another solver; repeatable.")] = None,
-    layers: Annotated[
-        list[int] | None, typer.Option(help="Its curve sampled into so many layers; repeatable.")
-    ] = None,
-    batches: Annotated[
-        int | None, typer.Option(help="Validation batches (default: all of them).")
-    ] = None,
-    latest: Annotated[bool, typer.Option(help="The last checkpoint, not the best.")] = False,
-):
-    """Measure a trained model at other depths, without training it again.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run as its checkpoint, which is sealed, has it."""
 
-    The validation loss with each solver at each number of steps and each tolerance, in
-    RUN/evaluate.jsonl; RUN/evaluate.png draws it against the evaluations of the field. Layers take
-    a multiple of their number as steps. With --layers the parameters are those in the middle of
-    each of so many pieces, one step a piece.
+    folder: Path
+    model: models.AbstractModel
+    settings: AbstractTraining
+    data: dict[str, Any]  # what it was trained on
 
-    Examples:
 
-    `jaxflow evaluate runs/shakespeare --steps 4 --steps 8 --steps 16 --solver heun`
+@contextlib.contextmanager
+def trained(run: Path, *, latest: bool) -> Iterator[Trained]:
+    """The run in a folder, in its precision."""
+    checkpoint = training.latest(run / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{run} is no run with a checkpoint.")
+    about = training.metadata(checkpoint)["config"]
+    config = about["config"]
+    settings = training_settings(config, str(checkpoint))
+    kind = TASKS[settings.pop("task")]
+    double = config.get("double", jnp.result_type(float) == jnp.float64)
+    with jax.enable_x64(double):
+        model = training.load(run, which="latest" if latest else "best")
+        yield Trained(run, model, kind(**settings), about["data"])
 
-    `jaxflow evaluate runs/shakespeare --solver tsit5 --tolerance 1e-2 --tolerance 1e-4`
 
-    `jaxflow evaluate runs/shakespeare --layers 4 --layers 8 --layers 16`
-    """
-    model = training.load(run, which="latest" if latest else "best")
-    data = _data(run)
-    rows = []
-    depths, notes = _depths(model.depth, solver or [], steps or [], tolerance or [])
-    variants = [(model.with_depth(depth), {}) for depth in depths]
-    variants += [(_layered(model, count), {"layers": count}) for count in layers or []]
-    for variant, about in variants:
-        depth = variant.depth
-        with console.status(f"{_name(depth)}, {depth.steps or 'adaptive'} steps"):
-            rows.append(_row(variant, data, batches, own=not rows) | about)
-    console.print(_table(run, rows))
+def evaluate(s: Evaluation):
+    """Prints, writes and draws the loss at each depth."""
+    require("matplotlib.figure")
+    enable_compilation_cache()
+    with trained(s.run, latest=s.latest) as run:
+        data, about = _data(run, s)
+        rows: list[dict[str, Any]] = []
+        depths, notes = _depths(run.model.depth, s)
+        variants = [(run.model.with_depth(depth), {}) for depth in depths]
+        variants += [(_layered(run.model, count), {"layers": count}) for count in s.layers or []]
+        with progress("evaluating", len(variants)) as show:
+            for variant, layers in variants:
+                row = interruptible(_row, variant, data, s.batches, not rows)
+                rows.append(row | layers | about)
+                show(len(rows), f"{rows[-1]['solver']}, {rows[-1]['steps'] or 'adaptive'} steps")
+    _print(rows, s.run, about)
     for note in dict.fromkeys(notes + [row["note"] for row in rows if "note" in row]):
-        console.print(f"[yellow]-[/yellow] {note}", highlight=False)
-    checkpoints.write(run / "evaluate.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    _draw(rows, run / "evaluate.png")
-    console.print(f"Figure: {run / 'evaluate.png'}", soft_wrap=True)
+        say(f"- {note}")
+    write_text(s.run / "evaluate.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _draw(rows, s.run / "evaluate.png")
+    say(f"Figure: {s.run / 'evaluate.png'}")
 
 
 def depth_like(
@@ -77,24 +86,23 @@ def depth_like(
     tolerance: float | None = None,
 ) -> models.Depth:
     """The depth with what is given in place of its own."""
-    if steps is not None and tolerance is not None:
-        raise typer.BadParameter("a depth has either --steps or a --tolerance; give one of them.")
     if steps is None and tolerance is None:
         steps, tolerance = depth.steps, depth.tolerance
     return models.Depth(
         t1=depth.t1,
         steps=steps,
         tolerance=tolerance,
-        solver=depth.solver if solver is None else models.SOLVERS[solver.value],
+        solver=depth.solver if solver is None else models.SOLVERS[solver],
         max_steps=depth.max_steps,
     )
 
 
-def _depths(own, solvers, steps, tolerances) -> tuple[list[models.Depth], list[str]]:
+def _depths(own: models.Depth, s: Evaluation) -> tuple[list[models.Depth], list[str]]:
     """Its own first; then each solver with each number of steps and each tolerance, and why not."""
-    sizes = [{"steps": n} for n in steps] + [{"tolerance": a} for a in tolerances]
+    sizes: list[dict[str, Any]] = [{"steps": n} for n in s.steps or []]
+    sizes += [{"tolerance": a} for a in s.tolerance or []]
     depths, notes = [own], []
-    pairs = itertools.product(solvers or [None], sizes or [{}]) if solvers or sizes else ()
+    pairs = itertools.product(s.solver or [None], sizes or [{}]) if s.solver or sizes else ()
     for chosen, size in pairs:
         try:
             depths.append(depth_like(own, chosen, **size))
@@ -106,21 +114,43 @@ def _depths(own, solvers, steps, tolerances) -> tuple[list[models.Depth], list[s
 def _layered(model: models.AbstractModel, count: int) -> models.AbstractModel:
     """Layers in place of the model's curve, one step a layer."""
     if not isinstance(model.field, TimeDependent):
-        raise typer.BadParameter("--layers is for models whose parameters are a curve in time.")
-    if count < 1:
-        raise typer.BadParameter(f"--layers must be at least 1, got {count}.")
+        raise ValueError("--layers is for models whose parameters are a curve in time.")
     layers = sample(model.field.curve, np.linspace(0.0, model.depth.t1, count + 1))
     return model.with_curve(layers).with_depth(depth_like(model.depth, steps=count))
 
 
-def _data(run: Path):
-    config = json.loads((run / "config.json").read_text())["settings"]
-    if config["task"] == "lm":
-        return read_text(config, training.tokenizer(run))
-    return read_images(config)
+def _data(run: Trained, s: Evaluation) -> tuple[Any, dict[str, Any]]:
+    """What to evaluate on: the run's own data, or others, which every row then names."""
+    language = isinstance(run.settings, LanguageTraining)
+    given, wrong = (s.text, s.images) if language else (s.images, s.text)
+    if wrong is not None:
+        flags = ("--text", "--images") if language else ("--images", "--text")
+        raise ValueError(
+            f"{run.folder} was trained on other data: give {flags[0]}, not {flags[1]}."
+        )
+    changed = {} if given is None else {"text" if language else "images": given}
+    changed |= {"labels": s.labels} if s.images is not None else {}
+    settings = dataclasses.replace(run.settings, **changed)
+    data = read_data(settings, training.tokenizer(run.folder) if language else None)
+    if data.sha256 == run.data["sha256"]:
+        return data, {}
+    if given is None:
+        flag = "--text" if language else "--images"
+        raise ValueError(
+            f"{data.source} is not what {run.folder} was trained on, by its sha256: put that back, "
+            f"or name another with {flag}."
+        )
+    if isinstance(data, training.Images) and not (
+        list(data.shape) == run.data["shape"] and data.classes <= run.data["classes"]
+    ):
+        raise ValueError(
+            f"{given} has {data.classes} classes of images {data.shape}; {run.folder} was trained "
+            f"on {run.data['classes']} of {tuple(run.data['shape'])}."
+        )
+    return data, {"data": str(given.resolve())}
 
 
-def _row(model, data, batches: int | None, *, own: bool) -> dict[str, Any]:
+def _row(model, data, batches: int | None, own: bool) -> dict[str, Any]:
     depth = model.depth
     row = {"solver": _name(depth), "steps": depth.steps, "tolerance": depth.tolerance}
     try:
@@ -138,16 +168,16 @@ def _name(depth: models.Depth) -> str:
     return next(name for name, solver in models.SOLVERS.items() if solver == depth.solver)
 
 
-def _table(run: Path, rows: list[dict[str, Any]]) -> Table:
+def _print(rows: list[dict[str, Any]], run: Path, about: dict[str, Any]):
     shown = {name: form for name, form in _COLUMNS.items() if name in rows[0]}
-    names = [name.replace("num_", "") for name in shown]
-    table = Table("solver", "steps", *names, title=f"{run}: validation, its own depth first")
+    cells = [("solver", "steps", *(name.replace("num_", "") for name in shown))]
     for row in rows:
         steps = f"to {row['tolerance']:g}" if row["steps"] is None else str(row["steps"])
         steps = f"{row['layers']} layers" if "layers" in row else steps
         numbers = (f"{row[name]:{form}}" if name in row else "-" for name, form in shown.items())
-        table.add_row(row["solver"], steps, *numbers)
-    return table
+        cells.append((row["solver"], steps, *numbers))
+    on = f"validation on {about['data']}, not its own data" if about else "validation"
+    table(f"{run}: {on}; its own depth first", cells)
 
 
 def _draw(rows: list[dict[str, Any]], path: Path):
@@ -164,6 +194,4 @@ def _draw(rows: list[dict[str, Any]], path: Path):
     axes = viz.curves(pairs, xlabel="evaluations of the field", ylabel="validation loss")
     for line in axes.lines:
         line.set_marker("o")
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.savefig(path, dpi=120)
+    write_figure(path, axes.get_figure(root=True))

@@ -1,65 +1,49 @@
 """`jaxflow sample`: text from a trained language model."""
 
-from pathlib import Path
-from typing import Annotated
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import typer
+import numpy as np
 
 from .. import models, training
-from .console import console
-from .evaluate import depth_like
-from .train import Solver
+from .._cache import enable_compilation_cache
+from .._memory import check_fits
+from .boundary import interruptible
+from .console import say
+from .evaluate import depth_like, trained
+from .reading import Sampling
 
 
-def sample(
-    run: Annotated[Path, typer.Argument(help="Folder of a `jaxflow train lm` run.")],
-    prompt: Annotated[
-        str | None, typer.Option(help="The text to continue (default: a space).")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens to add.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the fewest tokens of this probability.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Number of texts.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    latest: Annotated[bool, typer.Option(help="The last checkpoint, not the best.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Another number of steps.")] = None,
-    solver: Annotated[Solver | None, typer.Option(help="Another solver.")] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Adaptive steps with this tolerance.")
-    ] = None,
-):
-    """Continue a prompt with a trained language model, at its own depth or another one.
-
-    Examples:
-
-    `jaxflow sample runs/shakespeare --prompt "ROMEO:" --temperature 0.8 --top-k 40`
-
-    `jaxflow sample runs/shakespeare --solver heun --steps 8`
-    """
-    model = training.load(run, which="latest" if latest else "best")
-    if not isinstance(model, models.LanguageModel):
-        raise typer.BadParameter(f"{run} holds a {type(model).__name__}, not a language model.")
-    model = model.with_depth(depth_like(model.depth, solver, steps, tolerance))
-    tokenizer = training.tokenizer(run)
-    tokens = jnp.asarray(_encoded(tokenizer, prompt), jnp.int32)
-    for key in jax.random.split(jax.random.key(seed), samples):
-        text = model.generate(
-            tokens, length, temperature=temperature, top_k=top_k, top_p=top_p, key=key
+def sample(s: Sampling):
+    """Prints texts that the model of a run writes."""
+    enable_compilation_cache()
+    check_fits(64 * s.length, f"a text of {s.length} tokens", "Take a smaller --length.")
+    with trained(s.run, latest=s.latest) as run:
+        if not isinstance(run.model, models.LanguageModel):
+            raise ValueError(f"{s.run} holds a {type(run.model).__name__}, not a language model.")
+        model = run.model.with_depth(depth_like(run.model.depth, s.solver, s.steps, s.tolerance))
+        tokenizer = training.tokenizer(s.run)
+        tokens = jnp.asarray(encoded(tokenizer, s.prompt), jnp.int32)
+        draw = partial(
+            model.generate,
+            tokens,
+            s.length,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
         )
-        typer.echo(tokenizer.decode(text))
-        if samples > 1:
-            console.rule()
+        for number, key in enumerate(jax.random.split(jax.random.key(s.seed), s.samples)):
+            if number:
+                say("-" * 72)
+            say(tokenizer.decode(interruptible(partial(draw, key=key))))
 
 
-def _encoded(tokenizer, prompt: str | None):
+def encoded(tokenizer, prompt: str | None) -> np.ndarray:
+    """The tokens of a prompt; of none, those of a space."""
     if prompt is not None:
         return tokenizer.encode(prompt)
     try:
         return tokenizer.encode(" ")
     except ValueError:  # an alphabet without it: its first character
-        return [0]
+        return np.zeros(1, np.int32)

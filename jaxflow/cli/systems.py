@@ -1,20 +1,23 @@
 """What `jaxflow simulate` flows: an initial measure, a field and observables, from its settings."""
 
+import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 
-from .. import events, fields, geometry, measure, observables, solvers
+from .. import events, fields, geometry, measure, observables
+from .._files import decoded, read_image
+from .._memory import check_fits
 from ..geometry import AbstractGeometry
 from ..measure import Measure
+from .simulation import SCHEMES, Simulation
+
+MEGABYTES = 64  # of a text, at most: words enough for any flow
 
 INTERACTIONS = {
     "softmax": fields.Softmax(),
@@ -23,21 +26,10 @@ INTERACTIONS = {
     "hardmax": fields.Hardmax(),
     "sinkhorn": fields.Sinkhorn(),
 }
-SOLVERS = {
-    "tsit5": diffrax.Tsit5(),
-    "dopri5": diffrax.Dopri5(),
-    "dopri8": diffrax.Dopri8(),
-    "heun": diffrax.Heun(),
-    "rk4": solvers.RK4(),
-    "euler": diffrax.Euler(),
-    "geodesic": solvers.Geodesic(),
-    "kvaerno3": diffrax.Kvaerno3(),
-    "kvaerno5": diffrax.Kvaerno5(),
-}
-LAWS: dict[str, Callable[[SimpleNamespace, Any], Measure]] = {
+LAWS: dict[str, Callable[[Simulation, Any], Measure]] = {
     "uniform": lambda s, key: measure.uniform_sphere(s.n, s.d, key=key),
     "gaussian": lambda s, key: measure.gaussian(s.n, s.d, key=key),
-    "cap": lambda s, key: measure.von_mises_fisher(s.n, np.eye(s.d)[0], 8.0, key=key),
+    "cap": lambda s, key: measure.von_mises_fisher(s.n, _first_axis(s.d), 8.0, key=key),
     "circle": lambda s, key: measure.circle(s.n),
     "simplex": lambda s, key: measure.simplex(s.n, s.d),
 }
@@ -47,15 +39,7 @@ GEOMETRIES: dict[str, Callable[[int], AbstractGeometry]] = {
     "rms-norm": lambda d: geometry.Sphere(math.sqrt(d)),
     "layer-norm": lambda d: geometry.Ellipsoid(jnp.ones(d)),
 }
-# A scheme of normalisation, and the geometries on which it moves tokens.
-SCHEMES = {
-    "post": tuple(GEOMETRIES),
-    "sqrt": tuple(GEOMETRIES),
-    "pre": ("euclidean",),
-    "peri": ("euclidean",),
-    "ngpt": ("sphere",),
-}
-OBSERVABLES: dict[str, Callable[[SimpleNamespace, fields.AbstractField], Callable]] = {
+OBSERVABLES: dict[str, Callable[[Simulation, fields.AbstractField], Callable]] = {
     "energy": lambda s, field: observables.InteractionEnergy(s.beta or 1.0),
     "clusters": lambda s, field: observables.ClusterCount(s.threshold),
     "diameter": lambda s, field: lambda t, mu: observables.diameter(mu),
@@ -63,61 +47,55 @@ OBSERVABLES: dict[str, Callable[[SimpleNamespace, fields.AbstractField], Callabl
     "hull-area": lambda s, field: lambda t, mu: observables.hull_area(mu),
     "kinetic": lambda s, field: observables.KineticEnergy(field),
     "entropy": lambda s, field: observables.AttentionEntropy(field),
-    "rank": lambda s, field: observables.AttentionRank(_attention(s, field)),
+    "rank": lambda s, field: observables.AttentionRank(cast(fields.SelfAttention, field)),
 }
-EVENTS: dict[str, Callable[[SimpleNamespace], diffrax.Event | None]] = {
+EVENTS: dict[str, Callable[[Simulation], diffrax.Event | None]] = {
     "never": lambda s: None,
     "clustered": lambda s: events.until_clustered(s.clusters, s.threshold),
     "steady": lambda s: events.until_steady(s.speed),
 }
 
 
-def initial_measure(s: SimpleNamespace) -> tuple[Measure, list[str] | None]:
+def initial_measure(s: Simulation) -> tuple[Measure, list[str] | None]:
     """mu_0, and the word of each token if it comes from a text."""
     key = jax.random.key(s.seed)
-    if s.text is not None and s.image is not None:
-        raise typer.BadParameter("take --text or --image, not both.")
-    if s.text is not None:
-        text = Path(s.text).read_text()
-        return measure.from_text(text, s.d, key=key, max_tokens=s.max_tokens)
     if s.image is not None:
-        return measure.from_image(read_image(Path(s.image), s.patch), s.patch), None
-    if s.law == "circle" and s.d != 2:
-        raise typer.BadParameter(f"--law circle needs --d 2, got {s.d}.")
-    return LAWS[s.law](s, key), None
+        image = whole_patches(read_image(s.image), s.patch)
+        check_size(s, image.size // (size := image[0, 0].size * s.patch**2), size)
+        return measure.from_image(image, s.patch), None
+    if s.text is None:
+        check_size(s, s.n, s.d)
+        return LAWS[s.law](s, key), None
+    text = "".join(itertools.islice(decoded(s.text), MEGABYTES))
+    if not text.strip():
+        raise ValueError(f"{s.text} has no word that could be a token.")
+    check_size(s, min(s.max_tokens, len(text)), s.d)
+    return measure.from_text(text, s.d, key=key, max_tokens=s.max_tokens)
 
 
-def read_image(path: Path, patch: int) -> np.ndarray:
-    """An image in [0, 1], cropped at the right and the bottom to whole patches."""
-    if path.suffix == ".npy":
-        pixels = np.load(path)
-    else:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError('images need pillow: pip install "jaxflow[viz]".') from error
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
-    if pixels.ndim not in (2, 3):
-        raise typer.BadParameter(
-            f"an image has shape (height, width[, channels]), {path} {pixels.shape}."
-        )
+def check_size(s: Simulation, n: int, d: int):
+    """Raises MemoryError for tokens and times that do not fit, before the first is made."""
+    number = 8 if s.double else 4
+    states = n * d * number * (2 * s.frames + 24)  # what is saved, once to draw; and the stages
+    matrices = d * d * number * s.repulsive + 3 * n * n * number * (s.law == "simplex")
+    check_fits(
+        states + matrices + 1000 * s.frames,
+        f"a flow of {n} tokens in R^{d}, saved at {s.frames} times,",
+        "Take fewer tokens (--n), dimensions (--d) or times (--frames).",
+    )
+
+
+def whole_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """An image cropped at the right and the bottom to whole patches."""
     height, width = (side - side % patch for side in pixels.shape[:2])
     if not height or not width:
-        raise typer.BadParameter(f"the image {pixels.shape[:2]} is smaller than --patch {patch}.")
-    scale = np.iinfo(pixels.dtype).max if np.issubdtype(pixels.dtype, np.integer) else 1
-    return pixels[:height, :width].astype(np.float32) / np.float32(scale)
+        raise ValueError(f"the image {pixels.shape[:2]} is smaller than --patch {patch}.")
+    return pixels[:height, :width]
 
 
-def make_field(s: SimpleNamespace, d: int) -> fields.AbstractField:
+def make_field(s: Any, d: int) -> fields.AbstractField:
     """X, and with it the geometry."""
-    allowed = SCHEMES[s.normalisation]
-    place = s.geometry or allowed[0]
-    if place not in allowed:
-        raise typer.BadParameter(
-            f"--normalisation {s.normalisation} moves tokens on {', '.join(allowed)}; got "
-            f"--geometry {place}."
-        )
+    place = s.geometry or SCHEMES[s.normalisation][0]
     flat, unit = _self_attention(s, d, geometry.Euclidean()), fields.UnitNorm()
     match s.normalisation:
         case "pre":
@@ -140,9 +118,5 @@ def _self_attention(s, d, place):
     )
 
 
-def _attention(s, field):
-    if not isinstance(field, fields.SelfAttention):
-        raise typer.BadParameter(
-            f"--observe rank needs --normalisation post, not {s.normalisation}."
-        )
-    return field
+def _first_axis(d):
+    return np.concatenate([[1.0], np.zeros(d - 1)])

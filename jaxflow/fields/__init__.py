@@ -1,7 +1,16 @@
 """Vector fields (t, x, mu) -> X_t[mu](x), and how they combine."""
 
 from .attention import MultiHeadAttention, SelfAttention
-from .base import AbstractDivergenceField, AbstractField, Scaled, Sum, divergence
+from .base import (
+    AbstractCausalField,
+    AbstractCompositeField,
+    AbstractDivergenceField,
+    AbstractField,
+    AbstractWrapper,
+    Scaled,
+    Sum,
+    divergence,
+)
 from .feedforward import FeedForward, LinearDrift
 from .interactions import (
     AbstractInteraction,
@@ -27,6 +36,7 @@ from .time import (
     Constant,
     Fourier,
     HyperNetwork,
+    Kink,
     Legendre,
     PiecewiseConstant,
     PiecewiseLinear,
@@ -34,16 +44,20 @@ from .time import (
 )
 
 __all__ = [
+    "AbstractCausalField",
+    "AbstractCompositeField",
     "AbstractCurve",
     "AbstractDivergenceField",
     "AbstractField",
     "AbstractInteraction",
     "AbstractNorm",
+    "AbstractWrapper",
     "Constant",
     "FeedForward",
     "Fourier",
     "Hardmax",
     "HyperNetwork",
+    "Kink",
     "LayerNorm",
     "Legendre",
     "Linear",

@@ -13,7 +13,6 @@ the operation with the channels (v, k', <k', v>). On a submanifold with unit nor
 """
 
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,15 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype, is_concrete
+from .._rules import array, constant, count, finite, flag, instance, positive, prng_key, real
+from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean, Sphere
-from ..kernels.expectation import Window, band
+from ..kernels.base import Window, band
 from ..measure import Measure
-from .base import AbstractDivergenceField, divergence_by_derivatives, visible_log_weights
+from .base import (
+    AbstractCausalField,
+    AbstractDivergenceField,
+    apply,
+    divergence_by_derivatives,
+    visible_log_weights,
+)
 from .interactions import AbstractInteraction, Hardmax, Softmax, Tokens
 
 
-class SelfAttention(AbstractDivergenceField):
+class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     """Single-head self-attention dynamics (Geshkovski et al., arXiv 2312.10794, eq. 2.6).
 
         X[mu](x) = P_x ( V E_{mu_x}[y] ),    mu_x(dy) proportional to exp(beta <Q x, K y>) mu(dy)
@@ -43,6 +49,9 @@ class SelfAttention(AbstractDivergenceField):
     - `causal`, `window`, `backend`: as in [`jaxflow.softmax_expectation`][]. Masks compare the
       index of a query with the index of a token.
     - `geometry`: where the tokens live, and what P_x is.
+
+    **Raises:** `ValueError` for shapes that do not fit and numbers that are not finite, `TypeError`
+    for what is of another kind than these.
     """
 
     query: Float[Array, "p d"] | None
@@ -72,14 +81,13 @@ class SelfAttention(AbstractDivergenceField):
         self.key = _matrix("key", key)
         self.value = _matrix("value", value)
         self.beta = _temperature(beta)
-        self.interaction = interaction
-        self.causal = causal
-        self.window = window
-        self.geometry = geometry
-        self.backend = backend
+        self.interaction = _interaction(interaction)
+        self.causal = flag("causal", causal)
+        self.window = _window(window)
+        self.geometry = _geometry(geometry)
+        self.backend = _backend(backend)
 
     def __check_init__(self):
-        _check_parts(self.interaction, self.geometry)
         q, k, v = (None if a is None else a.shape for a in (self.query, self.key, self.value))
         rule = "query and key must have shape (p, d), value (d, d)"
         if v is not None and v[0] != v[1]:
@@ -100,6 +108,10 @@ class SelfAttention(AbstractDivergenceField):
         force = partial(self._force, mu=mu)
         return _divergence(self.geometry, force, self._trace(x, mu), x)
 
+    def keys_values(self, t, y, start=0):
+        """The tokens themselves."""
+        return y
+
     def attend(self, t, x, keys_values, index):
         _check_attend(self.interaction)
         left = None if self.window is None else band(True, self.window)[0]
@@ -110,7 +122,7 @@ class SelfAttention(AbstractDivergenceField):
     def tokens(self, mu: Measure) -> Tokens:
         """What the interaction sees of mu: Q y, K y, the log-weights and the mask."""
         y = mu.points
-        queries, keys = _apply(self.query, y), _apply(self.key, y)
+        queries, keys = apply(self.query, y), apply(self.key, y)
         return Tokens(queries, keys, mu.log_weights, self.causal, self.window, self.backend)
 
     def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
@@ -121,18 +133,18 @@ class SelfAttention(AbstractDivergenceField):
     def _force(self, x, mu, tokens=None):
         """F(x) = V E_{mu_x}[y]; V acts on the queries."""
         _check_query(x, mu)
-        q, tokens = _apply(self.query, x), tokens or self.tokens(mu)
+        q, tokens = apply(self.query, x), tokens or self.tokens(mu)
         mean = self.interaction.expectation(q, tokens, mu.points, self.beta)
-        return _apply(self.value, mean)
+        return apply(self.value, mean)
 
     def _trace(self, x, mu):
-        q, tokens = _apply(self.query, x), self.tokens(mu)
+        q, tokens = apply(self.query, x), self.tokens(mu)
         slopes = self.beta.astype(x.dtype) * _apply_transpose(self.query, tokens.keys)
-        values = _apply(self.value, mu.points)
+        values = apply(self.value, mu.points)
         return self.interaction.trace(q, tokens, values, slopes, self.beta)
 
 
-class MultiHeadAttention(AbstractDivergenceField):
+class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
     """Multi-head attention of a transformer, as a field.
 
         X[mu](x) = P_x ( sum_h O_h E_{mu_x^h}[V_h y] )
@@ -150,6 +162,9 @@ class MultiHeadAttention(AbstractDivergenceField):
     - `key`: PRNG key of the parameters: Q, K, V ~ N(0, 1/d), O ~ N(0, 1/d).
 
     The parameters are `query`, `key`, `value`, shape `(H, p, d)`, and `output`, shape `(H, d, p)`.
+
+    **Raises:** `ValueError` for heads that do not divide the dimension, and numbers out of their
+    range; `TypeError` for what is of another kind than these.
     """
 
     query: Float[Array, "H p d"]
@@ -178,25 +193,25 @@ class MultiHeadAttention(AbstractDivergenceField):
         backend: str | None = None,
         key: PRNGKeyArray,
     ):
-        if heads < 1 or dim < 1 or dim % heads:
+        dim, heads = count("dim", dim), count("heads", heads)
+        if dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}.")
-        _check_parts(interaction, geometry)
         p = dim // heads
         if rotary is not None and p % 2:
             raise ValueError(f"rotary embeddings need an even head dimension, got {p}.")
         shapes = [(heads, p, dim)] * 3 + [(heads, dim, p)]
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(prng_key(key), 4)
         matrices = [
             jax.random.normal(k, s) / np.sqrt(dim) for k, s in zip(keys, shapes, strict=True)
         ]
         self.query, self.key, self.value, self.output = matrices
         self.beta = None if beta is None else _temperature(beta)
-        self.rotary = rotary
-        self.interaction = interaction
-        self.causal = causal
-        self.window = window
-        self.geometry = geometry
-        self.backend = backend
+        self.rotary = None if rotary is None else _base(rotary)
+        self.interaction = _interaction(interaction)
+        self.causal = flag("causal", causal)
+        self.window = _window(window)
+        self.geometry = _geometry(geometry)
+        self.backend = _backend(backend)
 
     def __call__(self, t, x, mu):
         return self.geometry.project(x, self._force(x, mu))
@@ -252,7 +267,7 @@ class MultiHeadAttention(AbstractDivergenceField):
 
         keys, values = self.keys_values(0.0, mu.points)
         # Sinkhorn attention scores tokens with tokens, so it takes their queries too.
-        own = queries if x is mu.points else self._turn(_heads(self.query, mu.points), 0)
+        own = self._turn(_heads(self.query, mu.points), 0)
         return self._mean(queries, tokens, keys, values, own)
 
     def _mean(self, queries, tokens, keys, values, own):
@@ -269,11 +284,11 @@ class MultiHeadAttention(AbstractDivergenceField):
 
     def _trace(self, x, mu):
         def head(query, key, value, output):
-            q, y = _apply(query, x), mu.points
-            own, keys = _apply(query, y), _apply(key, y)
+            q, y = apply(query, x), mu.points
+            own, keys = apply(query, y), apply(key, y)
             tokens = Tokens(own, keys, mu.log_weights, self.causal, self.window, self.backend)
             slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
-            values = _apply(output, _apply(value, y))
+            values = apply(output, apply(value, y))
             return self.interaction.trace(q, tokens, values, slopes, self._scale)
 
         return jax.vmap(head)(self.query, self.key, self.value, self.output).sum(axis=0)
@@ -292,59 +307,55 @@ def _divergence(geometry, force, trace, x):
     return trace + geometry.divergence_correction(x, f)
 
 
-def _apply(matrix: Array | None, x: Float[Array, "n d"]):
-    """x_j -> A x_j for each row."""
-    if matrix is None:
-        return x
-    if matrix.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"a matrix of shape {matrix.shape} acts on tokens of dimension {matrix.shape[1]}; got "
-            f"tokens of dimension {x.shape[1]}."
-        )
-    return jnp.matmul(x, matrix.astype(x.dtype).T, precision="highest")
-
-
 def _heads(matrices: Float[Array, "H p d"], x: Float[Array, "n d"]) -> Float[Array, "n H p"]:
     """x_j -> A_h x_j for each head, as one product."""
     heads, p, d = matrices.shape
-    return _apply(matrices.reshape(heads * p, d), x).reshape(len(x), heads, p)
+    return apply(matrices.reshape(heads * p, d), x).reshape(len(x), heads, p)
 
 
 def _apply_transpose(matrix: Array | None, x: Float[Array, "n p"]):
-    return x if matrix is None else _apply(matrix.T, x)
+    return x if matrix is None else apply(matrix.T, x)
 
 
 def _matrix(name: str, value: ArrayLike | None):
     if value is None:
         return None
-    matrix = jnp.asarray(value)
+    matrix = array(name, value)
     if matrix.ndim != 2:
         raise ValueError(f"{name} must be a matrix, got shape {matrix.shape}.")
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {matrix.dtype}. Cast it first.")
-    return matrix
+    return finite(name, matrix)
 
 
-def _temperature(beta: ScalarLike):
-    # A dtype of its own, never a weak one: a literal and an array then run the same program.
-    beta = jnp.asarray(beta, beta.dtype if isinstance(beta, jax.Array) else float)
-    if beta.shape != ():
-        raise ValueError(f"beta must be a scalar, got shape {beta.shape}; jax.vmap runs over many.")
-    if not jnp.issubdtype(beta.dtype, jnp.floating):
-        raise TypeError(f"beta must be floating point, got {beta.dtype}.")
-    if is_concrete(beta) and not np.isfinite(beta):
-        raise ValueError(f"beta (the inverse temperature) must be finite, got {beta}.")
-    return beta
+def _temperature(beta: ScalarLike) -> Scalar:
+    return real("beta", beta)
 
 
-def _check_parts(interaction: Any, geometry: Any):
-    for name, kind, value in (
-        ("interaction", AbstractInteraction, interaction),
-        ("geometry", AbstractGeometry, geometry),
-    ):
-        if not isinstance(value, kind):
-            example = "jaxflow.Softmax()" if kind is AbstractInteraction else "jaxflow.Sphere()"
-            raise TypeError(f"{name} must be an instance such as {example}, got {value!r}.")
+def _base(rotary: float) -> float:
+    name = "rotary, the base of the embeddings,"
+    return constant(name, rotary, "positive and finite", positive)
+
+
+def _interaction(value: AbstractInteraction) -> AbstractInteraction:
+    return instance("interaction", value, AbstractInteraction, "jaxflow.Softmax()")
+
+
+def _geometry(value: AbstractGeometry) -> AbstractGeometry:
+    return instance("geometry", value, AbstractGeometry, "jaxflow.Sphere()")
+
+
+def _window(value: Window) -> Window:
+    if isinstance(value, bool):
+        raise TypeError(f"window must be a number of keys, a pair of them, or None; got {value}.")
+    band(False, value)  # raises for what is none
+    return value
+
+
+def _backend(value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f'backend must be a name such as "blocked", or None; got {value!r}.')
+    return value
 
 
 def _check_attend(interaction: AbstractInteraction):

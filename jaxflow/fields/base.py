@@ -7,7 +7,7 @@ are tangent to it.
 
 import abc
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import array, count, instance, real
 from .._types import ScalarLike, accumulation_dtype, is_concrete
 from ..geometry import AbstractGeometry
 from ..measure import Measure
@@ -28,35 +29,22 @@ class AbstractField(eqx.Module):
     """
 
     geometry: eqx.AbstractVar[AbstractGeometry]
+    __array_ufunc__: ClassVar[None] = None  # NumPy leaves `array * field` to the field.
 
     @abc.abstractmethod
     def __call__(self, t: ScalarLike, x: Float[Array, "m d"], mu: Measure) -> Float[Array, "m d"]:
         """X_t[mu](x_i) for each row of x."""
 
-    # A causal flow can be continued by one token without moving the others again: a field is the
-    # composition of what it keeps of the tokens and what a query makes of that.
-
-    def keys_values(self, t: ScalarLike, y: Float[Array, "n d"], start: ScalarLike = 0) -> Any:
-        """What the field keeps of tokens, of which `start` is the index of the first: arrays with
-        the tokens along their first axis. By default the tokens themselves."""
-        return y
-
-    def attend(
-        self, t: ScalarLike, x: Float[Array, "1 d"], keys_values: Any, index: ScalarLike
-    ) -> Float[Array, "1 d"]:
-        """X_t[mu](x) of the one query with this index, mu the tokens of `keys_values` up to it."""
-        return self(t, x, Measure(keys_values, visible_log_weights(keys_values, index)))
-
     @property
     def parts(self) -> "tuple[AbstractField, ...]":
         """X_1, ..., X_K of a field X_1 + ... + X_K: what splitting methods step with."""
-        return (self,)
+        return self.split() if isinstance(self, AbstractCompositeField) else (self,)
 
     def __add__(self, other: "AbstractField") -> "Sum":
         return Sum((self, other))
 
     def __sub__(self, other: "AbstractField") -> "Sum":
-        return Sum((self, -1.0 * other))
+        return Sum((self, Scaled(-1.0, other)))
 
     def __mul__(self, factor: ScalarLike) -> "Scaled":
         return Scaled(factor, self)
@@ -68,6 +56,19 @@ class AbstractField(eqx.Module):
         return Scaled(-1.0, self)
 
 
+def is_field(value: Any) -> AbstractField:
+    """The value, which is a field.
+
+    **Raises:** `TypeError` if it is not.
+    """
+    if isinstance(value, AbstractField):
+        return value
+    raise TypeError(
+        f"only fields can be added, multiplied, wrapped or moved in time, got {value!r}: pass an "
+        "instance such as jaxflow.SelfAttention(), or subclass jaxflow.AbstractField."
+    )
+
+
 class AbstractDivergenceField(AbstractField):
     """A field that knows its divergence in closed form."""
 
@@ -76,73 +77,228 @@ class AbstractDivergenceField(AbstractField):
         """div X_t[mu](x_i) at fixed mu, for each row of x."""
 
 
-class Sum(AbstractDivergenceField):
-    """X = sum_k X_k, of fields on one geometry."""
+# ------------------------------------------------------------------ token by token
+
+
+class AbstractCausalField(AbstractField):
+    """A field whose causal flow can be continued by one token without moving the others again.
+
+    It is the composition of what it keeps of the tokens and of what a query makes of that. Only
+    the generation of text asks for it; a model with any other field in it generates without.
+    """
+
+    @abc.abstractmethod
+    def keys_values(self, t: ScalarLike, y: Float[Array, "n d"], start: ScalarLike = 0) -> Any:
+        """What the field keeps of tokens, of which `start` is the index of the first: arrays with
+        the tokens along their first axis."""
+
+    @abc.abstractmethod
+    def attend(
+        self, t: ScalarLike, x: Float[Array, "1 d"], keys_values: Any, index: ScalarLike
+    ) -> Float[Array, "1 d"]:
+        """X_t[mu](x) of the one query with this index, mu the tokens of `keys_values` up to it."""
+
+
+def can_be_continued(field: AbstractField) -> bool:
+    """Whether a causal flow of the field can be continued token by token: whether it, and every
+    field inside it, is an [`jaxflow.fields.AbstractCausalField`][]."""
+    if isinstance(field, AbstractCompositeField):
+        return all(can_be_continued(inner) for inner in field.inside(0.0))
+    return isinstance(field, AbstractCausalField)
+
+
+def causal(field: AbstractField) -> AbstractCausalField:
+    """The field, which keeps something of the tokens.
+
+    **Raises:** `TypeError` if it does not.
+    """
+    if isinstance(field, AbstractCausalField):
+        return field
+    raise TypeError(
+        f"{type(field).__name__} does not say what it keeps of a token, so its flow cannot be "
+        "continued token by token. Subclass jaxflow.fields.AbstractCausalField, with keys_values "
+        "and attend, or generate with cache=False."
+    )
+
+
+def apply(matrix: Array | None, x: Float[Array, "n d"]) -> Array:
+    """x_j -> A x_j for each row; no matrix is the identity.
+
+    **Raises:** `ValueError` for tokens of another dimension.
+    """
+    if matrix is None:
+        return x
+    if matrix.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"a matrix of shape {matrix.shape} acts on tokens of dimension {matrix.shape[1]}; got "
+            f"tokens of dimension {x.shape[1]}."
+        )
+    return jnp.matmul(x, matrix.astype(x.dtype).T, precision="highest")
+
+
+def visible_log_weights(kept: Array, index: ScalarLike, left: int | None = None):
+    """Log-weights that show a query the tokens up to its index, and `left` before it at most."""
+    j = jnp.arange(len(kept))
+    seen = j <= index if left is None else (j <= index) & (j >= index - left)
+    return jnp.where(seen, 0.0, -jnp.inf).astype(accumulation_dtype(kept.dtype))
+
+
+# ------------------------------------------------------------------ fields made of fields
+
+
+class AbstractCompositeField(AbstractCausalField):
+    """A field made of other fields; its flow can be continued if those of all of them can."""
+
+    @abc.abstractmethod
+    def inside(self, t: ScalarLike) -> tuple[AbstractField, ...]:
+        """The fields it is made of, at time t."""
+
+    @abc.abstractmethod
+    def split(self) -> tuple[AbstractField, ...]:
+        """Its `parts`: fields that add up to it."""
+
+
+class AbstractWrapper(AbstractCompositeField):
+    """A field around another one, in coordinates of its own.
+
+        X_t[mu](x) = leave(t, x, F_t[enter_# mu](enter(x)))
+
+    To write one: subclass, and give it the field F as `field`, the `geometry` on which X lives
+    (that of F, or its own), whether X is `linear` in F, and two methods. Splitting methods, the
+    generation of text and observables of attention then see through it:
+
+    ```python
+    class Clipped(jaxflow.fields.AbstractWrapper):
+        field: jaxflow.AbstractField
+        linear: ClassVar[bool] = False
+
+        @property
+        def geometry(self):
+            return self.field.geometry
+
+        def enter(self, x):
+            return x
+
+        def leave(self, t, x, v):
+            return jnp.clip(v, -1, 1)
+    ```
+    """
+
+    field: eqx.AbstractVar[AbstractField]
+    linear: eqx.AbstractClassVar[bool]
+
+    @abc.abstractmethod
+    def enter(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """The points where F is asked, and tokens that it sees, for those of X."""
+
+    @abc.abstractmethod
+    def leave(
+        self, t: ScalarLike, x: Float[Array, "m d"], v: Float[Array, "m d"]
+    ) -> Float[Array, "m d"]:
+        """The velocity at x, from the velocity v of F at enter(x)."""
+
+    def seen(self, mu: Measure) -> Measure:
+        """enter_# mu, the measure that F sees."""
+        return Measure(self.enter(mu.points), mu.log_weights)
+
+    def __call__(self, t, x, mu):
+        return self.leave(t, x, self.field(t, self.enter(x), self.seen(mu)))
+
+    def keys_values(self, t, y, start=0):
+        return causal(self.field).keys_values(t, self.enter(y), start)
+
+    def attend(self, t, x, keys_values, index):
+        velocity = causal(self.field).attend(t, self.enter(x), keys_values, index)
+        return self.leave(t, x, velocity)
+
+    def inside(self, t):
+        return (self.field,)
+
+    def split(self):
+        if not self.linear:
+            return (self,)
+        around = lambda part: eqx.tree_at(lambda wrapper: wrapper.field, self, part)
+        return tuple(around(part) for part in self.field.parts)
+
+
+class Sum(AbstractDivergenceField, AbstractCompositeField):
+    """X = sum_k X_k, of fields on one geometry.
+
+    **Arguments:** `fields`, X_1 to X_K, at least one; `a + b` makes such a sum.
+
+    **Raises:** `TypeError` if one of them is no field, `ValueError` if there is none, or if they
+    live on different geometries.
+    """
 
     fields: tuple[AbstractField, ...]
     geometry: AbstractGeometry
 
     def __init__(self, fields: tuple[AbstractField, ...]):
+        if not isinstance(fields, tuple | list) or not fields:
+            raise ValueError(f"a sum takes a tuple of at least one field, got {fields!r}.")
         for field in fields:
-            if not isinstance(field, AbstractField):
-                raise TypeError(f"only fields can be added to a field, got {field!r}.")
+            is_field(field)
         if not all(_same(f.geometry, fields[0].geometry) for f in fields):
             raise ValueError(
                 "the fields of a sum must live on one geometry, got "
                 f"{', '.join(repr(f.geometry) for f in fields)}. Pass the same `geometry=` to each."
             )
-        self.fields = fields
+        self.fields = tuple(fields)
         self.geometry = fields[0].geometry
-
-    @property
-    def parts(self):
-        return tuple(part for field in self.fields for part in field.parts)
 
     def __call__(self, t, x, mu):
         return reduce(jnp.add, [field(t, x, mu) for field in self.fields])
 
     def keys_values(self, t, y, start=0):
-        return tuple(field.keys_values(t, y, start) for field in self.fields)
+        return tuple(causal(field).keys_values(t, y, start) for field in self.fields)
 
     def attend(self, t, x, keys_values, index):
         pairs = zip(self.fields, keys_values, strict=True)
-        return reduce(jnp.add, [field.attend(t, x, kept, index) for field, kept in pairs])
+        return reduce(jnp.add, [causal(f).attend(t, x, kept, index) for f, kept in pairs])
 
     def divergence(self, t, x, mu):
         return reduce(jnp.add, [divergence(field, t, x, mu) for field in self.fields])
 
+    def inside(self, t):
+        return self.fields
 
-class Scaled(AbstractDivergenceField):
-    """factor * X. The factor may be traced."""
+    def split(self):
+        return tuple(part for field in self.fields for part in field.parts)
+
+
+class Scaled(AbstractDivergenceField, AbstractWrapper):
+    """factor * X.
+
+    **Arguments:** `factor`, a finite number, which may be traced; `field`, X. `2.0 * field` makes
+    such a multiple.
+
+    **Raises:** `ValueError` or `TypeError` for a factor that is no finite real number, or for what
+    is no field.
+    """
 
     factor: Float[Array, ""]
     field: AbstractField
+    linear: ClassVar[bool] = True
 
     def __init__(self, factor: ScalarLike, field: AbstractField):
-        self.factor = jnp.asarray(factor, float)
-        if self.factor.shape != ():
-            raise ValueError(f"a field is multiplied by a scalar, got shape {self.factor.shape}.")
-        self.field = field
+        self.factor = real("the factor of a field", factor)
+        self.field = is_field(field)
 
     @property
-    def geometry(self) -> AbstractGeometry:
+    def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.field.geometry
 
-    @property
-    def parts(self):
-        return tuple(Scaled(self.factor, part) for part in self.field.parts)
+    def enter(self, x):
+        return x
 
-    def __call__(self, t, x, mu):
-        return self.factor.astype(x.dtype) * self.field(t, x, mu)
-
-    def keys_values(self, t, y, start=0):
-        return self.field.keys_values(t, y, start)
-
-    def attend(self, t, x, keys_values, index):
-        return self.factor.astype(x.dtype) * self.field.attend(t, x, keys_values, index)
+    def leave(self, t, x, v):
+        return self.factor.astype(x.dtype) * v
 
     def divergence(self, t, x, mu):
-        return self.factor.astype(x.dtype) * divergence(self.field, t, x, mu)
+        return self.leave(t, x, divergence(self.field, t, x, mu))
+
+
+# ------------------------------------------------------------------ divergence
 
 
 def divergence(
@@ -168,8 +324,12 @@ def divergence(
     - `samples`: the number of Hutchinson's probes, with `key`.
 
     **Returns:** shape `(m,)`.
+
+    **Raises:** `ValueError` or `TypeError` for points of another shape, or no samples.
     """
-    x = jnp.asarray(x)
+    is_field(field)
+    instance("mu", mu, Measure, "jaxflow.Measure(points)")
+    x = array("x", x)
     if x.ndim != 2 or x.shape[1] != mu.d:
         raise ValueError(
             f"x must have shape (m, {mu.d}), the dimension of mu's tokens; got {x.shape}."
@@ -178,7 +338,7 @@ def divergence(
         return field.divergence(t, x, mu)
     if key is None:
         return divergence_by_derivatives(field, t, x, mu)
-    if samples < 1:
+    if count("samples", samples, 0) < 1:
         raise ValueError(f"Hutchinson's estimate needs at least one sample, got {samples}.")
     z = jax.random.rademacher(key, (samples, *x.shape), x.dtype)
     return jax.vmap(_derivative_along(field, t, x, mu))(z).mean(axis=0)
@@ -209,10 +369,3 @@ def _same(one: AbstractGeometry, other: AbstractGeometry) -> bool:
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     known = [(a, b) for a, b in pairs if is_concrete(a, b)]
     return all(np.array_equal(a, b) for a, b in known)
-
-
-def visible_log_weights(kept: Array, index: ScalarLike, left: int | None = None):
-    """Log-weights that show a query the tokens up to its index, and `left` before it at most."""
-    j = jnp.arange(len(kept))
-    seen = j <= index if left is None else (j <= index) & (j >= index - left)
-    return jnp.where(seen, 0.0, -jnp.inf).astype(accumulation_dtype(kept.dtype))

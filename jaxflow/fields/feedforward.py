@@ -12,18 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import count, function, instance, prng_key, reals
 from .._types import ArrayLike, ScalarLike
 from ..geometry import AbstractGeometry, Euclidean
-from .base import AbstractField
+from .base import AbstractCausalField, apply
 
 
-class FeedForward(AbstractField):
+class FeedForward(AbstractCausalField):
     """The two-layer perceptron of a residual network or neural ODE (E 2017; Chen et al. 2018).
 
         X(x) = P_x ( W2 sigma(W1 x + b1) + b2 )
 
     **Arguments:** `dim` d; `width` of the hidden layer; `activation`, sigma, a function of arrays;
     `geometry`; `key`, PRNG key of W1 ~ N(0, 1/d) and W2 ~ N(0, 1/width) (the biases start at 0).
+
+    **Raises:** `ValueError` for sizes below 1, `TypeError` for what is of another kind than these.
     """
 
     weight_in: Float[Array, "width d"]
@@ -42,15 +45,14 @@ class FeedForward(AbstractField):
         geometry: AbstractGeometry = Euclidean(),
         key: PRNGKeyArray,
     ):
-        if dim < 1 or width < 1:
-            raise ValueError(f"dim and width must be at least 1, got {dim} and {width}.")
-        key_in, key_out = jax.random.split(key)
+        dim, width = count("dim", dim), count("width", width)
+        key_in, key_out = jax.random.split(prng_key(key))
         self.weight_in = jax.random.normal(key_in, (width, dim)) / np.sqrt(dim)
         self.bias_in = jnp.zeros(width)
         self.weight_out = jax.random.normal(key_out, (dim, width)) / np.sqrt(width)
         self.bias_out = jnp.zeros(dim)
-        self.activation = activation
-        self.geometry = geometry
+        self.activation = function("activation", activation)
+        self.geometry = instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
 
     def keys_values(self, t, y, start=0):
         return None
@@ -62,32 +64,32 @@ class FeedForward(AbstractField):
         return self._velocity(x)
 
     def _velocity(self, x):
-        w1, b1, w2, b2 = (
-            a.astype(x.dtype)
-            for a in (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
-        )
-        hidden = self.activation(jnp.matmul(x, w1.T, precision="highest") + b1[None])
-        return self.geometry.project(x, jnp.matmul(hidden, w2.T, precision="highest") + b2[None])
+        affine = lambda w, x, b: apply(w, x) + b.astype(x.dtype)[None]
+        hidden = self.activation(affine(self.weight_in, x, self.bias_in))
+        return self.geometry.project(x, affine(self.weight_out, hidden, self.bias_out))
 
 
-class LinearDrift(AbstractField):
+class LinearDrift(AbstractCausalField):
     """X(x) = P_x ( A x ).
 
     `SelfAttention(value=V, geometry=Euclidean()) + LinearDrift(-V)` is the dynamics in the variable
     z = e^{-tV} x of arXiv 2305.05465; with `Hardmax()`, V = I, the leaders of arXiv 2407.01602.
 
     **Arguments:** `matrix`, A: a number a (for a I) or shape `(d, d)`; `geometry`.
+
+    **Raises:** `ValueError` for another shape or entries that are not finite, `TypeError` for what
+    is of another kind than these.
     """
 
     matrix: Float[Array, ""] | Float[Array, "d d"]
     geometry: AbstractGeometry
 
     def __init__(self, matrix: ArrayLike | ScalarLike, *, geometry: AbstractGeometry = Euclidean()):
-        matrix = jnp.asarray(matrix, float)
+        matrix = reals("matrix", matrix)
         if matrix.ndim not in (0, 2) or len(set(matrix.shape)) > 1:
             raise ValueError(f"matrix must be a number or (d, d), got shape {matrix.shape}.")
         self.matrix = matrix
-        self.geometry = geometry
+        self.geometry = instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
 
     def keys_values(self, t, y, start=0):
         return None
@@ -99,7 +101,6 @@ class LinearDrift(AbstractField):
         return self._velocity(x)
 
     def _velocity(self, x):
-        matrix = self.matrix.astype(x.dtype)
-        if matrix.ndim == 0:
-            return self.geometry.project(x, matrix * x)
-        return self.geometry.project(x, jnp.matmul(x, matrix.T, precision="highest"))
+        multiple = self.matrix.ndim == 0
+        moved = self.matrix.astype(x.dtype) * x if multiple else apply(self.matrix, x)
+        return self.geometry.project(x, moved)

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._memory import PAIRS_AT_ONCE
+from .._rules import constant, count, not_negative, positive, real
 from .._types import Keys, LogWeights, Queries, ScalarLike, Values, accumulation_dtype
 from ..kernels import softmax_expectation
-from ..kernels.expectation import Window
-from ..kernels.expectation import band as _band
-from ..kernels.reference import visible
+from ..kernels.base import Window, visible
+from ..kernels.base import band as _band
 
 
 class Tokens(NamedTuple):
@@ -155,9 +156,15 @@ class Hardmax(AbstractInteraction):
     Ties are averaged, with the weights of mu: scores within `tolerance` times the largest
     |score| of the query's maximum tie (default 32 machine epsilons). It is piecewise constant in
     x, so its divergence at fixed mu is 0.
+
+    **Raises:** `ValueError` or `TypeError` for a tolerance that is no number, or negative.
     """
 
     tolerance: float | None = None
+
+    def __check_init__(self):
+        if self.tolerance is not None:
+            real("tolerance", self.tolerance, "finite and not negative", not_negative)
 
     def expectation(self, q, tokens, values, scale):
         dtype = accumulation_dtype(q.dtype)
@@ -180,7 +187,7 @@ class Hardmax(AbstractInteraction):
             return jnp.matmul(w, values32, precision="highest") / jnp.where(total > 0, total, 1)
 
         rows = jnp.arange(q.shape[0]), jax.lax.stop_gradient(q)
-        size = max(1, 2**20 // keys.shape[0])
+        size = max(1, PAIRS_AT_ONCE // keys.shape[0])
         return jax.lax.map(one, rows, batch_size=size).astype(values.dtype)
 
     def trace(self, q, tokens, values, slopes, scale):
@@ -201,6 +208,8 @@ class Sinkhorn(AbstractInteraction):
       convergence and differentiates implicitly, in O(n) memory.
     - `tolerance`: largest change of g at convergence; default 64 machine epsilons, relative.
     - `max_iterations`: where an iteration to convergence stops at the latest.
+
+    **Raises:** `ValueError` or `TypeError` where these are no such numbers.
     """
 
     iterations: int | None = eqx.field(static=True, default=None)
@@ -208,8 +217,11 @@ class Sinkhorn(AbstractInteraction):
     max_iterations: int = eqx.field(static=True, default=10_000)
 
     def __check_init__(self):
-        if self.iterations is not None and self.iterations < 0:
-            raise ValueError(f"iterations must be None or at least 0, got {self.iterations}.")
+        if self.iterations is not None:
+            count("iterations", self.iterations, 0)
+        if self.tolerance is not None:
+            constant("tolerance", self.tolerance, "positive and finite", positive)
+        count("max_iterations", self.max_iterations)
 
     def expectation(self, q, tokens, values, scale):
         return tokens.attend(q, values, scale, self.potential(tokens, scale))[0]

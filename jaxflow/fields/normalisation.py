@@ -15,16 +15,17 @@ What LayerNorm's gain and bias do to Post-LN is the geometry [`jaxflow.Ellipsoid
 """
 
 import abc
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._rules import constant, count, floating, instance, not_negative, positive, real
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean, Sphere
-from ..measure import Measure
-from .base import AbstractField
+from .base import AbstractDivergenceField, AbstractField, AbstractWrapper, divergence, is_field
 
 
 class AbstractNorm(eqx.Module):
@@ -38,13 +39,15 @@ class AbstractNorm(eqx.Module):
 class UnitNorm(AbstractNorm):
     """N(x) = radius x / |x|, and N(0) = 0.
 
-    **Arguments:** `radius`, 1 if not given; it may be traced.
+    **Arguments:** `radius`, a positive number, 1 if not given; it may be traced.
+
+    **Raises:** `ValueError` or `TypeError` for a radius that is no positive number.
     """
 
     radius: Scalar
 
     def __init__(self, radius: ScalarLike = 1.0):
-        self.radius = jnp.asarray(radius, float)
+        self.radius = real("the radius of UnitNorm", radius, "positive and finite", positive)
 
     def __call__(self, x):
         wide = _wide(x)
@@ -58,6 +61,11 @@ class LayerNorm(AbstractNorm):
 
     Its image is the ellipsoid of radius sqrt(d) in the hyperplane sum_i x_i = 0, stretched by the
     gain. Moments are taken in float32 at least.
+
+    **Arguments:** `dim`, the dimension d of a token; `epsilon`, added to the variance, 0 or more.
+    The gain starts at 1 and the bias at 0, shape `(d,)`.
+
+    **Raises:** `ValueError` or `TypeError` where these are no such numbers.
     """
 
     gain: Float[Array, " d"]
@@ -65,197 +73,196 @@ class LayerNorm(AbstractNorm):
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, dim: int, epsilon: float = 1e-5):
+        dim = count("dim", dim)
         self.gain, self.bias = jnp.ones(dim), jnp.zeros(dim)
-        self.epsilon = epsilon
+        self.epsilon = constant("epsilon", epsilon, "finite and not negative", not_negative)
 
     def __call__(self, x):
         wide = _wide(x)
         centred = wide - wide.mean(axis=-1, keepdims=True)
         scale = jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + self.epsilon)
-        gain, bias = self.gain.astype(wide.dtype), self.bias.astype(wide.dtype)
-        return (_rows(gain, wide) * (scale * centred) + _rows(bias, wide)).astype(x.dtype)
+        return (_rows(self.gain, wide) * (scale * centred) + _rows(self.bias, wide)).astype(x.dtype)
 
 
 class RMSNorm(AbstractNorm):
     """N(x) = gain x / sqrt(mean(x^2) + epsilon) (arXiv 1910.07467).
 
     Its image is the sphere of radius sqrt(d), stretched by the gain.
+
+    **Arguments:** `dim`, the dimension d of a token; `epsilon`, added to the mean square, 0 or
+    more. The gain starts at 1, shape `(d,)`.
+
+    **Raises:** `ValueError` or `TypeError` where these are no such numbers.
     """
 
     gain: Float[Array, " d"]
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, dim: int, epsilon: float = 1e-5):
-        self.gain = jnp.ones(dim)
-        self.epsilon = epsilon
+        self.gain = jnp.ones(count("dim", dim))
+        self.epsilon = constant("epsilon", epsilon, "finite and not negative", not_negative)
 
     def __call__(self, x):
         wide = _wide(x)
         scale = jax.lax.rsqrt((wide**2).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (_rows(self.gain.astype(wide.dtype), wide) * (scale * wide)).astype(x.dtype)
+        return (_rows(self.gain, wide) * (scale * wide)).astype(x.dtype)
 
 
-class PreNorm(AbstractField):
+class PreNorm(AbstractWrapper):
     """X[mu](x) = F[N_# mu](N(x)) on R^d: a field that sees normalised tokens.
 
     **Arguments:** `field` F, on R^d; `norm` N; `dtype`, in which F is computed (its parameters and
     the state keep theirs), such as bfloat16; `None` is that of the state.
+
+    **Raises:** `ValueError` for a field on another geometry, `TypeError` for what is no field, norm
+    or floating-point dtype.
     """
 
     field: AbstractField
     norm: AbstractNorm
-    dtype: jnp.dtype | None = eqx.field(static=True, converter=lambda x: x and jnp.dtype(x))
+    dtype: jnp.dtype | None = eqx.field(static=True)
+    linear: ClassVar[bool] = True
 
-    def __init__(self, field: AbstractField, norm: AbstractNorm, *, dtype=None):
-        _check_flat(field)
-        self.field = field
-        self.norm = norm
-        self.dtype = dtype
+    def __init__(self, field: AbstractField, norm: AbstractNorm, *, dtype: Any = None):
+        self.field = _flat(field)
+        self.norm = _norm(norm)
+        self.dtype = floating("dtype", dtype)
 
     @property
     def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.field.geometry
 
-    def _seen(self, x):
+    def enter(self, x):
         return self.norm(x).astype(self.dtype or x.dtype)
 
-    def seen(self, mu: Measure) -> Measure:
-        """N_# mu."""
-        return Measure(self._seen(mu.points), mu.log_weights)
-
-    def __call__(self, t, x, mu):
-        law = self.seen(mu)
-        queries = law.points if mu.points is x else self._seen(x)
-        return self.field(t, queries, law).astype(x.dtype)
-
-    def keys_values(self, t, y, start=0):
-        return self.field.keys_values(t, self._seen(y), start)
-
-    def attend(self, t, x, keys_values, index):
-        return self.field.attend(t, self._seen(x), keys_values, index).astype(x.dtype)
+    def leave(self, t, x, v):
+        return v.astype(x.dtype)
 
 
-class PeriNorm(AbstractField):
+class PeriNorm(AbstractWrapper):
     """X[mu](x) = N( F[mu](x) ) on R^d: a field whose velocity is normalised.
 
     Around a `PreNorm` it is Peri-LN.
 
     **Arguments:** `field` F, on R^d; `norm` N.
+
+    **Raises:** `ValueError` for a field on another geometry, `TypeError` for what is no field or
+    norm.
     """
 
     field: AbstractField
     norm: AbstractNorm
+    linear: ClassVar[bool] = False
 
     def __init__(self, field: AbstractField, norm: AbstractNorm):
-        _check_flat(field)
-        self.field = field
-        self.norm = norm
+        self.field = _flat(field)
+        self.norm = _norm(norm)
 
     @property
     def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.field.geometry
 
-    def __call__(self, t, x, mu):
-        return self.norm(self.field(t, x, mu))
+    def enter(self, x):
+        return x
 
-    def keys_values(self, t, y, start=0):
-        return self.field.keys_values(t, y, start)
-
-    def attend(self, t, x, keys_values, index):
-        return self.norm(self.field.attend(t, x, keys_values, index))
+    def leave(self, t, x, v):
+        return self.norm(v)
 
 
-class PostNorm(AbstractField):
+class PostNorm(AbstractWrapper):
     """X[mu](x) = P_x F[mu](x): a field of R^d on a sphere or ellipsoid, as Post-LN puts it there.
 
     **Arguments:** `field` F, on R^d; `geometry`, such as `Sphere()`, `Sphere(sqrt(d))`, or
     `Ellipsoid(gain, bias)`.
+
+    **Raises:** `ValueError` for a field on another geometry, `TypeError` for what is no field or
+    geometry.
     """
 
     field: AbstractField
     geometry: AbstractGeometry
+    linear: ClassVar[bool] = True
 
     def __init__(self, field: AbstractField, geometry: AbstractGeometry = Sphere()):
-        _check_flat(field)
-        self.field = field
-        self.geometry = geometry
+        self.field = _flat(field)
+        self.geometry = instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
 
-    def __call__(self, t, x, mu):
-        return self.geometry.project(x, self.field(t, x, mu))
+    def enter(self, x):
+        return x
 
-    def keys_values(self, t, y, start=0):
-        return self.field.keys_values(t, y, start)
-
-    def attend(self, t, x, keys_values, index):
-        return self.geometry.project(x, self.field.attend(t, x, keys_values, index))
+    def leave(self, t, x, v):
+        return self.geometry.project(x, v)
 
 
-class NGPT(AbstractField):
+class NGPT(AbstractWrapper):
     """X[mu](x) = alpha P_x ( F[mu](x) / |F[mu](x)| ) on the unit sphere (nGPT, arXiv 2410.01131).
 
-    **Arguments:** `field` F, on R^d; `alpha`, the step towards the normalised output, which may be
-    traced.
+    **Arguments:** `field` F, on R^d; `alpha`, the step towards the normalised output, a positive
+    number, which may be traced.
+
+    **Raises:** `ValueError` for a field on another geometry; `ValueError` or `TypeError` for an
+    alpha that is no positive number, and for what is no field.
     """
 
     field: AbstractField
     alpha: Scalar
+    linear: ClassVar[bool] = False
 
     def __init__(self, field: AbstractField, alpha: ScalarLike = 1.0):
-        _check_flat(field)
-        self.field = field
-        self.alpha = jnp.asarray(alpha, float)
+        self.field = _flat(field)
+        self.alpha = real("alpha", alpha, "positive and finite", positive)
 
     @property
     def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
         return Sphere()
 
-    def _projected(self, x, force):
-        return self.geometry.project(x, UnitNorm(self.alpha)(force))
+    def enter(self, x):
+        return x
 
-    def __call__(self, t, x, mu):
-        return self._projected(x, self.field(t, x, mu))
-
-    def keys_values(self, t, y, start=0):
-        return self.field.keys_values(t, y, start)
-
-    def attend(self, t, x, keys_values, index):
-        return self._projected(x, self.field.attend(t, x, keys_values, index))
+    def leave(self, t, x, v):
+        # Not UnitNorm(alpha), which would check a number that training has moved.
+        return self.geometry.project(x, self.alpha.astype(x.dtype) * UnitNorm()(v))
 
 
-class SqrtScaling(AbstractField):
+class SqrtScaling(AbstractDivergenceField, AbstractWrapper):
     """X_t[mu](x) = F_t[mu](x) / sqrt(t + 1), for t > -1: residual branches that shrink with depth.
 
     **Arguments:** `field` F, on any geometry.
+
+    **Raises:** `TypeError` for what is no field.
     """
 
     field: AbstractField
+    linear: ClassVar[bool] = True
 
     def __init__(self, field: AbstractField):
-        self.field = field
+        self.field = is_field(field)
 
     @property
     def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.field.geometry
 
-    def _scaled(self, t, velocity):
-        return velocity * jax.lax.rsqrt(jnp.asarray(t, velocity.dtype) + 1)
+    def enter(self, x):
+        return x
 
-    def __call__(self, t, x, mu):
-        return self._scaled(t, self.field(t, x, mu))
+    def leave(self, t, x, v):
+        return v * jax.lax.rsqrt(jnp.asarray(t, v.dtype) + 1)
 
-    def keys_values(self, t, y, start=0):
-        return self.field.keys_values(t, y, start)
-
-    def attend(self, t, x, keys_values, index):
-        return self._scaled(t, self.field.attend(t, x, keys_values, index))
+    def divergence(self, t, x, mu):
+        return self.leave(t, x, divergence(self.field, t, x, mu))
 
 
-def _check_flat(field: AbstractField):
-    if not isinstance(field.geometry, Euclidean):
+def _flat(field: AbstractField) -> AbstractField:
+    if not isinstance(is_field(field).geometry, Euclidean):
         raise ValueError(
             f"normalised tokens move in R^d, got a field on {field.geometry}. Pass "
             "geometry=jaxflow.Euclidean() to it."
         )
+    return field
+
+
+def _norm(norm: AbstractNorm) -> AbstractNorm:
+    return instance("norm", norm, AbstractNorm, "jaxflow.LayerNorm(dim)")
 
 
 def _wide(x):
@@ -264,4 +271,8 @@ def _wide(x):
 
 def _rows(vector, x):
     """The vector, for each token of x."""
-    return jnp.broadcast_to(vector, x.shape)
+    if len(vector) != x.shape[-1]:
+        raise ValueError(
+            f"a norm of dimension {len(vector)} takes tokens of that dimension, got {x.shape[-1]}."
+        )
+    return jnp.broadcast_to(vector.astype(x.dtype), x.shape)

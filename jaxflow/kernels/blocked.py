@@ -1,17 +1,7 @@
 """Rows in blocks, keys folded: O(n * block) memory in plain XLA, on any platform.
 
-With s_ij = <u_i, k_j> + b_j, u = scale q, p_ij = exp(s_ij - log_partition_i):
-
-    forward    a fold over key blocks of (shift, sum_j e^{s_ij - shift} [v_j, 1])
-    tangent    ds_ij = <du_i, k_j> + <u_i, dk_j> + db_j
-               dlog_partition_i = sum_j p_ij ds_ij
-               dmean_i = sum_j p_ij (dv_j + ds_ij v_j) - dlog_partition_i mean_i
-    cotangent  of (g_i, h_i) for (mean_i, log_partition_i):
-               w_ij = p_ij (<g_i, v_j> - <g_i, mean_i> + h_i)
-               gu_i = sum_j w_ij k_j,  gk_j = sum_i w_ij u_i,
-               gv_j = sum_i p_ij g_i,  gb_j = sum_i w_ij
-
-The cotangent follows from the tangent by exchanging the sums in <g, dmean> + h dlog_partition.
+The three functions are those of base.py; forward is a fold over key blocks of
+(shift, sum_j e^{s_ij - shift} [v_j, 1]).
 
 Where |s_ij| <= |u_i| max|k| + max b is known not to underflow, that bound replaces the running
 maximum. Biases and shifts enter the scores as channels of keys and queries:
@@ -19,10 +9,6 @@ maximum. Biases and shifts enter the scores as channels of keys and queries:
     s_ij - shift_i = <(u_i, 1, -shift_i), (k_j, b_j, 1)>
 
 so that a tile is one matrix product, one pass of exp and one more product.
-
-Each function takes and returns arrays with any number of leading batch axes (the same on all of
-them). `unrolled=True` gives the same numbers by loops of static length, which JAX can
-differentiate in both modes: the derivative rules of second and higher order use it.
 """
 
 import dataclasses
@@ -34,7 +20,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .reference import Band, inner_products, visible
+from .base import (
+    LOG2E,
+    MASKED,
+    AbstractBackend,
+    Band,
+    Cotangent,
+    Forward,
+    Mode,
+    Operands,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    finite,
+    inner_products,
+    known_bound,
+    pad,
+    visible,
+)
 
 # A tile of scores is about this many rows times this many keys. Tuned on two Zen 3 cores with
 # 0.5 MiB of L2 each: tiles of 256 rows lose a third, larger tiles fall out of the cache.
@@ -43,45 +47,53 @@ ROWS, KEYS = 2048, 512
 # that fewer of the pairs outside the band are computed.
 STRIP = 64
 
-# A masked key: in a matrix product -inf would become nan where the platform splits its operands.
-MASKED = -1e30
-
-Operands = tuple[Array, ...]
+Arrays = tuple[Array, ...]
 
 
-def forward(q, k, v, b, scale, *, band: Band, unrolled: bool = False) -> Operands:
-    """mean (m, r) and log_partition (m,)."""
-    fn = partial(_forward, band=band, unrolled=unrolled)
-    operands = (q, k, v, b, scale)
-    if unrolled:
-        return _over_batch(fn, operands)
-    # One choice for the whole batch: a batched `cond` would compute both sides.
-    shift, safe = _known_bound(q, k, b, scale)
-    return jax.lax.cond(
-        safe, lambda: _over_batch(fn, (*operands, shift)), lambda: _over_batch(fn, operands)
-    )
+@dataclasses.dataclass(frozen=True)
+class Blocked(AbstractBackend):
+    """The portable backend.
 
+    `unrolled` gives the same numbers by loops of static length, which JAX can differentiate in
+    both modes: the derivative rules of second and higher order use it.
+    """
 
-def tangent(
-    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band: Band, unrolled: bool = False
-) -> Operands:
-    """dmean (m, r) and dlog_partition (m,): linear in (du, dk, dv, db)."""
-    operands = (q, k, v, b, scale, mean, lse, du, dk, dv, db)
-    return _over_batch(partial(_tangent, band=band, unrolled=unrolled), operands)
+    unrolled: bool = False
 
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        one = partial(_forward, band=problem.band, unrolled=self.unrolled)
+        if self.unrolled:
+            return _over_batch(one, operands)
+        # One choice for the whole batch: a batched `cond` would compute both sides.
+        q, k, _, b, scale = operands
+        u = scale[..., None, None] * q.astype(b.dtype)
+        shift, safe = known_bound(u, k.astype(b.dtype), b, math.log)
+        return jax.lax.cond(
+            safe.all(),
+            lambda: _over_batch(one, operands, shift),
+            lambda: _over_batch(one, operands),
+        )
 
-def cotangent(
-    q, k, v, b, scale, mean, lse, g, h, *, band: Band, unrolled: bool = False
-) -> Operands:
-    """gu (m, p), gk (n, p), gv (n, r), gb (n,): linear in (g, h)."""
-    operands = (q, k, v, b, scale, mean, lse, g, h)
-    return _over_batch(partial(_cotangent, band=band, unrolled=unrolled), operands)
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        one = partial(_tangent, band=problem.band, unrolled=self.unrolled)
+        return _over_batch(one, operands)
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        one = partial(_cotangent, band=problem.band, unrolled=self.unrolled)
+        return _over_batch(one, operands)
+
+    def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
+        return None
+
+    def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
+        return "blocks of rows in XLA"
 
 
 # ------------------------------------------------------------------ one system of m x n pairs
 
 
-def _forward(q, k, v, b, scale, shift=None, *, band, unrolled):
+def _forward(operands: Forward, shift: Array | None = None, *, band: Band, unrolled: bool):
+    q, k, v, b, scale = operands
     dtype = b.dtype
     loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
     u, k = scale * q.astype(dtype), k.astype(dtype)
@@ -94,15 +106,15 @@ def _forward(q, k, v, b, scale, shift=None, *, band, unrolled):
             shift, total = carry
             s = loops.scores(u, k, offset, column)
             new = jnp.maximum(shift, s.max(axis=1))
-            finite = _finite(new)
-            weights = loops.exp(s - finite[:, None])
-            total = total * loops.exp(shift - finite)[:, None] + _matmul(weights, values)
+            known = _unmasked(new)
+            weights = loops.exp(s - known[:, None])
+            total = total * loops.exp(shift - known)[:, None] + _matmul(weights, values)
             return new, total
 
         rows = u.shape[0]
         init = jnp.full(rows, -jnp.inf, dtype), jnp.zeros((rows, width), dtype)
         shift, total = loops.fold_keys(step, init, keys, offset)
-        return _normalise(_finite(shift) / loops.unit, total)
+        return _normalise(_unmasked(shift) / loops.unit, total)
 
     def bounded(offset, u, shift):
         def step(total, column, k, values):
@@ -118,13 +130,13 @@ def _forward(q, k, v, b, scale, shift=None, *, band, unrolled):
     return mean.astype(v.dtype), lse
 
 
-def _tangent(q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band, unrolled):
+def _tangent(operands: Tangent, *, band: Band, unrolled: bool):
+    q, k, v, b, scale, mean, lse, du, dk, dv, _ = operands
     dtype = b.dtype
     loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
     u, k, dk = scale * q.astype(dtype), k.astype(dtype), dk.astype(dtype)
-    # <u, dk> + <du, k> + db is one product. A key of weight zero moves nothing.
-    db = jnp.where(jnp.isneginf(b), 0, db)
-    k2, u2 = _with_columns(dk, k, db), _with_columns(u, du, 1)
+    # <u, dk> + <du, k> + db is one product.
+    k2, u2 = _with_columns(dk, k, operands.moving_db), _with_columns(u, du, 1)
     values, dvalues = _with_columns(v.astype(dtype), 1), _with_columns(dv.astype(dtype), 0)
     keys = loops.pad_keys((loops.keys_of(k, b), k2, values, dvalues))
 
@@ -139,16 +151,16 @@ def _tangent(q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band, unrolled):
         dlse = total[:, -1]
         return total[:, :-1] - dlse[:, None] * mean, dlse
 
-    rows = (_with_columns(u, 1, -_finite(lse)), u2, mean.astype(dtype))
+    rows = (_with_columns(u, 1, -finite(lse)), u2, mean.astype(dtype))
     dmean, dlse = loops.map_rows(rows_tangent, rows)
     return dmean.astype(v.dtype), dlse
 
 
-def _cotangent(q, k, v, b, scale, mean, lse, g, h, *, band, unrolled):
+def _cotangent(operands: Cotangent, *, band: Band, unrolled: bool):
+    q, k, v, b, scale, _, lse, g, _ = operands
     dtype = b.dtype
     loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
     u, g = scale * q.astype(dtype), g.astype(dtype)
-    centre = (g * mean.astype(dtype)).sum(axis=1) - h
     keys = loops.pad_keys((loops.keys_of(k.astype(dtype), b), _with_columns(v.astype(dtype), 1)))
     # Tiles have keys as rows here: then all products but one sum over the last axis of a tile,
     # and that one takes the keys transposed. Libraries are slow with a transposed tile.
@@ -168,7 +180,8 @@ def _cotangent(q, k, v, b, scale, mean, lse, g, h, *, band, unrolled):
         gu, sums = loops.fold_keys(step, init, keys, offset)
         return sums, (gu.T,)
 
-    rows = _with_columns(u, 1, -_finite(lse)), _with_columns(u, 1), g, _with_columns(g, -centre)
+    shifted, centred = _with_columns(u, 1, -finite(lse)), _with_columns(g, -operands.centre)
+    rows = shifted, _with_columns(u, 1), g, centred
     sums = tuple(jnp.zeros((transposed.shape[1], a.shape[1]), dtype) for a in rows[1:3])
     (gk, gv), (gu,) = loops.scan_rows(rows_cotangent, sums, rows)
     gk, gv = gk[: k.shape[0]], gv[: k.shape[0]]
@@ -211,7 +224,7 @@ class _Loops:
     @property
     def unit(self) -> float:
         """Scores are kept times this factor: powers of two are the faster ones."""
-        return math.log2(math.e) if self.fast else 1.0
+        return LOG2E if self.fast else 1.0
 
     def exp(self, x):
         """The exponential of scores in that unit."""
@@ -220,7 +233,7 @@ class _Loops:
     def keys_of(self, k, b):
         """(k_j, b_j, 1), padded with masked keys."""
         (k,) = self.pad_keys((k,))
-        (b,) = self.pad_keys((jnp.where(jnp.isneginf(b), MASKED, b),), MASKED)
+        b = pad(jnp.where(jnp.isneginf(b), MASKED, b), math.prod(self.keys), MASKED, axis=0)
         return self.unit * _with_columns(k, b, 1)
 
     def scores(self, u, k, row, column, transposed=False):
@@ -231,10 +244,10 @@ class _Loops:
         s, mask = inner_products(u, k), visible(rows, columns, band)
         return s if mask is None else jnp.where(mask, s, -jnp.inf)
 
-    def pad_keys(self, operands: Operands, fill: float | int = 0) -> Operands:
-        return _pad(operands, math.prod(self.keys), fill)
+    def pad_keys(self, operands: Arrays) -> Arrays:
+        return tuple(pad(a, math.prod(self.keys), axis=0) for a in operands)
 
-    def fold_keys(self, step: Callable, init, keys: Operands, offset):
+    def fold_keys(self, step: Callable, init, keys: Arrays, offset):
         """carry = step(carry, column, *key block) over the key blocks that a row can see."""
         block, count = self.keys
         left, right = self.band
@@ -253,10 +266,10 @@ class _Loops:
 
         return jax.lax.fori_loop(first, last, self._remat(body), init)
 
-    def scan_rows(self, fn: Callable, carry, rows: Operands):
+    def scan_rows(self, fn: Callable, carry, rows: Arrays):
         """carry, outs = fn(carry, offset, *row block) over the row blocks."""
         height, count = self.rows
-        rows = _pad(rows, height * count)
+        rows = tuple(pad(a, height * count, axis=0) for a in rows)
 
         def body(carry, i):
             return fn(carry, i * height, *_slice(rows, i * height, height))
@@ -272,7 +285,7 @@ class _Loops:
             outs = tuple(a.reshape((height * count, *a.shape[2:])) for a in outs)
         return carry, tuple(a[: self.m] for a in outs)
 
-    def map_rows(self, fn: Callable, rows: Operands) -> Operands:
+    def map_rows(self, fn: Callable, rows: Arrays) -> Arrays:
         return self.scan_rows(lambda _, *args: (None, fn(*args)), None, rows)[1]
 
     def _remat(self, step: Callable) -> Callable:
@@ -286,15 +299,7 @@ def _blocks(length: int, most: int) -> tuple[int, int]:
     return -(-length // count), count
 
 
-def _pad(operands: Operands, length: int, fill: float | int = 0) -> Operands:
-    def pad(a):
-        widths = [(0, length - a.shape[0])] + [(0, 0)] * (a.ndim - 1)
-        return jnp.pad(a, widths, constant_values=fill)
-
-    return tuple(a if a.shape[0] == length else pad(a) for a in operands)
-
-
-def _slice(operands: Operands, start, size: int) -> Operands:
+def _slice(operands: Arrays, start, size: int) -> Arrays:
     return tuple(jax.lax.dynamic_slice_in_dim(a, start, size) for a in operands)
 
 
@@ -305,15 +310,14 @@ def _add_at(start, total, part):
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 0)
 
 
-def _over_batch(one: Callable, operands: Operands) -> Operands:
+def _over_batch(one: Callable, operands: Operands, *more: Array) -> Results:
     """Maps `one` over the leading batch axes, as many systems at a time as fill a tile."""
-    q, k, scale = operands[0], operands[1], operands[4]
-    batch = scale.shape
+    batch = operands.scale.shape
     if not batch:
-        return one(*operands)
+        return one(operands, *more)
     size = math.prod(batch)
-    flat = tuple(a.reshape((size, *a.shape[len(batch) :])) for a in operands)
-    together = ROWS * KEYS // (q.shape[-2] * k.shape[-2])
+    flat = jax.tree.map(lambda a: a.reshape((size, *a.shape[len(batch) :])), (operands, *more))
+    together = ROWS * KEYS // (operands.q.shape[-2] * operands.k.shape[-2])
     if together >= size:
         outs = jax.vmap(one)(*flat)
     else:
@@ -355,8 +359,8 @@ def _with_columns(a, *columns):
     return jnp.concatenate([a, *map(matrix, columns)], axis=1)
 
 
-def _finite(x):
-    """A row without a visible key has log-partition -inf and only zero weights."""
+def _unmasked(x):
+    """`finite` for a maximum over keys that are masked here."""
     return jnp.where(x < MASKED / 2, 0, x)
 
 
@@ -365,15 +369,3 @@ def _normalise(shift, total):
     empty = z == 0
     z = jnp.where(empty, 1, z)
     return total[:, :-1] / z[:, None], jnp.where(empty, -jnp.inf, jnp.log(z) + shift)
-
-
-def _known_bound(q, k, b, scale):
-    """|u_i| max|k| + max b >= s_ij, and whether no weight can underflow under it."""
-    dtype = b.dtype
-    length = lambda x: jnp.sqrt((x.astype(dtype) ** 2).sum(axis=-1))
-    most = lambda x: x.max(axis=-1, keepdims=True)
-    lengths = jnp.abs(scale)[..., None] * length(q)
-    longest, top = most(length(k)), most(b)
-    span = 2 * most(lengths) * longest + top + most(jnp.where(jnp.isneginf(b), -top, -b))
-    safe = jnp.isfinite(top) & (span < -0.9 * math.log(jnp.finfo(dtype).tiny))
-    return lengths * longest + top, safe.all()

@@ -8,6 +8,7 @@ bits, and the weights exp(s - log_partition) of the derivatives would be wrong b
 """
 
 import contextlib
+import dataclasses
 import math
 from functools import partial
 from typing import Any, cast
@@ -16,34 +17,82 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import pallas_gpu
-from .reference import Problem
+from .base import (
+    AbstractBackend,
+    Cotangent,
+    Forward,
+    Mode,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+)
+from .pallas_gpu import PallasGPU
 
 fused: Any = None
 with contextlib.suppress(ImportError):  # A JAX that has moved it does without.
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
 DTYPES = ("bfloat16", "float16")
+OTHERS = PallasGPU()  # for what cuDNN has not
 
 
-def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
-    """Why cuDNN cannot run these operands; None if it can."""
-    del mode  # What `pallas_gpu` does for it takes all that passes here.
-    if (name := jnp.dtype(q.dtype).name) not in DTYPES:
-        return f"it takes {' and '.join(DTYPES)}, got {name}"
-    if problem.weighted:
-        return "its bias is an array of all n^2 scores, so log_weights are not for it"
-    if not problem.constant_scale:
-        return "it takes the scale as a constant of the program, a Python number other than 0"
-    p, r = q.shape[-1], v.shape[-1]
-    if p != r or p % 8 or p > 256:
-        return f"it takes head dimensions that are equal multiples of 8 up to 256, got {p} and {r}"
-    left, right = problem.band
-    if right not in (None, 0) or (left is not None and right is None):
-        return f"of windows it takes causal ones, got keys from i - {left} to i + {right}"
-    if right == 0 and q.shape[-2] != k.shape[-2]:
-        return f"causal takes as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}"
-    return _absent(p)
+@dataclasses.dataclass(frozen=True)
+class CuDNN(AbstractBackend):
+    """cuDNN's fused attention."""
+
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        q, k, v, _, scale = operands
+        batch = scale.shape
+        mean, lse = _attend(problem, *(_heads(a, batch) for a in (q, k, v)))
+        return mean.reshape(*batch, *mean.shape[1::2]), lse.reshape(*batch, -1)
+
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        return OTHERS.tangent(operands, problem)
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        if not problem.mean_only:
+            return OTHERS.cotangent(operands, problem)
+        q, k, v, b, scale, *_ = operands
+        batch = scale.shape
+        heads = (_heads(a, batch) for a in (q, k, v))
+        # The same call as the forward pass, which XLA therefore runs once.
+        outs, pullback = jax.vjp(partial(_attend, problem), *heads)
+        gq, gk, gv = cast(tuple, pullback((_heads(operands.g, batch), jnp.zeros_like(outs[1]))))
+        gu = gq.reshape(q.shape).astype(b.dtype) / problem.constant_scale
+        return gu, gk.reshape(k.shape), gv.reshape(v.shape), jnp.zeros_like(b)
+
+    def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
+        q, k, v = shapes
+        if (name := jnp.dtype(q.dtype).name) not in DTYPES:
+            return f"it takes {' and '.join(DTYPES)}, got {name}"
+        if problem.weighted:
+            return "its bias is an array of all n^2 scores, so log_weights are not for it"
+        if not problem.constant_scale:
+            return "it takes the scale as a constant of the program, a Python number other than 0"
+        p, r = q.shape[-1], v.shape[-1]
+        if p != r or p % 8 or p > 256:
+            return (
+                f"it takes head dimensions that are equal multiples of 8 up to 256, got {p} and {r}"
+            )
+        left, right = problem.band
+        if right not in (None, 0) or (left is not None and right is None):
+            return f"of windows it takes causal ones, got keys from i - {left} to i + {right}"
+        if right == 0 and q.shape[-2] != k.shape[-2]:
+            return f"causal takes as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}"
+        if (reason := _absent(p)) is not None:
+            return reason
+        return None if _has(mode, problem) else OTHERS.refusal(mode, shapes, problem)
+
+    def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
+        if _has(mode, problem):
+            return "its fused attention"
+        return f"pallas_gpu's {OTHERS.kernel(mode, shapes, problem)}"
+
+
+def _has(mode: Mode, problem: Problem) -> bool:
+    """Whether cuDNN has a kernel for it."""
+    return mode == "forward" or (mode == "cotangent" and problem.mean_only)
 
 
 def _absent(head_dimension: int) -> str | None:
@@ -60,29 +109,6 @@ def _absent(head_dimension: int) -> str | None:
     if head_dimension > 128 and capability < 9.0:
         return f"head dimension {head_dimension} needs compute capability 9.0, got {capability}"
     return None
-
-
-def forward(q, k, v, b, scale, *, problem: Problem):
-    del b
-    batch = scale.shape
-    mean, lse = _attend(problem, *(_heads(a, batch) for a in (q, k, v)))
-    return mean.reshape(*batch, *mean.shape[1::2]), lse.reshape(*batch, -1)
-
-
-def tangent(*operands, problem: Problem):
-    return pallas_gpu.tangent(*operands, problem=problem)
-
-
-def cotangent(q, k, v, b, scale, mean, lse, g, h, *, problem: Problem):
-    if not problem.mean_only:
-        return pallas_gpu.cotangent(q, k, v, b, scale, mean, lse, g, h, problem=problem)
-    batch = scale.shape
-    heads = (_heads(a, batch) for a in (q, k, v))
-    # The same call as the forward pass, which XLA therefore runs once.
-    outs, pullback = jax.vjp(partial(_attend, problem), *heads)
-    gq, gk, gv = cast(tuple, pullback((_heads(g, batch), jnp.zeros_like(outs[1]))))
-    gu = gq.reshape(q.shape).astype(b.dtype) / problem.constant_scale
-    return gu, gk.reshape(k.shape), gv.reshape(v.shape), jnp.zeros_like(b)
 
 
 def _attend(problem: Problem, q, k, v) -> tuple[Array, Array]:

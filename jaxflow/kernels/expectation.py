@@ -1,49 +1,25 @@
-"""The one operation, differentiable in both modes.
+"""The one operation, and the checks of its arguments.
 
     s_ij = scale <q_i, k_j> + log w_j
     log_partition_i = logsumexp_j s_ij,    mean_i = sum_j exp(s_ij - log_partition_i) v_j
 
-Why three primitives: a fused kernel has no transpose rule, and `jax.custom_vjp` forbids forward
-mode, which divergences, Lyapunov exponents and implicit solvers need. With u = scale q,
-
-    forward    (q, k, v, b, scale)                               -> (mean, log_partition)
-    tangent    (q, k, v, b, scale, mean, lse; du, dk, dv, db)    -> (dmean, dlog_partition)
-    cotangent  (q, k, v, b, scale, mean, lse; g, h)              -> (gu, gk, gv, gb)
-
-tangent and cotangent are linear in what follows the semicolon and are each other's transpose, so
-
-    jvp(forward) = tangent,  transpose(tangent) = cotangent,  transpose(cotangent) = tangent,
-    jvp(tangent) = tangent of the linear part + jvp of the portable code in the residuals.
-
-The last line makes derivatives of second and higher order fall back on differentiable, blocked
-JAX code. Taking du = d(scale q) outside leaves the derivative in `scale` to JAX's own rules, also
-at scale = 0.
+base.py says what a backend computes, registry.py which backend runs, primitives.py how the
+operation is differentiated, batched and compiled.
 """
-
-import dataclasses
-import importlib
-from collections.abc import Callable
-from functools import partial
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
-from . import blocked, reference
-from .reference import Band, Problem
+from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
+from .primitives import forward_p
+from .registry import check_named, choose, default_platform, load
 
-BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn")
-# The platform of the backends that have one, and the order in which a platform tries them.
-PLATFORMS = {"pallas_gpu": "cuda", "cudnn": "cuda", "pallas_tpu": "tpu"}
-PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", "blocked")}
-INTERPRET = ":interpret"
-MASKED = -1e25  # below it a log weight is -inf: no score would be left of the sum
-Window = int | tuple[int, int] | None
+# By the names that programs are compiled for; "gpu" is JAX's own word for CUDA's.
+PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda", "rocm": "rocm", "tpu": "tpu"}
+Described = ArrayLike | jax.ShapeDtypeStruct
 
 
 def softmax_expectation(
@@ -91,26 +67,43 @@ def softmax_expectation(
 
     **Raises:**
 
-    `ValueError` for wrong shapes, windows or an unknown backend, `TypeError` for wrong dtypes,
-    `NotImplementedError` with the reason where a backend asked for by name cannot do it.
+    - `ValueError` for wrong shapes, an empty array, a window that is no distance and an unknown
+      backend; also for a scale that is not finite and for log-weights that are NaN or +inf, unless
+      they are traced: then NaN comes out.
+    - `TypeError` for wrong dtypes, and for what is no array, number, Boolean or name.
+    - `NotImplementedError` with the reason where a backend asked for by name cannot do it.
+
+    **Example:**
+
+    ```python
+    import jax.numpy as jnp
+    import jaxflow as jf
+
+    q, k, v = jnp.array([[0.0]]), jnp.array([[1.0], [2.0]]), jnp.array([[0.0], [4.0]])
+    mean, log_partition = jf.softmax_expectation(q, k, v)
+    # The query 0 weighs both keys alike: their mean value, and log 2.
+    assert mean == 2.0 and jnp.allclose(log_partition, jnp.log(2.0))
+    ```
     """
-    q, k, v, b = _operands(q, k, v, log_weights)
-    problem = _problem(q, log_weights, scale, causal, window)
-    scale = _scale(scale, b.dtype)
+    shapes = Shapes(_array("q", q), _array("k", k), _array("v", v))
+    b = None if log_weights is None else _array("log_weights", log_weights)
+    _check(shapes, b, batched=False)
+    dtype = accumulation_dtype(shapes.q.dtype)
+    scale = _scale(scale, dtype)
+    problem = _problem(shapes, b, scale, causal, window)
     if backend is not None:
-        _check_backend(backend, q, k, v, problem)
-    if backend == "reference":
-        return reference.forward(q, k, v, b, scale, band=problem.band)
-    operands = q, k, v, b, scale
+        check_named(backend, shapes, problem)
+    b = jnp.zeros(len(shapes.k), dtype) if b is None else _log_weights(b, dtype)
+    operands = Forward(*shapes, b, jnp.asarray(scale, dtype))
     mean, log_partition = forward_p.bind(*operands, problem=problem, backend=backend)
     return mean, log_partition
 
 
 def select_backend(
-    q: ArrayLike | jax.ShapeDtypeStruct,
-    k: ArrayLike | jax.ShapeDtypeStruct,
-    v: ArrayLike | jax.ShapeDtypeStruct,
-    log_weights: ArrayLike | jax.ShapeDtypeStruct | None = None,
+    q: Described,
+    k: Described,
+    v: Described,
+    log_weights: Described | None = None,
     *,
     scale: ScalarLike = 1.0,
     causal: bool = False,
@@ -124,84 +117,104 @@ def select_backend(
     **Arguments:** as [`jaxflow.softmax_expectation`][] (only shapes and dtypes matter; leading
     axes are a batch), and
 
-    - `platform`: "cpu", "cuda" or "tpu"; JAX's default platform if `None`.
+    - `platform`: "cpu", "cuda" (or "gpu"), "rocm" or "tpu"; JAX's default platform if `None`.
     - `mode`: "forward", or a derivative's kernel: "tangent" or "cotangent".
 
-    **Raises:** `ValueError` for an unknown backend, `NotImplementedError` with the reason where
-    the backend asked for by name cannot run on the platform or on these operands.
+    **Returns:** a name in `jaxflow.kernels.BACKENDS`, or the one asked for.
+
+    **Raises:** `ValueError` for an unknown backend, platform or mode and for wrong shapes,
+    `TypeError` for wrong dtypes, `NotImplementedError` with the reason where the backend asked for
+    by name cannot run on the platform or on these operands.
+
+    **Example:**
+
+    ```python
+    import jax.numpy as jnp
+    import jaxflow as jf
+
+    x = jnp.zeros((512, 3))
+    assert jf.select_backend(x, x, x, platform="cpu") == "blocked"
+    ```
     """
+    shapes, problem = _described(q, k, v, log_weights, scale, causal, window)
+    return _select(shapes, problem, backend, platform, mode)
+
+
+def describe_backend(
+    q: Described,
+    k: Described,
+    v: Described,
+    log_weights: Described | None = None,
+    *,
+    scale: ScalarLike = 1.0,
+    causal: bool = False,
+    window: Window = None,
+    backend: str | None = None,
+    platform: str | None = None,
+    mode: str = "forward",
+) -> str:
+    """The backend that runs, and in brackets its kernels: "pallas_gpu (particles)".
+
+    Arguments and errors are those of [`jaxflow.kernels.select_backend`][].
+    """
+    shapes, problem = _described(q, k, v, log_weights, scale, causal, window)
+    name = _select(shapes, problem, backend, platform, mode)
+    return f"{name} ({load(name).kernel(_mode(mode), shapes, problem)})"
+
+
+def _described(q, k, v, log_weights, scale, causal, window) -> tuple[Shapes, Problem]:
+    known = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    describe = lambda name, a: a if isinstance(a, known) else _array(name, a)
+    shapes = Shapes(describe("q", q), describe("k", k), describe("v", v))
+    b = None if log_weights is None else describe("log_weights", log_weights)
+    _check(shapes, b, batched=True)
+    scale = _scale(scale, accumulation_dtype(shapes.q.dtype))
+    return shapes, _problem(shapes, b, scale, causal, window)
+
+
+def _select(shapes: Shapes, problem: Problem, backend, platform, mode) -> str:
     if platform is None:
-        platform = _default_platform()
-    q, k, v = (jnp.asarray(a) if isinstance(a, list | tuple) else a for a in (q, k, v))
-    problem = _problem(q, log_weights, scale, causal, window)
-    if backend is not None:
-        _check_backend(backend, q, k, v, problem)
-    return _select(mode, platform, q, k, v, problem, backend)
-
-
-def _problem(q, log_weights, scale, causal, window) -> Problem:
-    # Each constant is a program of its own, so it is one only where cuDNN can take it.
-    constant = isinstance(scale, int | float | np.number) and jnp.dtype(q.dtype).itemsize == 2
-    scale = float(scale) if constant else None
-    return Problem(band(causal, window), log_weights is not None, scale)
-
-
-def _select(mode: str, platform: str, q, k, v, problem: Problem, backend: str | None) -> str:
-    if backend is None:
-        names = PREFERENCE.get(platform, ("blocked",))
-        return next(name for name in names if _refusal(name, mode, q, k, v, problem) is None)
-    home = PLATFORMS.get(backend, platform)
-    if home != platform:
-        interpreted = f", or {backend + INTERPRET!r} for a slow run" * backend.startswith("pallas")
-        raise NotImplementedError(
-            f"the backend {backend!r} runs on {home}, and this program is compiled for {platform}. "
-            f"Leave backend None to take the best for the platform{interpreted}."
-        )
-    return backend
-
-
-def _check_backend(backend: str, q, k, v, problem: Problem):
-    """Whether a backend asked for by name can run these operands on its platform."""
-    name = backend.removesuffix(INTERPRET)
-    interpret = name != backend
-    if name not in BACKENDS or (interpret and not name.startswith("pallas")):
+        platform = default_platform()
+    elif platform in tuple(PLATFORMS):
+        platform = PLATFORMS[platform]
+    else:
         raise ValueError(
-            f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}. "
-            "Leave it None to take the best for the platform."
+            f"platform must be one of {', '.join(PLATFORMS)} or None, got {platform!r}."
         )
-    for mode in () if interpret else ("forward", "tangent", "cotangent"):
-        reason = _refusal(name, mode, q, k, v, problem)
-        if reason is not None:
-            raise NotImplementedError(
-                f"the backend {name!r} cannot do this ({mode}): {reason}. "
-                "Leave backend None to take one that can."
-            )
+    if backend is not None:
+        check_named(backend, shapes, problem)
+    return choose(_mode(mode), platform, shapes, problem, backend)
 
 
-def _refusal(name: str, mode: str, q, k, v, problem: Problem) -> str | None:
-    """Why a backend cannot run these operands; None if it can."""
-    if name in ("reference", "blocked"):
-        return None
-    return _module(name).refusal(mode, q, k, v, problem)
+def _mode(name: str) -> Mode:
+    for mode in MODES:
+        if name == mode:
+            return mode
+    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {name!r}.")
 
 
-def _module(name: str) -> ModuleType:
-    """The backend's module; Pallas takes long to import, so only those in use are."""
-    return importlib.import_module(f".{name}", __package__)
-
-
-def _default_platform() -> str:
-    platform = jax.default_backend()
-    return "cuda" if platform == "gpu" else platform
+def _problem(shapes: Shapes, log_weights, scale: float | jax.Array, causal, window) -> Problem:
+    # Each constant is a program of its own, so it is one only where cuDNN can take it.
+    constant = isinstance(scale, float) and jnp.dtype(shapes.q.dtype).itemsize == 2
+    return Problem(band(causal, window), log_weights is not None, scale if constant else None)
 
 
 # ------------------------------------------------------------------ checks
 
 
-def _operands(q, k, v, log_weights):
-    arrays = {"q": jnp.asarray(q), "k": jnp.asarray(k), "v": jnp.asarray(v)}
-    for name, a in arrays.items():
-        if a.ndim != 2:
+def _array(name: str, value) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise TypeError(
+            f"{name} must be an array of floating-point numbers, which this {type(value).__name__} "
+            "is not. Pass it through jnp.asarray to see why."
+        ) from e
+
+
+def _check(shapes: Shapes, log_weights, *, batched: bool):
+    for name, a in shapes._asdict().items():
+        if len(a.shape) < 2 or (len(a.shape) > 2 and not batched):
             raise ValueError(
                 f"{name} must have two axes, (tokens, channels); got shape {a.shape}. "
                 "Batch and head axes go through jax.vmap."
@@ -210,209 +223,64 @@ def _operands(q, k, v, log_weights):
             raise TypeError(f"{name} must be floating point, got {a.dtype}. Cast it first.")
         if 0 in a.shape:
             raise ValueError(f"{name} must not be empty, got shape {a.shape}.")
-    q, k, v = arrays.values()
+    q, k, v = shapes
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}. "
             "Cast them to one dtype first."
         )
-    if q.shape[1] != k.shape[1]:
+    if q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"queries and keys must have the same dimension, got q {q.shape} and k {k.shape}."
         )
-    if k.shape[0] != v.shape[0]:
+    if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"keys and values must pair up, got k {k.shape} and v {v.shape}.")
-    dtype = accumulation_dtype(q.dtype)
     if log_weights is None:
-        return q, k, v, jnp.zeros(k.shape[0], dtype)
-    b = jnp.asarray(log_weights)
-    if b.shape != k.shape[:1]:
+        return
+    wanted = k.shape[:-1]
+    if log_weights.shape != wanted and not (batched and log_weights.shape[-1:] == wanted[-1:]):
         raise ValueError(
-            f"log_weights must have one entry a key, shape {k.shape[:1]}; got {b.shape}."
+            f"log_weights must have one entry a key, shape {wanted}; got {log_weights.shape}."
         )
-    if not jnp.issubdtype(b.dtype, jnp.floating):
+    if not jnp.issubdtype(log_weights.dtype, jnp.floating):
         raise TypeError(
-            f"log_weights must be floating point, got {b.dtype}. "
+            f"log_weights must be floating point, got {log_weights.dtype}. "
             "A Boolean mask becomes jnp.where(mask, 0.0, -jnp.inf)."
         )
-    b = b.astype(dtype)
-    return q, k, v, jnp.where(b < MASKED, -jnp.inf, b)
 
 
-def _scale(scale, dtype):
-    scale = jnp.asarray(scale)
-    if scale.shape != ():
-        raise ValueError(
-            f"scale must be a scalar, got shape {scale.shape}. One scale a head goes through "
-            "jax.vmap."
-        )
-    if is_concrete(scale) and not np.isfinite(scale):
-        raise ValueError(f"scale (the inverse temperature) must be finite, got {scale}.")
-    return scale.astype(dtype)
-
-
-def band(causal, window) -> Band:
-    left = right = None
-    if window is not None:
-        pair = window if isinstance(window, tuple) else (window, window)
-        if len(pair) != 2 or not all(isinstance(w, int) and w >= 0 for w in pair):
+def _log_weights(b: jax.Array, dtype) -> Float[Array, " n"]:
+    if is_concrete(b) and b.is_fully_addressable:
+        known = np.asarray(b, np.float64)
+        if (wrong := np.flatnonzero(np.isnan(known) | np.isposinf(known))).size:
             raise ValueError(
-                "window must be a non-negative integer or a pair of them, the keys seen to the "
-                f"left and to the right of the query; got {window!r}."
+                f"log_weights must be numbers below infinity, got {known[wrong[0]]} for key "
+                f"{wrong[0]}. A key without weight has the log-weight -inf."
             )
-        left, right = pair
-    return left, 0 if causal else right
+    b = b.astype(dtype)
+    return jnp.where(b < 1e-5 * MASKED, -jnp.inf, b)
 
 
-# ------------------------------------------------------------------ the primitives
-
-forward_p = Primitive("jaxflow_expectation")
-tangent_p = Primitive("jaxflow_expectation_tangent")
-cotangent_p = Primitive("jaxflow_expectation_cotangent")
-
-RESIDUALS = 7  # q, k, v, b, scale, mean, lse
-# The operands with one row a query, per primitive; the others have one row a key, or none.
-ROW_OPERANDS = {forward_p: {0}, tangent_p: {0, 5, 6, 7}}
-
-
-def _forward_avals(q, k, v, b, scale, **params):
-    return [
-        q.update(shape=(*q.shape[:-1], v.shape[-1]), dtype=v.dtype),
-        q.update(shape=q.shape[:-1], dtype=b.dtype),
-    ]
-
-
-def _tangent_avals(q, k, v, b, scale, *rest, **params):
-    return _forward_avals(q, k, v, b, scale, **params)
-
-
-def _cotangent_avals(q, k, v, b, *rest, **params):
-    return [q.update(dtype=b.dtype), k, v, b]
-
-
-def _forward_jvp(primals, tangents, **params):
-    q, k, v, b, scale = primals
-    dq, dk, dv, db, dscale = tangents
-    mean, lse = forward_p.bind(*primals, **params)
-    du = jnp.zeros(q.shape, b.dtype)
-    if not isinstance(dq, ad.Zero):
-        du = du + scale[..., None, None] * dq.astype(b.dtype)
-    if not isinstance(dscale, ad.Zero):
-        du = du + dscale[..., None, None] * q.astype(b.dtype)
-    linear = du, *map(ad.instantiate_zeros, (dk, dv, db))
-    return (mean, lse), tangent_p.bind(*primals, mean, lse, *linear, **params)
-
-
-def _linear_jvp(primitive: Primitive, portable: Callable):
-    """The jvp of a primitive f(residuals; linear)."""
-
-    def rule(primals, tangents, **params):
-        band = params["problem"].band
-        residuals, linear = primals[:RESIDUALS], primals[RESIDUALS:]
-        dresiduals, dlinear = tangents[:RESIDUALS], tangents[RESIDUALS:]
-        outs = primitive.bind(*primals, **params)
-        parts = []
-        if not all(isinstance(t, ad.Zero) for t in dlinear):
-            dlinear = map(ad.instantiate_zeros, dlinear)
-            parts.append(primitive.bind(*residuals, *dlinear, **params))
-        if not all(isinstance(t, ad.Zero) for t in dresiduals):
-            dresiduals = tuple(map(ad.instantiate_zeros, dresiduals))
-            fn = lambda *residuals: tuple(portable(*residuals, *linear, band=band, unrolled=True))
-            parts.append(jax.jvp(fn, residuals, dresiduals)[1])
-        if not parts:
-            zero = ad.Zero.from_primal_value  # pyright: ignore[reportAttributeAccessIssue]
-            return outs, [zero(o) for o in outs]
-        return outs, [sum(p[1:], p[0]) for p in zip(*parts, strict=True)]
-
-    return rule
-
-
-def _tangent_transpose(cotangents, *operands, problem, backend):
-    # A log-partition that nothing depends on lets cuDNN in.
-    mean_only = isinstance(cotangents[1], ad.Zero)
-    problem = dataclasses.replace(problem, mean_only=mean_only)
-    return _transpose(cotangent_p, cotangents, operands, problem=problem, backend=backend)
-
-
-def _cotangent_transpose(cotangents, *operands, **params):
-    return _transpose(tangent_p, cotangents, operands, **params)
-
-
-def _transpose(transposed: Primitive, cotangents, operands, **params):
-    """The transpose of a primitive f(residuals; linear) in its linear operands."""
-    residuals, linear = operands[:RESIDUALS], operands[RESIDUALS:]
-    cotangents = map(ad.instantiate_zeros, cotangents)
-    outs = transposed.bind(*residuals, *cotangents, **params)
-    outs = [o if ad.is_undefined_primal(x) else None for o, x in zip(outs, linear, strict=True)]
-    return [None] * RESIDUALS + outs
-
-
-def _batch(primitive: Primitive, args, dims, **params):
-    """Moves the batch axis to the front of all operands, or folds it into the query axis.
-
-    A batch of queries that share keys and see all of them is one longer list of queries: probes
-    and Jacobians by forward mode then cost no copy of the keys.
-    """
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-    batched = {i for i, d in enumerate(dims) if d is not None}
-    rows = ROW_OPERANDS.get(primitive, set())
-    if params["problem"].band == (None, None) and batched <= rows:
-        nbatch = args[4].ndim
-        args = list(args)
-        for i in rows:
-            a = _to_front(args[i], dims[i], size)
-            a = jnp.moveaxis(a, 0, nbatch)
-            args[i] = a.reshape((*a.shape[:nbatch], -1, *a.shape[nbatch + 2 :]))
-        outs = primitive.bind(*args, **params)
-        outs = [o.reshape((*o.shape[:nbatch], size, -1, *o.shape[nbatch + 1 :])) for o in outs]
-        return outs, [nbatch] * len(outs)
-    args = [_to_front(a, d, size) for a, d in zip(args, dims, strict=True)]
-    outs = primitive.bind(*args, **params)
-    return outs, [0] * len(outs)
-
-
-def _to_front(a, dim, size):
-    if dim is None:
-        return jnp.broadcast_to(a[None], (size, *a.shape))
-    return jnp.moveaxis(a, dim, 0)
-
-
-def _run(mode: str, platform: str, *operands, problem: Problem, backend: str | None):
-    """One of the three functions, by the backend that the platform selects."""
-    if backend is not None and backend.endswith(INTERPRET):
-        module = _module(backend.removesuffix(INTERPRET))
-        return getattr(module, mode)(*operands, problem=problem, interpret=True)
-    q, k, v, *_ = operands
-    name = _select(mode, platform, q, k, v, problem, backend)
-    if name == "blocked":
-        return getattr(blocked, mode)(*operands, band=problem.band)
-    return getattr(_module(name), mode)(*operands, problem=problem)
-
-
-def _define(mode: str, primitive: Primitive, avals: Callable):
-    primitive.multiple_results = True
-    # Outside jit the primitive compiles itself: platforms choose their lowering there.
-    bind = lambda *args, **params: primitive.bind(*args, **params)
-    compiled = jax.jit(bind, static_argnames=("problem", "backend"))
-
-    def evaluate(*args, **params):
-        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-            return _run(mode, _default_platform(), *args, **params)
-        return compiled(*args, **params)
-
-    primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(avals)
-    for platform in (None, "cuda", "tpu"):
-        run = partial(_run, mode, platform or "cpu")
-        mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True), platform)
-    batching.primitive_batchers[primitive] = partial(_batch, primitive)
-
-
-_define("forward", forward_p, _forward_avals)
-_define("tangent", tangent_p, _tangent_avals)
-_define("cotangent", cotangent_p, _cotangent_avals)
-ad.primitive_jvps[forward_p] = _forward_jvp
-ad.primitive_jvps[tangent_p] = _linear_jvp(tangent_p, blocked.tangent)
-ad.primitive_jvps[cotangent_p] = _linear_jvp(cotangent_p, blocked.cotangent)
-ad.primitive_transposes[tangent_p] = _tangent_transpose
-ad.primitive_transposes[cotangent_p] = _cotangent_transpose
+def _scale(scale, dtype) -> float | jax.Array:
+    """A number as a float, anything else as an array."""
+    number = isinstance(scale, int | float | np.integer | np.floating)
+    if isinstance(scale, bool) or not (number or isinstance(scale, jax.Array | np.ndarray)):
+        raise TypeError(f"scale must be a real number or a scalar array, got {scale!r}.")
+    if not number:
+        scale = _array("scale", scale)
+        if not any(jnp.issubdtype(scale.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+            raise TypeError(f"scale must be a real number, got an array of {scale.dtype}.")
+        if scale.shape != ():
+            raise ValueError(
+                f"scale must be a scalar, got shape {scale.shape}. One scale a head goes through "
+                "jax.vmap."
+            )
+        if not is_concrete(scale):
+            return scale
+    # Also integers that are too large for a float.
+    if not abs(scale) <= float(jnp.finfo(dtype).max):
+        raise ValueError(
+            f"scale (the inverse temperature) must be finite, got {scale!s:.24} in {dtype}. "
+            "The limit of infinite scale is the interaction jaxflow.Hardmax()."
+        )
+    return float(scale) if number else scale

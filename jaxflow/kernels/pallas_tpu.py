@@ -1,14 +1,8 @@
 """Fused kernels for TPUs, in Pallas: scores live in VMEM alone.
 
-With s_ij = scale <q_i, k_j> + b_j, u = scale q, p_ij = exp(s_ij - log_partition_i):
-
-    forward    max_j s_ij, sum_j e^{s_ij - max} and sum_j e^{s_ij - max} v_j, folded over key blocks
-    tangent    ds_ij = <du_i, k_j> + <u_i, dk_j> + db_j
-               dlog_partition_i = sum_j p_ij ds_ij
-               dmean_i = sum_j p_ij (dv_j + ds_ij v_j) - dlog_partition_i mean_i
-    cotangent  w_ij = p_ij (<g_i, v_j> - <g_i, mean_i> + h_i), in two kernels:
-               gu_i = sum_j w_ij k_j                                          folds key blocks,
-               gk_j = sum_i w_ij u_i, gv_j = sum_i p_ij g_i, gb_j = sum_i w_ij  folds row blocks
+The three functions are those of base.py. forward folds max_j s_ij, sum_j e^{s_ij - max} and
+sum_j e^{s_ij - max} v_j over key blocks; the cotangent is two kernels: gu folds key blocks, and
+(gk, gv, gb) fold row blocks.
 
 Layout. All operands are (batch, channels, tokens): tokens fill the 128 lanes, so that a particle
 of dimension 3 costs 8 sublanes and not 128 lanes. A tile of scores is (keys, rows): what belongs
@@ -22,6 +16,7 @@ in one pass, so where six times the channels are not more, one pass makes all si
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +25,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from .reference import Band, Problem
+from .base import (
+    AbstractBackend,
+    Band,
+    Cotangent,
+    Forward,
+    Mode,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    finite,
+    pad,
+)
 
 # The most rows and keys of a tile: the largest that compile for every generation from v4 (16 MiB
 # of VMEM) on. The schedules of larger tiles need fewer cycles a pair.
@@ -41,117 +48,116 @@ VECTOR_CHANNELS = 4
 MOST_CHANNELS = 1024
 LANES = 128
 
-Operands = tuple[Array, ...]
 Named = dict[str, Array]
 
 
-def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
-    """Why the kernels cannot run these operands; None if they can."""
-    del mode, k, problem  # All modes serve every band and any weights.
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the TPU compiler has no {q.dtype} vectors: use float32 or bfloat16"
-    widest = max(q.shape[-1], v.shape[-1])
-    if widest > MOST_CHANNELS:
-        return f"at most {MOST_CHANNELS} channels fit into VMEM, got {widest}"
-    return None
+@dataclasses.dataclass(frozen=True)
+class PallasTPU(AbstractBackend):
+    """The kernels of this file; `interpret` runs them on any machine, in Pallas's interpreter."""
 
+    interpret: bool = False
 
-def forward(q, k, v, b, scale, *, problem: Problem, interpret=False) -> Operands:
-    """mean (m, r) and log_partition (m,)."""
-    tiles = _Tiles.of(q, k, v, problem.band)
-    rows = tiles.queries(q, scale)
-    keys = tiles.keys(k, b, problem.weighted) | {"v": tiles.pad_keys(v)}
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        q, k, v, b, scale = operands
+        tiles = _Tiles.of(q, k, v, problem.band)
+        rows = tiles.queries(q, scale)
+        keys = tiles.keys(k, b, problem.weighted) | {"v": tiles.pad_keys(v)}
 
-    def step(rows, keys, sums, mask):
-        top, total, z = sums
-        s = _scores(rows, keys, mask)
-        new = jnp.maximum(top, jnp.max(s, axis=0, keepdims=True))
-        finite = _finite(new)
-        weights = jnp.exp(s - finite)
-        shrink = jnp.exp(top - finite)
-        total = total * shrink + _over_keys(keys["v"], weights)
-        return new, total, z * shrink + weights.sum(axis=0, keepdims=True)
+        def step(rows, keys, sums, mask):
+            top, total, z = sums
+            s = _scores(rows, keys, mask)
+            new = jnp.maximum(top, jnp.max(s, axis=0, keepdims=True))
+            known = finite(new)
+            weights = jnp.exp(s - known)
+            shrink = jnp.exp(top - known)
+            total = total * shrink + _over_keys(keys["v"], weights)
+            return new, total, z * shrink + weights.sum(axis=0, keepdims=True)
 
-    def finish(sums):
-        top, total, z = sums
-        empty = z == 0
-        z = jnp.where(empty, 1.0, z)
-        return total / z, jnp.where(empty, -jnp.inf, jnp.log(z) + _finite(top))
+        def finish(sums):
+            top, total, z = sums
+            empty = z == 0
+            z = jnp.where(empty, 1.0, z)
+            return total / z, jnp.where(empty, -jnp.inf, jnp.log(z) + finite(top))
 
-    sums = (1, -jnp.inf), (v.shape[-1], 0.0), (1, 0.0)
-    outs = (v.shape[-1], v.dtype), (1, b.dtype)
-    mean, lse = tiles.fold(step, finish, rows, keys, sums, outs, interpret=interpret)
-    return tiles.unpad(mean, q), tiles.unpad(lse, q)[..., 0]
+        sums = (1, -jnp.inf), (v.shape[-1], 0.0), (1, 0.0)
+        outs = (v.shape[-1], v.dtype), (1, b.dtype)
+        mean, lse = tiles.fold(step, finish, rows, keys, sums, outs, interpret=self.interpret)
+        return tiles.unpad(mean, q), tiles.unpad(lse, q)[..., 0]
 
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        q, k, v, b, scale, mean, lse, du, dk, dv, _ = operands
+        tiles = _Tiles.of(q, k, v, problem.band)
+        db = operands.moving_db
+        rows = tiles.queries(q, scale, lse) | {"du": tiles.pad_rows(du.astype(q.dtype))}
+        keys = tiles.keys(k, b, problem.weighted) | {
+            "v": tiles.pad_keys(v),
+            "dk": tiles.pad_keys(dk),
+            "dv": tiles.pad_keys(dv),
+            "db": tiles.pad_keys(db[..., None]),
+        }
 
-def tangent(
-    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, problem: Problem, interpret=False
-) -> Operands:
-    """dmean (m, r) and dlog_partition (m,): linear in (du, dk, dv, db)."""
-    tiles = _Tiles.of(q, k, v, problem.band)
-    # A key of weight zero moves nothing.
-    db = jnp.where(jnp.isneginf(b), 0, db)
-    rows = tiles.queries(q, scale, lse) | {"du": tiles.pad_rows(du.astype(q.dtype))}
-    keys = tiles.keys(k, b, problem.weighted) | {
-        "v": tiles.pad_keys(v),
-        "dk": tiles.pad_keys(dk),
-        "dv": tiles.pad_keys(dv),
-        "db": tiles.pad_keys(db[..., None]),
-    }
+        def step(rows, keys, sums, mask):
+            total, dlse = sums
+            p = jnp.exp(_scores(rows, keys, mask) - rows["lse"])
+            ds = _pairs(keys["k"], rows["du"]) + _scaled_pairs(keys["dk"], rows) + keys["db"].T
+            ds = p * ds
+            total = total + _over_keys(keys["dv"], p) + _over_keys(keys["v"], ds)
+            return total, dlse + ds.sum(axis=0, keepdims=True)
 
-    def step(rows, keys, sums, mask):
-        total, dlse = sums
-        p = jnp.exp(_scores(rows, keys, mask) - rows["lse"])
-        ds = _pairs(keys["k"], rows["du"]) + _scaled_pairs(keys["dk"], rows) + keys["db"].T
-        ds = p * ds
-        total = total + _over_keys(keys["dv"], p) + _over_keys(keys["v"], ds)
-        return total, dlse + ds.sum(axis=0, keepdims=True)
+        sums = (v.shape[-1], 0.0), (1, 0.0)
+        outs = (v.shape[-1], b.dtype), (1, b.dtype)
+        total, dlse = tiles.fold(step, tuple, rows, keys, sums, outs, interpret=self.interpret)
+        dlse = tiles.unpad(dlse, q)
+        dmean = tiles.unpad(total, q) - dlse * mean.astype(b.dtype)
+        return dmean.astype(v.dtype), dlse[..., 0]
 
-    sums = (v.shape[-1], 0.0), (1, 0.0)
-    outs = (v.shape[-1], b.dtype), (1, b.dtype)
-    total, dlse = tiles.fold(step, tuple, rows, keys, sums, outs, interpret=interpret)
-    dlse = tiles.unpad(dlse, q)
-    dmean = tiles.unpad(total, q) - dlse * mean.astype(b.dtype)
-    return dmean.astype(v.dtype), dlse[..., 0]
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        q, k, v, b, scale, _, lse, g, _ = operands
+        tiles = _Tiles.of(q, k, v, problem.band)
+        dtype = b.dtype
+        rows = tiles.queries(q, scale, lse) | {
+            "g": tiles.pad_rows(g),
+            "centre": tiles.pad_rows(operands.centre[..., None]),
+        }
+        keys = tiles.keys(k, b, problem.weighted) | {"v": tiles.pad_keys(v)}
 
+        def weights(rows, keys, mask):
+            p = jnp.exp(_scores(rows, keys, mask) - rows["lse"])
+            return p, p * (_pairs(keys["v"], rows["g"]) - rows["centre"])
 
-def cotangent(q, k, v, b, scale, mean, lse, g, h, *, problem: Problem, interpret=False) -> Operands:
-    """gu (m, p), gk (n, p), gv (n, r), gb (n,): linear in (g, h)."""
-    tiles = _Tiles.of(q, k, v, problem.band)
-    dtype = b.dtype
-    centre = (g.astype(dtype) * mean.astype(dtype)).sum(axis=-1) - h
-    rows = tiles.queries(q, scale, lse) | {
-        "g": tiles.pad_rows(g),
-        "centre": tiles.pad_rows(centre[..., None]),
-    }
-    keys = tiles.keys(k, b, problem.weighted) | {"v": tiles.pad_keys(v)}
+        def over_keys(rows, keys, sums, mask):
+            _, w = weights(rows, keys, mask)
+            return (sums[0] + _over_keys(keys["k"], w),)
 
-    def weights(rows, keys, mask):
-        p = jnp.exp(_scores(rows, keys, mask) - rows["lse"])
-        return p, p * (_pairs(keys["v"], rows["g"]) - rows["centre"])
+        def over_rows(rows, keys, sums, mask):
+            p, w = weights(rows, keys, mask)
+            gk, gv, gb = sums
+            gb = gb + w.sum(axis=1, keepdims=True).T
+            # The unscaled queries of low precision enter with the scale on their weights.
+            w = w * rows["gain"] if "gain" in rows else w
+            return gk + _over_rows(rows["u"], w), gv + _over_rows(rows["g"], p), gb
 
-    def over_keys(rows, keys, sums, mask):
-        _, w = weights(rows, keys, mask)
-        return (sums[0] + _over_keys(keys["k"], w),)
+        width, values = q.shape[-1], v.shape[-1]
+        fold = partial(tiles.fold, interpret=self.interpret)
+        sums, outs = ((width, 0.0),), ((width, dtype),)
+        (gu,) = fold(over_keys, tuple, rows, keys, sums, outs)
+        sums = (width, 0.0), (values, 0.0), (1, 0.0)
+        outs = (width, k.dtype), (values, v.dtype), (1, dtype)
+        gk, gv, gb = fold(over_rows, tuple, rows, keys, sums, outs, keys_outer=True)
+        gk, gv, gb = (tiles.unpad(a, k) for a in (gk, gv, gb))
+        return tiles.unpad(gu, q), gk, gv, gb[..., 0]
 
-    def over_rows(rows, keys, sums, mask):
-        p, w = weights(rows, keys, mask)
-        gk, gv, gb = sums
-        gb = gb + w.sum(axis=1, keepdims=True).T
-        # The unscaled queries of low precision enter with the scale on their weights.
-        w = w * rows["gain"] if "gain" in rows else w
-        return gk + _over_rows(rows["u"], w), gv + _over_rows(rows["g"], p), gb
+    def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
+        if self.interpret:
+            return None
+        if shapes.q.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"the TPU compiler has no {shapes.q.dtype} vectors: use float32 or bfloat16"
+        if shapes.channels > MOST_CHANNELS:
+            return f"at most {MOST_CHANNELS} channels fit into VMEM, got {shapes.channels}"
+        return None
 
-    width, values = q.shape[-1], v.shape[-1]
-    sums, outs = ((width, 0.0),), ((width, dtype),)
-    (gu,) = tiles.fold(over_keys, tuple, rows, keys, sums, outs, interpret=interpret)
-    sums = (width, 0.0), (values, 0.0), (1, 0.0)
-    outs = (width, k.dtype), (values, v.dtype), (1, dtype)
-    gk, gv, gb = tiles.fold(
-        over_rows, tuple, rows, keys, sums, outs, keys_outer=True, interpret=interpret
-    )
-    gk, gv, gb = (tiles.unpad(a, k) for a in (gk, gv, gb))
-    return tiles.unpad(gu, q), gk, gv, gb[..., 0]
+    def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
+        return "on Mosaic TPU"
 
 
 # ------------------------------------------------------------------ tiles
@@ -264,7 +270,7 @@ class _Tiles:
             gain = jnp.broadcast_to(scale, (*q.shape[:-1], 1))
             rows = {"u": self.pad_rows(q), "gain": self.pad_rows(gain)}
         if lse is not None:
-            rows["lse"] = self.pad_rows(_finite(lse)[..., None], jnp.inf)
+            rows["lse"] = self.pad_rows(finite(lse)[..., None], jnp.inf)
         return rows
 
     def keys(self, k, b, weighted: bool) -> Named:
@@ -296,7 +302,7 @@ class _Tiles:
         *,
         keys_outer: bool = False,
         interpret: bool,
-    ) -> Operands:
+    ) -> Results:
         """finish(sums), with sums = step(rows, keys, sums, mask) over the tiles in sight.
 
         `sums` gives the channels and the initial value of each sum, `outs` the channels and the
@@ -377,8 +383,7 @@ def _channels_first(a, length: int, fill):
     """(*batch, tokens, channels) to (batch, channels, tokens), tokens padded."""
     a = jnp.swapaxes(a, -1, -2)
     a = a.reshape((math.prod(a.shape[:-2]), *a.shape[-2:]))
-    widths = ((0, 0), (0, 0), (0, length - a.shape[-1]))
-    return jnp.pad(a, widths, constant_values=fill)
+    return pad(a, length, fill, axis=2)
 
 
 # ------------------------------------------------------------------ pieces of a tile (keys, rows)
@@ -451,8 +456,3 @@ def _product(x, y, x_axis: int, y_axis: int):
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
-
-
-def _finite(x):
-    """A row without a visible key has log-partition -inf and only zero weights."""
-    return jnp.where(jnp.isneginf(x), 0.0, x)

@@ -4,61 +4,71 @@
     log_partition_i = logsumexp_j s_ij
     mean_i = sum_j exp(s_ij - log_partition_i) v_j
 
-It materialises the m x n scores and may be differentiated to any order.
+It materialises the m x n scores and may be differentiated to any order: its tangent and cotangent
+are those of JAX.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from .._types import Keys, Queries, Scalar, Values
-
-# Keys j with i - left <= j <= i + right are visible to query i; None is no limit.
-Band = tuple[int | None, int | None]
+from .base import (
+    AbstractBackend,
+    Band,
+    Cotangent,
+    Forward,
+    Mode,
+    Operands,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    inner_products,
+    visible,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a kernel is compiled for, beside shapes and dtypes."""
+class Reference(AbstractBackend):
+    """The definition."""
 
-    band: Band = (None, None)
-    weighted: bool = True  # without, b = 0
-    constant_scale: float | None = None  # a scale that is a Python number, of 16-bit operands
-    mean_only: bool = False  # the log-partition has no cotangent
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        return _over_batch(lambda one: definition(*one, band=problem.band), operands)
 
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        def one(o: Tangent):
+            fn, primals = _in_u(o, problem.band)
+            return jax.jvp(fn, primals, (o.du, o.dk, o.dv, o.db))[1]
 
-def visible(
-    rows: Int[Array, " m"], columns: Int[Array, " n"], band: Band
-) -> Bool[Array, "m n"] | None:
-    """The mask of the visible pairs, or None where all are."""
-    left, right = band
-    offset = columns[None, :] - rows[:, None]
-    masks = []
-    if left is not None:
-        masks.append(offset >= -left)
-    if right is not None:
-        masks.append(offset <= right)
-    if not masks:
+        return _over_batch(one, operands)
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        def one(o: Cotangent):
+            fn, primals = _in_u(o, problem.band)
+            return jax.vjp(fn, *primals)[1]((o.g, o.h))
+
+        return _over_batch(one, operands)
+
+    def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
         return None
-    return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+
+    def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
+        return "the definition in jnp"
 
 
-def inner_products(x: Float[Array, "m p"], y: Float[Array, "n p"]) -> Float[Array, "m n"]:
-    """<x_i, y_j>, in full precision also where the platform's default is TF32 or bf16."""
-    return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-
-
-def forward(
-    q: Queries,
-    k: Keys,
-    v: Values,
+def definition(
+    q: Float[Array, "m p"],
+    k: Float[Array, "n p"],
+    v: Float[Array, "n r"],
     b: Float[Array, " n"],
-    scale: Scalar,
+    scale: Float[Array, ""],
     *,
     band: Band,
 ) -> tuple[Float[Array, "m r"], Float[Array, " m"]]:
+    """(mean, log_partition) of one system."""
     dtype = b.dtype
     s = inner_products(scale * q.astype(dtype), k.astype(dtype)) + b[None, :]
     mask = visible(jnp.arange(q.shape[0]), jnp.arange(k.shape[0]), band)
@@ -73,3 +83,16 @@ def forward(
     mean = jnp.matmul(weights, v.astype(dtype), precision=jax.lax.Precision.HIGHEST) / z[:, None]
     log_partition = jnp.where(empty, -jnp.inf, jnp.log(z) + shift)
     return mean.astype(v.dtype), log_partition
+
+
+def _in_u(o: Tangent | Cotangent, band: Band) -> tuple[Callable, tuple[Array, ...]]:
+    """The definition as a function of (u, k, v, b), and the point."""
+    one = jnp.ones((), o.b.dtype)
+    fn = lambda u, k, v, b: definition(u, k, v, b, one, band=band)
+    return fn, (o.scale * o.q.astype(o.b.dtype), o.k, o.v, o.b)
+
+
+def _over_batch(one: Callable[..., Results], operands: Operands) -> Results:
+    for _ in operands.scale.shape:
+        one = jax.vmap(one)
+    return one(operands)

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._memory import check_fits
+from .._rules import array, count, flag, floating, function, instance
+from .._types import ArrayLike
 from ..fields import (
     AbstractCurve,
     AbstractField,
@@ -90,10 +93,17 @@ def hypernetwork(
 
 
 class Block(eqx.Module):
-    """Makes the field of one block, attention + feed-forward, from a PRNG key."""
+    """Makes the field of one block, attention + feed-forward, from a PRNG key.
+
+    **Arguments:** as in [`jaxflow.models.LanguageModel`][]; `layers`: the number L of blocks of the
+    model, by which the weights that end a block are scaled; `width`: 0 for no feed-forward.
+
+    **Raises:** `ValueError` or `TypeError` for what makes no block.
+    """
 
     dim: int
     heads: int
+    layers: int
     width: int
     activation: Callable
     placement: str
@@ -108,8 +118,13 @@ class Block(eqx.Module):
             raise ValueError(f'placement must be "pre", "peri" or "post", got {self.placement!r}.')
         if self.placement == "post" and self.dtype is not None:
             raise ValueError('dtype is of the fields between norms: use placement "pre" or "peri".')
-        if self.width < 0:
-            raise ValueError(f"width must be positive, or 0 for no feed-forward; got {self.width}.")
+        for name in ("dim", "heads", "layers"):
+            count(name, getattr(self, name))
+        count("width", self.width, 0)
+        function("activation", self.activation)
+        function("norm", self.norm)
+        floating("dtype", self.dtype)
+        flag("rotary", self.rotary)
 
     def __call__(self, key: PRNGKeyArray) -> AbstractField:
         first, second = jax.random.split(key)
@@ -124,9 +139,11 @@ class Block(eqx.Module):
             backend=self.backend,
             key=first,
         )
+        attention = small(attention, lambda field: field.output, self.layers)
         if not self.width:
             return self._normalised(attention)
         forward = FeedForward(self.dim, self.width, self.activation, geometry=geometry, key=second)
+        forward = small(forward, lambda field: field.weight_out, self.layers)
         return self._normalised(attention) + self._normalised(forward)
 
     def _normalised(self, field: AbstractField) -> AbstractField:
@@ -146,26 +163,44 @@ def blocks(
     key: PRNGKeyArray,
 ) -> TimeDependent:
     """The field of a model, from the maker of a block."""
-    if layers < 1:
-        raise ValueError(f"layers must be at least 1, got {layers}.")
-    made = [_small(make(k), layers) for k in jax.random.split(key, layers)]
-    return TimeDependent(curve=curve(made, depth.t1))
+    count("layers", layers)
+    function("curve", curve)
+    made = [make(k) for k in jax.random.split(key, layers)]
+    example = "one of jaxflow.models.layered"
+    return TimeDependent(instance("curve's result", curve(made, depth.t1), AbstractCurve, example))
 
 
-def _small(block: AbstractField, layers: int) -> Any:
-    """GPT-2's initial scale of the weights, with those that end a block over sqrt(2 L)."""
-    ends = ("output", "weight_out")
+def check_size(dim: int, layers: int, width: int, others: int):
+    """The parameters of L blocks and so many others, and two arrays of their size, must fit."""
+    numbers = layers * (4 * dim**2 + 2 * dim * width) + others
+    check_fits(
+        3 * 4 * numbers,
+        f"a model of {numbers:.2e} parameters",
+        "Take a smaller vocabulary or image, fewer layers, or a smaller dim or width.",
+    )
 
-    def scaled(path, a):
-        if not eqx.is_inexact_array(a) or a.ndim < 2:
-            return a
-        last = getattr(path[-1], "name", "") in ends
-        return a * (STD / jnp.sqrt(jnp.mean(a**2))) / (math.sqrt(2 * layers) if last else 1)
 
-    return jax.tree_util.tree_map_with_path(scaled, block)
+def small(field: Any, last: Callable[[Any], Array], layers: int) -> Any:
+    """The field with GPT-2's initial scale: its matrices have entries of size 0.02, the `last` one,
+    which ends a block, over sqrt(2 L)."""
+    is_matrix = lambda a: eqx.is_inexact_array(a) and a.ndim > 1
+    scaled = lambda a: a * (STD / jnp.sqrt(jnp.mean(a**2))) if is_matrix(a) else a
+    field = jax.tree.map(scaled, field)
+    return eqx.tree_at(last, field, last(field) / math.sqrt(2 * layers))
 
 
 # ------------------------------------------------------------------ pieces
+
+
+def features(name: str, values: ArrayLike, like: Array) -> Array:
+    """Floating-point numbers in the dtype of parameters."""
+    values = array(name, values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating point, got {values.dtype}. Scale them as for training: "
+            "pixels of 8 bits are x / 255."
+        )
+    return values.astype(like.dtype)
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch features"]):

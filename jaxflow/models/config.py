@@ -8,8 +8,9 @@ from typing import Any
 import diffrax
 import jax
 
+from .._rules import count, instance
 from ..fields import LayerNorm, RMSNorm
-from ..solvers import LieTrotter, Strang
+from ..solvers import RK4, Geodesic, LieTrotter, Strang
 from .base import AbstractModel, Depth
 from .blocks import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .image import ImageClassifier
@@ -36,10 +37,14 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
     "euler": diffrax.Euler(),
     "midpoint": diffrax.Midpoint(),
     "heun": diffrax.Heun(),
+    "rk4": RK4(),
     "bosh3": diffrax.Bosh3(),
     "tsit5": diffrax.Tsit5(),
     "dopri5": diffrax.Dopri5(),
     "dopri8": diffrax.Dopri8(),
+    "geodesic": Geodesic(),
+    "kvaerno3": diffrax.Kvaerno3(),
+    "kvaerno5": diffrax.Kvaerno5(),
 }
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jax.nn.tanh}
@@ -66,24 +71,40 @@ def build(config: Mapping[str, Any]) -> AbstractModel:
     - `config`: `{"model": "LanguageModel", "seed": 0, "depth": {...}, ...}`: the name of a class,
       the seed of its PRNG key, the arguments of [`jaxflow.models.depth`][], and those of the class
       with names from `CURVES`, `NORMS` and `ACTIVATIONS` where it takes a function.
+
+    **Raises:** `ValueError` or `TypeError` for names and values that make no model; `MemoryError`
+    where its parameters do not fit.
     """
-    config = dict(config)
+    config = dict(instance("a configuration", config, Mapping, '{"model": "LanguageModel"}'))
     make = _named("model", config.pop("model", None), MODELS)
-    seed = config.pop("seed", 0)
-    unknown = sorted(set(config) - set(inspect.signature(make).parameters))
-    if unknown:
-        raise ValueError(f"{make.__name__} takes no argument {', '.join(unknown)}.")
+    seed = count("seed", config.pop("seed", 0), -(2**31))
+    _check_arguments(make, config)
     for name, table in NAMED.items():
         if name in config:
             config[name] = _named(name, config[name], table)
     if config.get("depth") is not None:
-        config["depth"] = depth(**config["depth"])
-    if "shape" in config:
-        config["shape"] = tuple(config["shape"])
+        arguments = instance("depth", config["depth"], Mapping, '{"t1": 1, "steps": 4}')
+        _check_arguments(depth, arguments)
+        config["depth"] = depth(**arguments)
     return make(**config, key=jax.random.key(seed))
 
 
 def _named(what: str, name: Any, table: Mapping[str, Any]) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"{what} must be one of {', '.join(table)}; got {name!r}.")
     return table[name]
+
+
+def _check_arguments(make: Callable, arguments: Mapping[str, Any]):
+    """The arguments are those of a signature; a PRNG key is not written in a configuration."""
+    parameters = dict(inspect.signature(make).parameters)
+    parameters.pop("key", None)
+    unknown = sorted(str(name) for name in arguments if name not in parameters)
+    if unknown:
+        raise ValueError(
+            f"{make.__name__} takes no argument {', '.join(unknown)}, but {', '.join(parameters)}."
+        )
+    needed = [name for name, p in parameters.items() if p.default is p.empty]
+    missing = [name for name in needed if name not in arguments]
+    if missing:
+        raise ValueError(f"{make.__name__} needs {', '.join(missing)} in its configuration.")

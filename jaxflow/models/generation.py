@@ -5,7 +5,6 @@ solver ask the field for X_t[mu](x) at the same times for every token, so the ke
 each stage are kept, and a new token is integrated alone.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,10 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .._memory import check_fits
+from .._rules import array, constant, count, known, not_negative, prng_key, real
 from .._types import Scalar, is_concrete
-from ..fields.time import frozen, jumps
+from ..explicit import explicit_step, is_explicit
+from ..fields.base import can_be_continued
+from ..fields.time import jumps
 from ..measure import Measure
-from ..solvers import explicit_step, step_times
+from ..solvers import along, step_times
 
 
 class Chooser(eqx.Module):
@@ -51,25 +54,39 @@ class Chooser(eqx.Module):
         return jnp.where(logits >= least, logits, -jnp.inf)
 
 
+def tokens(inputs: Any, vocabulary: int) -> Int[Array, "*batch n"]:
+    """Tokens `(*batch, n)` as an array, each of the vocabulary as far as it is known."""
+    found = array("tokens", inputs)
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers, got {found.dtype}. Encode the text first.")
+    if found.ndim < 1 or not found.size:
+        raise ValueError(f"tokens must have shape (*batch, n) with n >= 1, got {found.shape}.")
+    seen = known(found)
+    if seen is not None and not (0 <= seen.min() and seen.max() < vocabulary):
+        raise ValueError(
+            f"tokens must be in 0, ..., {vocabulary - 1}, got {seen.min()} to {seen.max()}. Take "
+            "the tokenizer of the model."
+        )
+    return found
+
+
 def check(prompt, vocabulary: int, length: int, temperature, top_k, top_p, key):
     if prompt.ndim != 1 or not len(prompt) or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
             f"the prompt must be at least one token, integers of shape (n,); got {prompt.dtype} "
             f"{prompt.shape}. jax.vmap over prompts makes a batch."
         )
-    if is_concrete(prompt) and not (0 <= prompt.min() and prompt.max() < vocabulary):
-        raise ValueError(
-            f"tokens must be in 0, ..., {vocabulary - 1}, got {prompt.min()} to {prompt.max()}."
-        )
-    if length < 0:
-        raise ValueError(f"length, the number of tokens to add, must not be negative: {length}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    if is_concrete(temperature) and not (0 <= temperature < math.inf):
-        raise ValueError(f"the temperature must be 0 or positive, got {temperature}.")
-    if key is None and not (is_concrete(temperature) and temperature == 0):
+    tokens(prompt, vocabulary)
+    count("length, the number of tokens to add,", length, 0)
+    check_fits(64 * length, f"a text of {length} tokens", "Add fewer at a time.")
+    if top_k is not None:
+        count("top_k", top_k)
+    if top_p is not None:
+        constant("top_p", top_p, "in (0, 1]", lambda p: (0 < p) & (p <= 1))
+    real("the temperature", temperature, "0 or positive", not_negative)
+    if key is not None:
+        prng_key(key)
+    elif not (is_concrete(temperature) and temperature == 0):
         raise ValueError("drawing tokens needs key=jax.random.key(...); temperature=0 needs none.")
 
 
@@ -93,6 +110,12 @@ def plainly(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys)
 
 
 # ------------------------------------------------------------------ with a cache
+
+
+def can_be_cached(model) -> bool:
+    """Whether each token takes the same steps and stages, and the field can be continued by it."""
+    fixed = model.depth.steps is not None and is_explicit(model.depth.solver)
+    return fixed and eqx.filter_eval_shape(can_be_continued, model.field)
 
 
 @partial(eqx.filter_jit, donate="none")
@@ -119,49 +142,47 @@ def _logits(model, x):
 
 
 def _over_steps(model, step: Callable, y, caches=None):
-    """(y, caches) of step(field, t0, t1, y, cache) over the steps of the depth."""
+    """(y, caches) of step(t0, t1, y, cache) over the steps of the depth."""
     ts = jnp.asarray(step_times(model.depth.times, jumps(model.field)))
 
     def body(y, inputs):
         t0, t1, cache = inputs
-        return step(frozen(model.field, t0 + 0.5 * (t1 - t0)), t0, t1, y, cache)
+        return step(t0, t1, y, cache)
 
     return jax.lax.scan(body, y, (ts[:-1], ts[1:], caches))
 
 
 def _flow_of_prompt(model, x: Float[Array, "n d"], room: int) -> tuple[Array, Any]:
     """The tokens at time T, and what each stage of each step keeps of them, with room for more."""
-    geometry, solver = model.field.geometry, model.depth.solver
+    field, solver = model.field, along(model.depth.solver, model.field)
     pad = lambda a: jnp.pad(a, [(0, room - len(a))] + [(0, 0)] * (a.ndim - 1))
 
-    def step(field, t0, t1, y, _):
+    def step(t0, t1, y, _):
         kept = []
 
         def evaluate(part, t, z):
-            z = geometry.retract(z)
+            z = field.geometry.retract(z)
             kept.append(jax.tree.map(pad, part.keys_values(t, z)))
             return part(t, z, Measure(z))
 
-        y = geometry.retract(explicit_step(solver, field, t0, t1, y, evaluate))
-        return y, tuple(kept)
+        return explicit_step(solver, field, t0, t1, y, evaluate), tuple(kept)
 
     return _over_steps(model, step, x)
 
 
 def _flow_of_token(model, x: Float[Array, "1 d"], caches, index) -> tuple[Array, Any]:
     """The token of this index at time T, and the caches with it."""
-    geometry, solver = model.field.geometry, model.depth.solver
+    field, solver = model.field, along(model.depth.solver, model.field)
     put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, index, axis=0)
 
-    def step(field, t0, t1, y, cache):
+    def step(t0, t1, y, cache):
         kept, stages = [], iter(cache)
 
         def evaluate(part, t, z):
-            z = geometry.retract(z)
+            z = field.geometry.retract(z)
             kept.append(jax.tree.map(put, next(stages), part.keys_values(t, z, index)))
             return part.attend(t, z, kept[-1], index)
 
-        y = geometry.retract(explicit_step(solver, field, t0, t1, y, evaluate))
-        return y, tuple(kept)
+        return explicit_step(solver, field, t0, t1, y, evaluate), tuple(kept)
 
     return _over_steps(model, step, x, caches)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import count, flag, prng_key
+from .._types import ArrayLike
 from ..fields import AbstractField, AbstractNorm, LayerNorm
 from ..measure import Measure
-from .base import AbstractModel, Depth
-from .blocks import STD, Block, CurveOf, blocks, layered, linear
+from .base import AbstractModel, Depth, depth_or_steps
+from .blocks import STD, Block, CurveOf, blocks, check_size, features, layered, linear
 
 
 class ImageClassifier(AbstractModel):
@@ -25,7 +27,11 @@ class ImageClassifier(AbstractModel):
       `dtype`, `backend`, `key`: as in [`jaxflow.models.LanguageModel`][].
     - `class_token`: read out from a token of its own instead of from the mean of the patches.
 
-    Called with images `(*batch, height, width, channels)` it returns logits `(*batch, classes)`.
+    Called with images `(*batch, height, width, channels)`, in floating point and scaled as for
+    training, it returns logits `(*batch, classes)`.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments and images; `MemoryError` where the
+    parameters do not fit.
     """
 
     embedding: eqx.nn.Linear
@@ -58,24 +64,33 @@ class ImageClassifier(AbstractModel):
         backend: str | None = None,
         key: PRNGKeyArray,
     ):
-        height, wide, channels = shape
-        if patch < 1 or height % patch or wide % patch:
+        if not isinstance(shape, tuple | list) or len(shape) != 3:
+            raise ValueError(f"shape must be (height, width, channels), got {shape!r}.")
+        height, wide, channels = shape = tuple(count("each of shape", side) for side in shape)
+        patch, classes = count("patch", patch), count("classes", classes)
+        if height % patch or wide % patch:
             raise ValueError(f"patch must divide the image, got {patch} for {height} x {wide}.")
-        keys = jax.random.split(key, 5)
         n = height // patch * (wide // patch)
-        self.depth = depth or Depth(t1=float(layers), steps=layers)
-        hidden = 4 * dim if width is None else width
-        block = Block(dim, heads, hidden, activation, placement, norm, dtype, backend=backend)
+        hidden = 4 * count("dim", dim) if width is None else width
+        block = Block(
+            dim, heads, layers, hidden, activation, placement, norm, dtype, backend=backend
+        )
+        check_size(dim, layers, hidden, (patch**2 * channels + n + classes) * dim)
+        keys = jax.random.split(prng_key(key), 5)
+        self.depth = depth_or_steps(depth, float(layers), layers)
         self.field = blocks(block, layers, curve, self.depth, keys[0])
         self.embedding = eqx.nn.Linear(patch * patch * channels, dim, key=keys[1])
         self.positions = STD * jax.random.normal(keys[2], (n, dim))
-        self.class_token = STD * jax.random.normal(keys[3], (dim,)) if class_token else None
+        self.class_token = (
+            STD * jax.random.normal(keys[3], (dim,)) if flag("class_token", class_token) else None
+        )
         self.norm = norm(dim)
         self.output = eqx.nn.Linear(dim, classes, key=keys[4])
         self.shape = shape
         self.patch = patch
 
-    def embed(self, inputs: Float[Array, "*batch height width channels"]) -> Measure:
+    def embed(self, inputs: ArrayLike) -> Measure:
+        inputs = features("pixels", inputs, self.positions)
         if inputs.shape[-3:] != self.shape:
             raise ValueError(f"images must have shape {self.shape}, got {inputs.shape[-3:]}.")
         batch, (height, wide, channels), p = inputs.shape[:-3], self.shape, self.patch

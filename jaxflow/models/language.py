@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._rules import array, count, flag, prng_key
 from .._types import ArrayLike, ScalarLike
 from ..fields import AbstractField, AbstractNorm, LayerNorm
 from ..measure import Measure
-from ..solvers import is_explicit
 from . import generation
-from .base import AbstractModel, Depth
-from .blocks import STD, Block, CurveOf, blocks, layered, project
+from .base import AbstractModel, Depth, depth_or_steps
+from .blocks import STD, Block, CurveOf, blocks, check_size, layered, project
 
 
 class LanguageModel(AbstractModel):
@@ -39,7 +39,22 @@ class LanguageModel(AbstractModel):
     - `backend`: of attention, as in [`jaxflow.softmax_expectation`][].
     - `key`: PRNG key. Weights are N(0, 0.02^2), those that end a block over sqrt(2 L) (GPT-2).
 
-    Called with tokens `(*batch, n)`, integers, it returns logits `(*batch, n, vocab_size)`.
+    Called with tokens `(*batch, n)`, integers below `vocab_size`, it returns logits
+    `(*batch, n, vocab_size)`.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments, and for tokens outside the vocabulary
+    (traced ones get logits of nan); `MemoryError` where the parameters do not fit.
+
+    ```python
+    >>> model = jaxflow.models.LanguageModel(
+    ...     vocab_size=11, dim=8, heads=2, layers=1, context=8, key=jax.random.key(0)
+    ... )
+    >>> model(jnp.array([3, 1, 4])).shape
+    (3, 11)
+    >>> model.generate([3, 1, 4], 2, temperature=0).shape
+    (5,)
+
+    ```
     """
 
     embedding: Float[Array, "vocabulary d"]
@@ -71,39 +86,42 @@ class LanguageModel(AbstractModel):
         backend: str | None = None,
         key: PRNGKeyArray,
     ):
-        if min(vocab_size, context) < 1:
-            raise ValueError(
-                f"vocab_size and context must be at least 1, got {vocab_size} and {context}."
-            )
-        keys = jax.random.split(key, 4)
-        self.depth = depth or Depth(t1=float(layers), steps=layers)
-        hidden = 4 * dim if width is None else width
+        vocab_size, context = count("vocab_size", vocab_size), count("context", context)
+        hidden = 4 * count("dim", dim) if width is None else width
         block = Block(
-            dim, heads, hidden, activation, placement, norm, dtype,
+            dim, heads, layers, hidden, activation, placement, norm, dtype,
             causal=True, rotary=rotary, backend=backend,
         )  # fmt: skip
+        tables = vocab_size * (1 if flag("tied", tied) else 2) + context
+        check_size(dim, layers, hidden, tables * dim)
+        keys = jax.random.split(prng_key(key), 4)
+        self.depth = depth_or_steps(depth, float(layers), layers)
         self.field = blocks(block, layers, curve, self.depth, keys[0])
         self.embedding = STD * jax.random.normal(keys[1], (vocab_size, dim))
-        positions = STD * jax.random.normal(keys[2], (context, dim))
-        self.positions = None if rotary else positions
+        self.positions = None if rotary else STD * jax.random.normal(keys[2], (context, dim))
         self.norm = norm(dim)
-        output = STD * jax.random.normal(keys[3], (vocab_size, dim))
-        self.output = None if tied else output
+        self.output = None if tied else STD * jax.random.normal(keys[3], (vocab_size, dim))
         self.context = context
         self.dtype = dtype
 
-    def embed(self, inputs: Int[Array, "*batch n"]) -> Measure:
-        return Measure(self.embed_at(inputs, 0))
+    def embed(self, inputs: ArrayLike) -> Measure:
+        return Measure(self.embed_at(generation.tokens(inputs, len(self.embedding)), 0))
 
     def embed_at(self, tokens: Int[Array, "*batch n"], start: ScalarLike):
-        """x(0) of tokens, of which `start` is the index of the first."""
+        """x(0) of tokens, of which `start` is the index of the first; nan for a traced one that is
+        not in the vocabulary.
+
+        **Raises:** `ValueError` for more tokens than there are positions.
+        """
         n = tokens.shape[-1]
         if self.positions is not None and n > self.context:
             raise ValueError(
                 f"the model has positions for {self.context} tokens, got {n}. Pass the last "
                 f"{self.context}, or build it with rotary=True."
             )
-        x = self.embedding[tokens]
+        # An index beyond the ends would be that of the nearest token, or count from the last.
+        rows = self.embedding.at[tokens]
+        x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         if self.positions is not None:
             here = jax.lax.dynamic_slice_in_dim(self.positions, start, n)
             x = x + jnp.broadcast_to(here, x.shape)
@@ -133,17 +151,21 @@ class LanguageModel(AbstractModel):
         - `top_k`: draw among the k most likely tokens; `top_p`: among the fewest whose
           probabilities add up to p (Holtzman et al., arXiv 1904.09751).
         - `cache`: keep keys and values of each stage of the solver, so that a token costs one
-          column of attention instead of the whole flow; for explicit methods with fixed steps.
+          column of attention instead of the whole flow; for explicit methods with fixed steps, and
+          fields that are [`jaxflow.fields.AbstractCausalField`][] throughout.
           While the text fits in the context the result is the same without. Beyond, the model
           sees the last `context` tokens, and each is computed anew.
         - `key`: PRNG key, unless the temperature is 0.
+
+        **Raises:** `ValueError` or `TypeError` for bad arguments, tokens outside the vocabulary
+        among them; `MemoryError` where the tokens do not fit.
         """
-        prompt = jnp.asarray(prompt)
+        prompt = array("the prompt", prompt)
         generation.check(prompt, len(self.embedding), length, temperature, top_k, top_p, key)
         choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
         keys = jax.random.split(jax.random.key(0) if key is None else key, max(length, 1))
         tokens, keep = prompt.astype(jnp.int32), 0
-        if cache and self.depth.steps is not None and is_explicit(self.depth.solver):
+        if cache and generation.can_be_cached(self):
             keep = max(0, min(length, self.context - len(tokens)))
         if keep:
             tokens = generation.cached(self, tokens, keep, choose, keys[:keep])

@@ -7,10 +7,12 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._rules import array, count, is_real, prng_key
+from .._types import ArrayLike
 from ..fields import AbstractField, FeedForward
 from ..measure import Measure
-from .base import AbstractModel, Depth
-from .blocks import CurveOf, blocks, layered, linear
+from .base import AbstractModel, Depth, depth_or_steps
+from .blocks import CurveOf, blocks, check_size, layered, linear, small
 
 
 class ResidualNetwork(AbstractModel):
@@ -24,6 +26,9 @@ class ResidualNetwork(AbstractModel):
 
     Called with features `(*batch, inputs)`, or with images of that many numbers `(*batch, height,
     width, channels)`, it returns `(*batch, outputs)`.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments and features; `MemoryError` where the
+    parameters do not fit.
     """
 
     embedding: eqx.nn.Linear
@@ -44,19 +49,31 @@ class ResidualNetwork(AbstractModel):
         depth: Depth | None = None,
         key: PRNGKeyArray,
     ):
-        keys = jax.random.split(key, 3)
-        self.depth = depth or Depth(t1=1.0, steps=layers)
+        sizes = {"inputs": inputs, "outputs": outputs, "dim": dim, "layers": layers, "width": width}
+        for name, size in sizes.items():
+            count(name, size)
+        check_size(dim, layers, width, (inputs + outputs) * dim)
+        keys = jax.random.split(prng_key(key), 3)
+        self.depth = depth_or_steps(depth, 1.0, layers)
         self.embedding = eqx.nn.Linear(inputs, dim, key=keys[0])
         self.output = eqx.nn.Linear(dim, outputs, key=keys[1])
-        make = lambda key: FeedForward(dim, width, activation, key=key)
+
+        def make(key):
+            field = FeedForward(dim, width, activation, key=key)
+            return small(field, lambda field: field.weight_out, layers)
+
         self.field = blocks(make, layers, curve, self.depth, keys[2])
 
-    def embed(self, inputs: Float[Array, "*batch features"]) -> Measure:
+    def embed(self, inputs: ArrayLike) -> Measure:
         """Every sample is a system of one token."""
+        inputs = array("features", inputs)
+        if not is_real(inputs):
+            raise TypeError(f"features must be real numbers, got {inputs.dtype}.")
+        inputs = inputs.astype(self.embedding.weight.dtype)
         features, shape = self.embedding.in_features, inputs.shape
         if len(shape) > 2 and shape[-1] != features and math.prod(shape[-3:]) == features:
             inputs = inputs.reshape(*shape[:-3], features)
-        if inputs.shape[-1] != features:
+        if inputs.shape[-1:] != (features,):
             raise ValueError(
                 f"the network takes {features} features, or images of as many numbers; got {shape}."
             )

@@ -11,7 +11,7 @@
 
 Functions of a measure map over its leading axes (saved times, systems), honour its weights (a
 token of log-weight -inf is not there), and run under jit for any n with memory O(n), except where
-the result itself is n x n. A token that is not finite counts as not there where pairs are compared.
+the result itself is n x n. Where a token with mass is not finite they are nan, and counts are -1.
 
 Inside a solve, `observe` takes functions of (t, mu): the classes below where a parameter is part
 of the problem and may be traced, a lambda for the rest:

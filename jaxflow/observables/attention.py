@@ -13,24 +13,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._memory import check_fits
+from .._memory import PAIRS_AT_ONCE, check_fits
+from .._rules import count, prng_key, real, reals
 from .._types import Scalar, ScalarLike, accumulation_dtype
 from ..fields import (
-    NGPT,
+    AbstractCompositeField,
     AbstractField,
+    AbstractWrapper,
+    Hardmax,
     MultiHeadAttention,
-    PeriNorm,
-    PostNorm,
-    PreNorm,
-    Scaled,
     SelfAttention,
     Softmax,
-    SqrtScaling,
-    Sum,
-    TimeDependent,
 )
 from ..kernels import softmax_expectation
-from ..measure import Measure
+from ..measure import Measure, check_measure
 from .base import AbstractObservable, over_leading
 
 # Up to this many tokens the singular values are those of the whole matrix.
@@ -44,10 +40,14 @@ def attention_matrix(
 
     The rows of softmax, hardmax and Sinkhorn attention sum to 1.
 
-    **Raises:** `MemoryError` where the matrix does not fit; `attention_spectrum`,
-    `attention_entropy` and `column_defect` do without it.
+    **Raises:** `ValueError` or `TypeError` for a field without one matrix and for bad queries;
+    `MemoryError` where the matrix does not fit: `attention_spectrum`, `attention_entropy` and
+    `column_defect` do without it.
     """
-    points = mu.points if x is None else x
+    _check_single(field, mu)
+    points = mu.points if x is None else reals("x", x).astype(mu.points.dtype)
+    if points.ndim < 2 or points.shape[-1] != mu.d:
+        raise ValueError(f"queries x must have shape (*batch, m, {mu.d}), got {points.shape}.")
     entries = math.prod(points.shape[:-1]) * mu.n + mu.n**2
     check_fits(
         entries * points.dtype.itemsize,
@@ -69,7 +69,12 @@ def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:
     """max_j |sum_i w_i A_ij / w_j - 1|: how far attention is from preserving the mass of tokens.
 
     0 for Sinkhorn attention at convergence, so that the token mean obeys m' = V m.
+
+    **Raises:** `TypeError` for a field without one matrix; `MemoryError` for hardmax attention
+    whose matrix, which its transpose keeps, does not fit.
     """
+    _check_single(field, mu)
+    _check_transpose(field, mu)
 
     def one(y, logs):
         tokens = field.tokens(Measure(y, logs))
@@ -106,9 +111,16 @@ def attention_spectrum(
     **Arguments:** `key`: of the probes, `jax.random.key(0)` by default.
 
     **Returns:** shape `(*batch, n)`, or `(*batch, min(n, probes))` for n > 512.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments and a field without one matrix;
+    `MemoryError` for hardmax attention whose matrix, which its transpose keeps, does not fit.
     """
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}.")
+    _check_single(field, mu)
+    probes = count("probes", probes)
+    if key is not None:
+        prng_key(key)
+    if mu.n > DENSE:
+        _check_transpose(field, mu)
     return _spectrum(field, mu, jax.random.key(0) if key is None else key, probes)
 
 
@@ -124,11 +136,19 @@ def attention_rank(
 
     In d = 1 with V > 0, QK > 0 the matrix tends to a Boolean one of rank <= 2 (arXiv 2305.05465).
     Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 it saturates at `probes`, and is
-    to be believed below it.
+    to be believed below it. It is -1 where a token with mass is not finite.
+
+    **Raises:** as [`jaxflow.observables.attention_spectrum`][], and where the tolerance is not in
+    [0, 1).
     """
+    tolerance = _tolerance(tolerance)
     values = attention_spectrum(field, mu, probes=probes, key=key)
-    level = jnp.asarray(tolerance, values.dtype) * values[..., :1]
-    return (values > level).sum(axis=-1)
+    rank = (values > tolerance.astype(values.dtype) * values[..., :1]).sum(axis=-1)
+    return jnp.where(jnp.isnan(values).any(axis=-1), -1, rank)
+
+
+def _tolerance(tolerance: ScalarLike) -> Scalar:
+    return real("tolerance", tolerance, "in [0, 1)", lambda tol: (0 <= tol) & (tol < 1))
 
 
 def effective_rank(
@@ -138,6 +158,8 @@ def effective_rank(
     2007).
 
     Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 of its `probes` largest.
+
+    **Raises:** as [`jaxflow.observables.attention_spectrum`][].
     """
     values = attention_spectrum(field, mu, probes=probes, key=key)
     p = values / values.sum(axis=-1, keepdims=True)
@@ -145,7 +167,13 @@ def effective_rank(
 
 
 class AttentionRank(AbstractObservable):
-    """t, mu -> [`jaxflow.observables.attention_rank`][]; the tolerance may be traced."""
+    """t, mu -> [`jaxflow.observables.attention_rank`][], nan where that is -1.
+
+    **Arguments:** `field`, a [`jaxflow.SelfAttention`][]; `tolerance`, which may be traced, and
+    `probes` as in [`jaxflow.observables.attention_rank`][].
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments.
+    """
 
     field: SelfAttention
     tolerance: Scalar
@@ -153,11 +181,33 @@ class AttentionRank(AbstractObservable):
 
     def __init__(self, field: SelfAttention, *, tolerance: ScalarLike = 1e-3, probes: int = 32):
         self.field = field
-        self.tolerance = jnp.asarray(tolerance, float)
-        self.probes = probes
+        self.tolerance = _tolerance(tolerance)
+        self.probes = count("probes", probes)
 
     def __call__(self, t, mu):
-        return attention_rank(self.field, mu, tolerance=self.tolerance, probes=self.probes)
+        rank = attention_rank(self.field, mu, tolerance=self.tolerance, probes=self.probes)
+        rank = rank.astype(accumulation_dtype(mu.points.dtype))
+        return jnp.where(rank < 0, jnp.nan, rank)
+
+
+def _check_single(field, mu):
+    """A field with one matrix A, and a measure."""
+    check_measure("mu", mu)
+    if not isinstance(field, SelfAttention):
+        raise TypeError(
+            f"one matrix A has a jaxflow.SelfAttention alone, got {type(field).__name__}. Of a sum "
+            "pass one of its parts; attention_entropy takes any field with attention in it."
+        )
+
+
+def _check_transpose(field, mu):
+    """The transpose of hardmax attention keeps its matrix."""
+    if isinstance(field.interaction, Hardmax):
+        check_fits(
+            2 * mu.n**2 * mu.points.dtype.itemsize,
+            f"hardmax attention of {mu.n} tokens, transposed,",
+            "Take fewer tokens, or softmax attention with a large beta.",
+        )
 
 
 @eqx.filter_jit
@@ -177,7 +227,7 @@ def _spectrum(field, mu, key, probes):
             return jnp.linalg.svd(apply(jnp.eye(len(y), dtype=dtype)), compute_uv=False)
         return _largest(apply, len(y), min(probes, len(y)), dtype, key)
 
-    return over_leading(one, mu, batch_size=max(1, 2**22 // mu.n**2))
+    return over_leading(one, mu, batch_size=max(1, PAIRS_AT_ONCE // mu.n**2))
 
 
 def _largest(apply, n, probes, dtype, key):
@@ -202,7 +252,10 @@ def attention_entropy(
 
     **Arguments:** `field`, with softmax attention somewhere in it; `t`, the time at which a
     time-dependent field is taken.
+
+    **Raises:** `TypeError` for a field without softmax attention, and where mu is no measure.
     """
+    check_measure("mu", mu)
     return over_leading(lambda x, logs: _mean_entropy(field, t, Measure(x, logs)), mu)
 
 
@@ -227,18 +280,11 @@ def _mean_entropy(field, t, mu):
 
 def _attentions(field, t, mu):
     """The attention fields inside a field at time t, each with the measure that it sees."""
-    match field:
-        case SelfAttention() | MultiHeadAttention():
-            return [(field, mu)]
-        case TimeDependent():
-            return _attentions(field.at(t), t, mu)
-        case Sum():
-            return [pair for part in field.fields for pair in _attentions(part, t, mu)]
-        case PreNorm():
-            return _attentions(field.field, t, field.seen(mu))
-        case NGPT() | PeriNorm() | PostNorm() | Scaled() | SqrtScaling():
-            return _attentions(field.field, t, mu)
-    return []
+    if isinstance(field, SelfAttention | MultiHeadAttention):
+        return [(field, mu)]
+    seen = field.seen(mu) if isinstance(field, AbstractWrapper) else mu
+    inside = field.inside(t) if isinstance(field, AbstractCompositeField) else ()
+    return [pair for inner in inside for pair in _attentions(inner, t, seen)]
 
 
 def _entropy(field, mu):

@@ -61,7 +61,13 @@ def over_two(fn: Callable, mu: Measure, nu: Measure, *args: Any):
     Leading axes are broadcast; both measures come in the wider of their dtypes.
     """
     dtype = np.promote_types(*(accumulation_dtype(m.points.dtype) for m in (mu, nu)))
-    shape = np.broadcast_shapes(mu.points.shape[:-2], nu.points.shape[:-2])
+    leading = mu.points.shape[:-2], nu.points.shape[:-2]
+    try:
+        shape = np.broadcast_shapes(*leading)
+    except ValueError:
+        raise ValueError(
+            f"the leading axes of two measures must broadcast, got {leading[0]} and {leading[1]}."
+        ) from None
 
     def arrays(measure):
         pair = (measure.points, (measure.n, measure.d)), (measure.weights, (measure.n,))
@@ -76,3 +82,18 @@ def over_two(fn: Callable, mu: Measure, nu: Measure, *args: Any):
 def present(x: Array, logs: Array) -> Array:
     """Which tokens count: those with mass and finite coordinates; shape `(n,)`."""
     return ~jnp.isneginf(logs) & jnp.isfinite(x).all(axis=1)
+
+
+def whole(x: Array, logs: Array) -> Array:
+    """Whether tokens (*batch, n, d) make a measure: finite where they have mass, of which there is
+    some (the normalised logarithms of no mass at all are nan); shape `(*batch,)`."""
+    finite = jnp.isfinite(x).all(axis=-1) & jnp.isfinite(logs)
+    return (jnp.isneginf(logs) | finite).all(axis=-1)
+
+
+def or_nan(value: Array, *measures: Measure) -> Array:
+    """The value `(*batch, ...)` where each measure is whole, nan elsewhere."""
+    held = jnp.array(True)
+    for mu in measures:
+        held = held & whole(mu.points, mu.log_probabilities)
+    return jnp.where(held.reshape(held.shape + (1,) * (value.ndim - held.ndim)), value, jnp.nan)

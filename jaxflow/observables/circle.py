@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
+from .._memory import PAIRS_AT_ONCE
+from .._rules import array
 from .._types import ArrayLike, accumulation_dtype
-from ..measure import Measure
-from .base import over_leading
+from ..measure import Measure, check_measure
+from .base import or_nan, over_leading
 
 
 def fourier_modes(mu: Measure, k: ArrayLike | int) -> Complex[Array, "*batch_and_k"]:
@@ -24,11 +26,13 @@ def fourier_modes(mu: Measure, k: ArrayLike | int) -> Complex[Array, "*batch_and
 
     **Returns:** complex numbers, shape `(*batch, *k.shape)`.
 
-    **Raises:** `ValueError` where d is not 2, `TypeError` where k is not integer.
+    **Raises:** `ValueError` where d is not 2, `TypeError` where k is not
+    integer or mu no measure.
     """
+    check_measure("mu", mu)
     if mu.d != 2:
         raise ValueError(f"Fourier modes are those of points in the plane, d = 2; got d = {mu.d}.")
-    k = jnp.asarray(k)
+    k = array("k", k)
     if not jnp.issubdtype(k.dtype, jnp.integer):
         raise TypeError(f"k must be integers, the modes on the circle; got {k.dtype}.")
     return _modes(mu, k)
@@ -47,18 +51,21 @@ def _modes(mu: Measure, k: Array) -> Array:
             turned = k.astype(dtype) * angles
             return (weights * jnp.cos(turned)).sum(), (weights * jnp.sin(turned)).sum()
 
-        size = max(1, min(k.size, 2**20 // len(x)))
+        size = max(1, min(k.size, PAIRS_AT_ONCE // len(x)))
         real, imaginary = jax.lax.map(mode, k.reshape(-1), batch_size=size)
         return jax.lax.complex(real, imaginary).reshape(k.shape)
 
-    return over_leading(one, mu, k)
+    return or_nan(over_leading(one, mu, k), mu)
 
 
 def order_parameter(mu: Measure) -> Float[Array, "*batch"]:
     """|E_mu[x / |x|]|: 0 for balanced directions, 1 for one direction (Kuramoto 1975).
 
     For any d; on the circle it is |E e^{i theta}|. A token at 0 counts as no direction.
+
+    **Raises:** `TypeError` where mu is no measure.
     """
+    check_measure("mu", mu)
     return _order(mu)
 
 
@@ -70,7 +77,7 @@ def _order(mu: Measure) -> Array:
         x = jnp.where(jnp.isneginf(logs)[:, None], 0, x).astype(dtype)
         return _length((jnp.exp(logs)[:, None] * x / _length(x, zero=1)[:, None]).sum(axis=0))
 
-    return over_leading(one, mu)
+    return or_nan(over_leading(one, mu), mu)
 
 
 def _length(x, zero=0):

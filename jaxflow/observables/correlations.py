@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._memory import check_fits
-from .._types import ArrayLike, accumulation_dtype, is_concrete
-from ..measure import Measure
-from .base import one_by_one, present
+from .._rules import count, known, reals
+from .._types import ArrayLike, accumulation_dtype
+from ..measure import Measure, check_measure
+from .base import one_by_one, or_nan, present
 from .tiles import Tiles, split, squared_distances, squared_gap, squared_span
 
 # Up to this many tokens every pair is counted; above, this many tokens meet all others.
@@ -32,8 +33,10 @@ EXACT, QUERIES = 32_768, 4_096
 def inner_products(mu: Measure) -> Float[Array, "*batch n n"]:
     """The Gram matrix <x_i, x_j>, shape `(*batch, n, n)`.
 
-    **Raises:** `MemoryError` where it does not fit; `pair_correlations` does without it.
+    **Raises:** `TypeError` where mu is no measure; `MemoryError` where the matrix does not fit:
+    `pair_correlations` does without it.
     """
+    check_measure("mu", mu)
     check_fits(
         math.prod(mu.points.shape[:-1]) * mu.n * mu.points.dtype.itemsize,
         f"the matrix of inner products of {mu.n} tokens",
@@ -65,7 +68,10 @@ def pair_correlations(
     Time O(queries n (d + the edges that boxes leave open)), memory O(n d + bins); systems one
     after the other.
 
-    **Returns:** the density in each bin, shape `(*batch, bins)`.
+    **Returns:** the density in each bin, shape `(*batch, bins)`; nan where a token with mass is not
+    finite.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
     """
     return _pair_density(mu, edges, queries, PRODUCTS)
 
@@ -76,6 +82,8 @@ def pair_distances(
     """The density of |x_i - x_j| over pairs i != j, each of weight w_i w_j.
 
     As [`jaxflow.observables.pair_correlations`][], with edges in the units of the points.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
     """
     return _pair_density(mu, edges, queries, DISTANCES)
 
@@ -105,13 +113,15 @@ DISTANCES = _Pairing(lambda x, y: jnp.sqrt(squared_distances(x, y)), _distance_b
 
 
 def _pair_density(mu, edges, queries, pairing):
-    if queries is not None and queries < 1:
-        raise ValueError(f"queries must be at least 1, or None for the default; got {queries}.")
-    edges = jnp.asarray(edges, accumulation_dtype(mu.points.dtype))
+    check_measure("mu", mu)
+    if queries is not None:
+        queries = count("queries", queries)
+    edges = reals("edges", edges).astype(accumulation_dtype(mu.points.dtype))
     if edges.ndim != 1 or len(edges) < 2:
         raise ValueError(f"edges must have shape (bins + 1,) with a bin, got {edges.shape}.")
-    if is_concrete(edges) and not (np.diff(edges) > 0).all():
-        raise ValueError(f"edges must ascend, got {np.asarray(edges)}.")
+    ends = known(edges)
+    if ends is not None and not (np.diff(ends) > 0).all():
+        raise ValueError(f"edges must ascend, got {ends}.")
     if mu.n < 2:
         raise ValueError("a density over pairs needs at least two tokens, got one.")
     if queries is None:
@@ -132,7 +142,7 @@ def _density(mu: Measure, edges: Array, stride: int, pairing: _Pairing) -> Array
         pairs = own.sum() * weights.sum() - (own**2).sum()
         return counts / pairs / jnp.diff(edges)
 
-    return one_by_one(one, mu, edges)
+    return or_nan(one_by_one(one, mu, edges), mu)
 
 
 def _histogram(tiles: Tiles, weights, edges, stride, pairing: _Pairing):

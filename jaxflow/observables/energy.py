@@ -6,14 +6,14 @@ kinetic       int |X_t[mu](x)|^2 mu(dx)
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from .._types import Scalar, ScalarLike, is_concrete
+from .._rules import real
+from .._types import Scalar, ScalarLike
 from ..fields import AbstractField
 from ..kernels import softmax_expectation
-from ..measure import Measure
-from .base import AbstractObservable, over_leading
+from ..measure import Measure, check_measure
+from .base import AbstractObservable, or_nan, over_leading
 
 
 def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
@@ -21,9 +21,11 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
 
     With V = Q = K = I it grows along the flow: dE/dt = E|x'|^2 for the unnormalised dynamics.
     Computed in O(n) memory from the log-partition.
+
+    **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, or mu no measure.
     """
-    if is_concrete(beta) and not (np.isfinite(beta) and beta != 0):
-        raise ValueError(f"the energy needs a finite beta other than 0, got {beta}.")
+    check_measure("mu", mu)
+    beta = _inverse_temperature(beta)
 
     def one(x, logs):
         ones = jnp.ones((x.shape[0], 1), x.dtype)
@@ -32,16 +34,33 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
         total = jnp.exp(jax.nn.logsumexp(logs + log_partition))
         return total / (2 * jnp.asarray(beta, total.dtype))
 
-    return over_leading(one, mu)
+    return or_nan(over_leading(one, mu), mu)
+
+
+def _inverse_temperature(beta: ScalarLike) -> Scalar:
+    return real("beta", beta, "finite and other than 0", lambda b: b != 0)
 
 
 class InteractionEnergy(AbstractObservable):
-    """t, mu -> [`jaxflow.observables.interaction_energy`][]; beta may be traced."""
+    """t, mu -> [`jaxflow.observables.interaction_energy`][].
+
+    **Arguments:** `beta`, the inverse temperature, which may be traced.
+
+    **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite.
+
+    ```python
+    >>> mu = jaxflow.measure.circle(2)  # x and -x: E = (e^beta + e^-beta) / (4 beta)
+    >>> energy = jaxflow.observables.InteractionEnergy(beta=1.0)
+    >>> round(float(energy(0.0, mu)), 4)
+    0.7715
+
+    ```
+    """
 
     beta: Scalar
 
     def __init__(self, beta: ScalarLike):
-        self.beta = jnp.asarray(beta, float)
+        self.beta = _inverse_temperature(beta)
 
     def __call__(self, t, mu):
         return interaction_energy(mu, self.beta)
@@ -52,9 +71,15 @@ class KineticEnergy(AbstractObservable):
     (Benamou and Brenier 2000; as a regulariser: arXiv 2002.02798).
 
     **Arguments:** `field`, X.
+
+    **Raises:** `TypeError` where the field is no function.
     """
 
     field: AbstractField
+
+    def __check_init__(self):
+        if not callable(self.field):
+            raise TypeError(f"field must be a function of (t, x, mu), got {self.field!r}.")
 
     def __call__(self, t, mu):
         velocity = self.field(t, mu.points, mu)

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
+from .._rules import instance
 from .._types import ArrayLike, ScalarLike
-from ..measure import Measure
+from ..measure import Measure, check_measure
 from .clusters import cluster_labels
 
 
@@ -25,6 +26,9 @@ class MergeTree:
     - `sizes`: the number of tokens of the cluster that they become, shape `(k,)`.
     - `leaves`: the tokens that take part, ascending; `None` is all n.
     - `links`: the two tokens that met, shape `(k, 2)`, where they are known.
+    - `failure`: what ended the search for mergers before its time, or `None`.
+
+    **Raises:** `ValueError` or `TypeError` where these are no mergers of n tokens.
     """
 
     n: int
@@ -33,16 +37,23 @@ class MergeTree:
     sizes: Int[np.ndarray, " k"]
     leaves: Int[np.ndarray, " m"] | None = None
     links: Int[np.ndarray, "k 2"] | None = None
+    failure: str | None = None
 
     def __post_init__(self):
+        for name in ("times", "pairs", "sizes"):
+            instance(name, getattr(self, name), np.ndarray, "numpy.array([...])")
         k, most = len(self.times), len(self.tokens) - 1
         if k > most or self.pairs.shape != (k, 2) or self.sizes.shape != (k,):
             raise ValueError(
                 f"{most + 1} tokens merge at most {most} times, with times (k,), pairs (k, 2) and "
                 f"sizes (k,); got {self.times.shape}, {self.pairs.shape} and {self.sizes.shape}."
             )
-        if (np.diff(self.times) < 0).any():
-            raise ValueError("the times of mergers must ascend: sort the mergers by time.")
+        if not (np.isfinite(self.times).all() and (np.diff(self.times) >= 0).all()):
+            raise ValueError(
+                "the times of mergers must be finite and ascend: sort the mergers by time."
+            )
+        if not np.isin(self.pairs, self.tokens).all():
+            raise ValueError("pairs must hold tokens that take part, by their index.")
 
     @property
     def tokens(self) -> Int[np.ndarray, " m"]:
@@ -50,8 +61,16 @@ class MergeTree:
         return np.arange(self.n) if self.leaves is None else self.leaves
 
     def counts(self, ts: ArrayLike) -> Int[np.ndarray, " times"]:
-        """The number of clusters at each time of ts: mergers at that time have happened."""
-        merged = np.searchsorted(self.times, np.asarray(ts), side="right")
+        """The number of clusters at each time of ts: mergers at that time have happened.
+
+        **Raises:** `ValueError` or `TypeError` where ts are no times.
+        """
+        ts = np.asarray(ts)
+        if ts.dtype.kind not in "iuf" or np.isnan(ts).any():
+            raise ValueError(
+                "the number of clusters is known at times, which are numbers, not nan."
+            )
+        merged = np.searchsorted(self.times, ts, side="right")
         return len(self.tokens) - merged
 
     def linkage(
@@ -73,6 +92,8 @@ class MergeTree:
         given, where the pairs are not those of clusters, and where heights decrease or are
         negative.
         """
+        if not (height is None or callable(height)):
+            raise TypeError(f"height must be a function of the array of times, got {height!r}.")
         leaves = self.tokens
         node = {int(token): (leaf, 1) for leaf, token in enumerate(leaves)}
         times, rows = list(self.times), []
@@ -98,7 +119,7 @@ class MergeTree:
             for other in others:
                 join(first, other)
         heights = np.asarray(times if height is None else height(np.asarray(times)), float)
-        if (heights < 0).any() or (np.diff(heights) < 0).any():
+        if not ((heights >= 0).all() and (np.diff(heights) >= 0).all()):
             raise ValueError("heights must ascend from at least 0: use numpy.log1p, not numpy.log.")
         columns = np.asarray(rows, float).reshape(-1, 3)
         return np.insert(columns, 2, heights, axis=1)
@@ -126,8 +147,12 @@ def merge_tree(
     - `threshold`, `radius`: as in [`jaxflow.observables.cluster_labels`][].
 
     **Returns:** a [`jaxflow.observables.MergeTree`][].
+
+    **Raises:** `ValueError` or `TypeError` for times and measures that are not those of a flow, and
+    where a token with mass is not finite at a time that was reached.
     """
-    ts = np.asarray(ts, float)
+    check_measure("measures", measures)
+    ts = _numbers("ts", ts)
     if measures.points.ndim != 3 or ts.shape != (len(measures),):
         raise ValueError(
             "merge_tree takes times (times,) and points (times, n, d), got "
@@ -139,6 +164,10 @@ def merge_tree(
     for k in np.flatnonzero(np.isfinite(ts)):
         labels = np.asarray(cluster_labels(measures[int(k)], threshold, radius=radius))
         leaves = np.flatnonzero(labels >= 0)
+        if not len(leaves):
+            raise ValueError(
+                f"the measure at t = {ts[k]:g} has points that are not finite, and no clusters."
+            )
         new = _join(parents, sizes, labels)
         times += [ts[k]] * len(new)
         mergers += new
@@ -148,6 +177,14 @@ def merge_tree(
         measures.n, np.asarray(times, float), columns[:, :2], columns[:, 2],
         leaves if absent else None,
     )  # fmt: skip
+
+
+def _numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """Numbers in double precision."""
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of numbers, got {values!r}.") from None
 
 
 def _join(parents, sizes, labels) -> list[tuple[int, int, int]]:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._types import accumulation_dtype
-from ..measure import Measure
-from .base import one_by_one, present
+from ..measure import Measure, check_measure
+from .base import one_by_one, or_nan, present
 from .tiles import over_pairs, split, squared_span
 
 
@@ -18,8 +18,11 @@ def diameter(mu: Measure) -> Float[Array, "*batch"]:
     (points on a sphere in many dimensions); memory O(n d + 10^6). Differentiable in the two
     tokens that attain it. Systems run one after the other.
 
-    **Returns:** shape `(*batch,)`; 0 for a single token.
+    **Returns:** shape `(*batch,)`; 0 for a single token, nan where one with mass is not finite.
+
+    **Raises:** `TypeError` where mu is no measure.
     """
+    check_measure("mu", mu)
     return _diameter(mu)
 
 
@@ -31,7 +34,7 @@ def _diameter(mu: Measure) -> Array:
     ends = jnp.take_along_axis(mu.points, pairs[..., None], axis=-2).astype(dtype)
     square = ((ends[..., 0, :] - ends[..., 1, :]) ** 2).sum(axis=-1)
     apart = square > 0
-    return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
+    return or_nan(jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0), mu)
 
 
 def _farthest(x, there) -> Int[Array, " 2"]:
@@ -77,10 +80,12 @@ def hull_area(mu: Measure) -> Float[Array, "*batch"]:
     is the shoelace sum over the vertices, and differentiable in them. Systems run one after the
     other.
 
-    **Returns:** shape `(*batch,)`; 0 where all tokens lie on a line.
+    **Returns:** shape `(*batch,)`; 0 where all tokens lie on a line, nan where one with mass is not
+    finite.
 
-    **Raises:** `ValueError` where d is not 2.
+    **Raises:** `ValueError` where d is not 2, `TypeError` where mu is no measure.
     """
+    check_measure("mu", mu)
     if mu.d != 2:
         raise ValueError(f"hull_area takes points in the plane, d = 2; got d = {mu.d}.")
     return _hull_area(mu)
@@ -93,7 +98,7 @@ def _hull_area(mu: Measure) -> Array:
     x = jnp.take_along_axis(mu.points, vertices[..., None], axis=-2).astype(dtype)
     x = x - x[..., :1, :]
     after = jnp.roll(x, -1, axis=-2)
-    return (x[..., 0] * after[..., 1] - x[..., 1] * after[..., 0]).sum(axis=-1) / 2
+    return or_nan((x[..., 0] * after[..., 1] - x[..., 1] * after[..., 0]).sum(axis=-1) / 2, mu)
 
 
 def _hull(x, logs) -> Int[Array, " vertices"]:

@@ -20,14 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import ScalarLike, is_concrete
+from .._memory import PAIRS_AT_ONCE
+from .._rules import count, instance, positive, real
+from .._types import ScalarLike
 from ..geometry import AbstractGeometry, Euclidean
 from ..kernels import softmax_expectation
-from ..measure import Measure
-from .base import over_two
-
-# Rows of geodesic distances that are computed together, times their length.
-BLOCK = 2**20
+from ..measure import Measure, check_measure
+from .base import or_nan, over_two
 
 
 def sinkhorn_divergence(
@@ -61,13 +60,17 @@ def sinkhorn_divergence(
     n = 10^5, and 40 times that for arcs. In float32 S has errors of about 1e-6 times the squared
     diameter. Reverse-mode differentiable once, in points and weights.
 
-    **Returns:** S, shape `(*batch,)`.
+    **Returns:** S, shape `(*batch,)`; nan where a token with mass is not finite.
 
     **Raises:** `ValueError` for bad input, the run-time error of `equinox.error_if` where
     `max_iterations` do not reach the tolerance.
     """
-    if is_concrete(epsilon) and not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}.")
+    check_measure("mu", mu)
+    check_measure("nu", nu)
+    instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
+    for name, value in (("epsilon", epsilon), ("tolerance", tolerance)):
+        real(name, value, "positive and finite", positive)
+    max_iterations = count("max_iterations", max_iterations)
     if mu.d != nu.d:
         raise ValueError(f"both measures must have the same dimension d, got {mu.d} and {nu.d}.")
     array = lambda a: jnp.asarray(a, mu.points.dtype)
@@ -96,7 +99,9 @@ def _divergence(mu, nu, epsilon, tolerance, geometry, max_iterations):
 
     value, error = over_two(one, mu, nu)
     message = "Sinkhorn's algorithm did not reach tolerance: raise max_iterations or epsilon."
-    return eqx.error_if(value, ~(error <= jnp.asarray(tolerance, error.dtype)).all(), message)
+    value = or_nan(value, mu, nu)
+    late = ~(error <= jnp.asarray(tolerance, error.dtype)) & ~jnp.isnan(value)
+    return eqx.error_if(value, late.any(), message)
 
 
 def _solve(widest, epsilon, tolerance, max_iterations, update, like):
@@ -107,7 +112,7 @@ def _solve(widest, epsilon, tolerance, max_iterations, update, like):
 
     def unfinished(state):
         k, error, _ = state
-        return ~(error <= tolerance) & (k < max_iterations)
+        return ~(error <= tolerance) & ~jnp.isnan(error) & (k < max_iterations)
 
     def iterate(state):
         k, _, potentials = state
@@ -156,4 +161,4 @@ def _transform(geometry, x, y, log_weights, g, epsilon) -> Float[Array, " n"]:
         costs = geometry.distance(jnp.broadcast_to(xi, y.shape), y) ** 2
         return -epsilon * jax.nn.logsumexp(log_weights + (g - costs) / epsilon)
 
-    return jax.lax.map(row, x, batch_size=max(1, min(len(x), BLOCK // len(y))))
+    return jax.lax.map(row, x, batch_size=max(1, min(len(x), PAIRS_AT_ONCE // len(y))))

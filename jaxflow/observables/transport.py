@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..geometry import AbstractGeometry, Euclidean, Sphere
-from ..measure import Measure
-from .base import over_two
+from ..measure import Measure, check_measure
+from .base import or_nan, over_two
 
 
 def wasserstein(
@@ -41,11 +41,15 @@ def wasserstein(
     Differentiable, with derivative 0 where W_2 = 0. Ends of intervals of quantiles that agree up to
     rounding (16 epsilon) are taken as equal, so that W_2 is 0 where the measures are.
 
-    **Returns:** shape `(*batch,)`, in the units of the points.
+    **Returns:** shape `(*batch,)`, in the units of the points; nan where a token with mass is not
+    finite.
 
-    **Raises:** `ValueError` for other dimensions; use
-    [`jaxflow.observables.sinkhorn_divergence`][] there.
+    **Raises:** `ValueError` for other dimensions, where
+    [`jaxflow.observables.sinkhorn_divergence`][] serves; `TypeError` for other geometries and what
+    is no measure.
     """
+    check_measure("mu", mu)
+    check_measure("nu", nu)
     if isinstance(geometry, Euclidean):
         d = 1
     elif isinstance(geometry, Sphere):
@@ -73,7 +77,7 @@ def _wasserstein(mu: Measure, nu: Measure, geometry: AbstractGeometry) -> Array:
     square = over_two(cost, mu, nu)
     positive = square > 0
     distance = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
-    return 2 * jnp.pi * geometry.radius * distance if circle else distance
+    return or_nan(2 * jnp.pi * geometry.radius * distance if circle else distance, mu, nu)
 
 
 def _turns(x: Float[Array, "n 2"]) -> Float[Array, " n"]:

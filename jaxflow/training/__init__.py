@@ -5,7 +5,7 @@ fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
-from .loop import Data, Fitted, TrainingError, fit
+from .loop import Data, Fitted, fit
 from .losses import (
     AbstractLoss,
     FlowLoss,
@@ -17,6 +17,7 @@ from .losses import (
 )
 from .optimisers import adamw, matrices
 from .runs import load, tokenizer
+from .step import TrainingError
 from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
 
 __all__ = [

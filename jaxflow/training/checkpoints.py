@@ -6,8 +6,8 @@
 
 A checkpoint is written beside its place, flushed to the disk and renamed, so a run killed at any
 moment leaves the previous one. Orbax restores an array with a flipped bit without a word; here each
-array, and the manifest itself, has to match its sha256. One process writes to a folder at a time;
-any number may read.
+file, each array and the manifest itself has to match its sha256. A checkpoint that does not is an
+error, never skipped and never removed. One process writes to a folder at a time; any may read.
 """
 
 import hashlib
@@ -18,16 +18,18 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-_TEMPORARY = ".saving-"
+from .. import __version__
+from .._folder import locked, read_json, sealed, sync
+from .leaves import digest, from_host, is_stored, layout, named, to_host, top
+
+_TEMPORARY = re.compile(r"\.saving-\w{8}")
 _REPLACED = ".replaced"
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _MANIFEST = "manifest.json"
@@ -53,46 +55,46 @@ def save(
       tree; everything else comes from `like` in [`jaxflow.training.restore`][].
     - `step`: the number of steps done, which names the checkpoint. One that has this number
       already is replaced.
-    - `config`, `cursor`, `metrics`: JSON; what rebuilds the run, where its data go on, how good
-      it is.
+    - `config`, `cursor`, `metrics`: JSON objects: what rebuilds the run, where its data go on, how
+      good it is.
     - `keep`: how many of the last checkpoints stay, at least 1.
-    - `metric`: the checkpoint with the smallest finite `metrics[metric]` stays as well.
+    - `metric`: the checkpoint with the smallest finite `metrics[metric]` stays as well. One that is
+      damaged stays too: it is never removed here.
 
     **Returns:** the checkpoint's folder.
 
-    **Raises:** TypeError for a config, cursor or metrics that are not JSON.
+    **Raises:** TypeError for a config, cursor or metrics that are not JSON objects, or a step or
+    `keep` that is no whole number; ValueError for a step below 0 or a `keep` below 1, or if another
+    process writes to the folder; OSError if the disk is full. What was there before is then as it
+    was.
     """
-    if step < 0 or keep < 1:
-        raise ValueError(f"step must be >= 0 and keep >= 1; got {step} and {keep}.")
-    # Here, because the package is not whole yet when it imports this module.
-    from .. import __version__
-
-    leaves = _arrays(state)
-    arrays = {name: _to_host(leaf) for name, leaf in leaves.items()}
-    manifest: dict[str, Any] = {
-        "jaxflow": __version__,
-        "step": step,
-        "config": config,
-        "cursor": cursor,
-        "metrics": metrics or {},
-        "arrays": {
-            name: _layout(leaf) | {"sha256": _digest(arrays[name])} for name, leaf in leaves.items()
-        },
+    for name, number, least in (("step", step, 0), ("keep", keep, 1)):
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise TypeError(f"{name} must be a whole number, got {number!r}.")
+        if number < least:
+            raise ValueError(f"step must be >= 0 and keep >= 1; got {step} and {keep}.")
+    about = {"config": config, "cursor": cursor, "metrics": metrics or {}}
+    _check_json(about)
+    leaves = named(state)
+    arrays = {name: to_host(leaf) for name, leaf in leaves.items()}
+    manifest = {"jaxflow": __version__, "step": int(step)} | about
+    manifest["arrays"] = {
+        name: layout(leaf) | {"sha256": digest(arrays[name])} for name, leaf in leaves.items()
     }
-    _seal(manifest)  # refuses what is no JSON before anything is written
     run = Path(folder).absolute()
     run.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(run)
     final = run / f"step-{step:08d}"
-    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=run) as temporary:
-        work = Path(temporary) / final.name
-        work.mkdir()
-        _write_arrays(work, arrays)
-        manifest["files"] = _file_digests(work)
-        sealed = {"sha256": _seal(manifest), "manifest": manifest}
-        (work / _MANIFEST).write_text(json.dumps(sealed, indent=1) + "\n")
-        _publish(work, final)
-        _prune(run, final, Path(temporary), keep, metric)
+    with locked(run):
+        _remove_leftovers(run)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=run) as temporary:
+            work = Path(temporary) / final.name
+            work.mkdir()
+            _write_arrays(work, arrays)
+            manifest["files"] = _file_digests(work)
+            record = {"sha256": sealed(manifest), "manifest": manifest}
+            (work / _MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            _publish(work, final)
+            _prune(run, final, Path(temporary), keep, metric)
     return final
 
 
@@ -110,107 +112,95 @@ def restore(folder: str | Path, like: Any, *, partial: bool = False) -> tuple[An
     **Returns:** the state, and the manifest: `step`, `config`, `cursor`, `metrics`, `jaxflow` (the
     version that wrote it).
 
-    **Raises:** ValueError if the checkpoint is damaged, naming the array, or if its arrays are not
-    those of `like`.
+    **Raises:** ValueError if the checkpoint is damaged, naming the file and, where it is known, the
+    array, or if its arrays are not those of `like`.
     """
     path = Path(folder).absolute()
     manifest = _manifest(path)
-    leaves = _arrays(like)
+    leaves = named(like)
     expected = manifest["arrays"]
     if partial:
-        tops = {_top(name) for name in leaves}
-        expected = {name: entry for name, entry in expected.items() if _top(name) in tops}
+        tops = {top(name) for name in leaves}
+        expected = {name: entry for name, entry in expected.items() if top(name) in tops}
     _check_alike(path, leaves, expected)
-    arrays = _read_arrays(path, manifest)
-    stored = (_from_host(arrays[name], leaf) for name, leaf in leaves.items())
-    state = jtu.tree_map(lambda leaf: next(stored) if _is_stored(leaf) else leaf, like)
+    _check_files(path, manifest)
+    arrays = _read_arrays(path, manifest["arrays"])
+    if damage := _array_damage(arrays, manifest["arrays"]):
+        raise _damaged(path, damage)
+    stored = (from_host(arrays[name], leaf) for name, leaf in leaves.items())
+    state = jtu.tree_map(lambda leaf: next(stored) if is_stored(leaf) else leaf, like)
     return state, _without_digests(manifest)
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, without its arrays: `step`, `config`, `cursor`, ..."""
+    """What a checkpoint says of itself, without its arrays: `step`, `config`, `cursor`, ...
+
+    **Raises:** ValueError if it is no checkpoint, or its manifest is damaged.
+    """
     return _without_digests(_manifest(Path(folder).absolute()))
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run that has a whole manifest; None if there is none."""
-    return next(iter(_checkpoints(Path(folder))), None)
+    """The newest checkpoint of a run; None if there is none.
+
+    **Raises:** ValueError if the manifest of the newest one is damaged.
+    """
+    path = next(iter(listed(folder)), None)
+    if path is not None:
+        _manifest(path)
+    return path
 
 
 def best(folder: str | Path, metric: str = "loss") -> Path | None:
-    """The checkpoint of a run with the smallest finite `metrics[metric]`; None if there is none."""
-    scores = {
-        path: manifest["metrics"].get(metric)
-        for path, manifest in _checkpoints(Path(folder)).items()
-    }
-    finite = [p for p, x in scores.items() if isinstance(x, int | float) and math.isfinite(x)]
-    return min(finite, key=lambda path: scores[path], default=None)
+    """The checkpoint of a run with the smallest finite `metrics[metric]`; None if there is none.
+
+    **Raises:** ValueError if the manifest of any is damaged, as that may be the best.
+    """
+    return smallest({path: _manifest(path) for path in listed(folder)}, metric)
 
 
-def remove(folder: str | Path, since: int):
-    """Removes the checkpoints of that step and later ones, the last first."""
-    run = Path(folder).absolute()
-    _remove_leftovers(run)
-    for path in _folders(run):
-        if int(path.stem.removeprefix("step-")) >= since:
-            with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=run) as temporary:
-                os.rename(path, Path(temporary) / path.name)
+def listed(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run by name, newest first; of one being replaced, the new one."""
+    run = Path(folder)
+    try:
+        names = os.listdir(run)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found: dict[int, Path] = {}
+    for name in sorted(names):
+        if match := _NAME.fullmatch(name):
+            found.setdefault(int(match[1]), run / name)
+    return [found[step] for step in sorted(found, reverse=True)]
 
 
-# ------------------------------------------------------------------ arrays of a tree
+def remove(folder: str | Path):
+    """Removes a checkpoint; one that a kill cuts off in the middle is found no more.
+
+    **Raises:** ValueError if its manifest is damaged, as it may not be what it seems.
+    """
+    path = Path(folder).absolute()
+    _manifest(path)
+    with (
+        locked(path.parent),
+        tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as temporary,
+    ):
+        os.rename(path, Path(temporary) / path.name)
 
 
-def _is_stored(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+# ------------------------------------------------------------------ what is refused
 
 
-def _arrays(tree: Any) -> dict[str, Any]:
-    leaves = jtu.tree_leaves_with_path(tree)
-    return {jtu.keystr(path): leaf for path, leaf in leaves if _is_stored(leaf)}
-
-
-def _top(name: str) -> str:
-    """The first key of a name such as ".params.field[0]"."""
-    return re.match(r"\W*\w*", name).group()  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_impl(leaf: Any) -> Any:
-    """The generator of PRNG keys; by a trace, which knows that of a ShapeDtypeStruct too."""
-    found = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
-    return found[0]
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    # A copy: the next step may write to the memory of the array.
-    return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-
-
-def _from_host(stored: np.ndarray, leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return stored
-    if isinstance(leaf, np.generic):
-        return stored[()]
-    array = jnp.array(stored)
-    if _is_key(leaf):
-        array = jax.random.wrap_key_data(array, impl=_key_impl(leaf))
-    placed = isinstance(leaf, jax.Array) and leaf.committed
-    return jax.device_put(array, leaf.sharding) if placed else array
-
-
-def _layout(leaf: Any) -> dict[str, Any]:
-    """Shape and dtype of an array as it is stored, and the generator of a PRNG key."""
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    layout = {"dtype": str(data.dtype), "shape": list(data.shape)}
-    return layout | ({"key": str(_key_impl(leaf))} if _is_key(leaf) else {})
-
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+def _check_json(about: dict[str, Any]):
+    for name, value in about.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a dictionary, got {value!r}.")
+    for name, number in about["metrics"].items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"metrics must be numbers; {name} is {number!r}.")
+    try:
+        sealed(about)
+    except TypeError as error:
+        raise TypeError(f"config, cursor and metrics must be JSON: {error}.") from error
 
 
 def _check_alike(path: Path, leaves: dict[str, Any], expected: dict[str, Any]):
@@ -226,7 +216,7 @@ def _check_alike(path: Path, leaves: dict[str, Any], expected: dict[str, Any]):
                 f"{len(expected)} arrays). {remedy}"
             )
     for name, leaf in leaves.items():
-        asked = _layout(leaf)
+        asked = layout(leaf)
         saved = {k: v for k, v in expected[name].items() if k != "sha256"}
         if saved != asked:
             raise ValueError(
@@ -235,11 +225,56 @@ def _check_alike(path: Path, leaves: dict[str, Any], expected: dict[str, Any]):
             )
 
 
-# ------------------------------------------------------------------ files
+def _check_files(path: Path, manifest: dict[str, Any]):
+    """Refuses files that are missing, not of the checkpoint, or not as they were written."""
+    stated, found = manifest["files"], _file_digests(path)
+    wrong = sorted(name for name in stated | found if stated.get(name) != found.get(name))
+    if not wrong:
+        return
+    name = wrong[0]
+    known = "is not as it was written" if name in stated else "is not one of its files"
+    what = f"file {name} {known if name in found else 'is missing'}"
+    # Damaged values may be read, to find their array; damaged sizes could ask for any memory.
+    if all(name in stated and name in found and Path(name).parent.name == "d" for name in wrong):
+        what = _damaged_array(path, manifest["arrays"]) + what
+    raise _damaged(path, what)
+
+
+def _damaged_array(path: Path, expected: dict[str, Any]) -> str:
+    for name in expected:
+        one = {name: expected[name]}
+        try:
+            damage = _array_damage(_read_arrays(path, one), one)
+        except Exception:  # orbax and tensorstore raise whatever the bytes lead to
+            damage = f"array {name} cannot be read"
+        if damage:
+            return damage + "; "
+    return ""
+
+
+def _array_damage(arrays: dict[str, np.ndarray], expected: dict[str, Any]) -> str:
+    for name, entry in expected.items():
+        found = layout(arrays[name]) | {"sha256": digest(arrays[name])}
+        for what, value in found.items():
+            if value != entry[what]:
+                return f"array {name} has {what} {value}, expected {entry[what]}"
+    return ""
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    others = [other for other in _whole(path.parent) if other != path]
+    remedy = f"and resume from {others[0]}" if others else "; no other one is beside it"
+    return ValueError(f"checkpoint {path} is damaged: {what}; delete it {remedy}.")
+
+
+# ------------------------------------------------------------------ arrays in files
 
 
 def require() -> Any:
-    """The module that writes arrays."""
+    """The module that writes arrays.
+
+    **Raises:** ImportError, with what to install.
+    """
     try:
         return importlib.import_module("orbax.checkpoint")
     except ImportError as error:
@@ -255,145 +290,108 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]):
             checkpointer.save(path / "arrays", filled)
 
 
-def _read_arrays(path: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
-    expected = manifest["arrays"]
+def _read_arrays(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
     filled = [name for name, entry in expected.items() if math.prod(entry["shape"])]
     empty = set(expected) - set(filled)
     arrays = {k: np.zeros(expected[k]["shape"], expected[k]["dtype"]) for k in empty}
-    if manifest["files"] == _file_digests(path):
-        arrays |= _restore_arrays(path, filled)
-    else:
-        for name in filled:  # one by one, to find the array that the damage is in
-            try:
-                arrays |= _restore_arrays(path, [name])
-            except Exception as error:  # orbax and tensorstore raise whatever the bytes lead to
-                raise _damaged(path, f"array {name} cannot be read") from error
-    for name, entry in expected.items():
-        found, sha256 = _layout(arrays[name]), _digest(arrays[name])
-        if found["shape"] != entry["shape"] or found["dtype"] != entry["dtype"]:
-            raise _damaged(path, f"array {name} is {found}, expected {entry}")
-        if sha256 != entry["sha256"]:
-            raise _damaged(path, f"array {name} has sha256 {sha256}, expected {entry['sha256']}")
-    return arrays
-
-
-def _restore_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    if not names:
-        return {}
+    if not filled:
+        return arrays
     orbax = require()
-    asked = orbax.args.PyTreeRestore(item=dict.fromkeys(names, 0), partial_restore=True)
+    asked = orbax.args.PyTreeRestore(item=dict.fromkeys(filled, 0), partial_restore=True)
     with orbax.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.restore(path / "arrays", args=asked)
-    return {name: np.asarray(found[name]) for name in names}
+    return arrays | {name: np.asarray(found[name]) for name in filled}
 
 
 def _file_digests(path: Path) -> dict[str, str]:
-    """The sha256 of each file that holds arrays."""
+    """The sha256 of each file of a checkpoint but its manifest."""
     digests = {}
-    for file in sorted((path / "arrays").rglob("*")):
-        if file.is_file():
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if name != _MANIFEST and not file.is_dir():
             with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            digests[file.relative_to(path).as_posix()] = digest
+                digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
     return digests
 
 
-def _seal(manifest: Any) -> str:
-    """The sha256 of the manifest as canonical JSON."""
-    try:
-        # Read back, as a key that is a number becomes a string.
-        text = json.dumps(json.loads(json.dumps(manifest)), sort_keys=True)
-    except TypeError as error:
-        raise TypeError(f"config, cursor and metrics must be JSON: {error}.") from error
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _whole_manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        sealed = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        whole = sealed["sha256"] == _seal(sealed["manifest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return sealed["manifest"] if whole else None
+# ------------------------------------------------------------------ manifests
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    if not (path / _MANIFEST).is_file():
-        raise ValueError(
-            f"{path} is no checkpoint: it has no {_MANIFEST}. latest(folder) finds those of a run."
-        )
-    manifest = _whole_manifest(path)
-    if manifest is None:
-        raise _damaged(path, f"{_MANIFEST} does not have the sha256 that it states")
+    """The manifest of a checkpoint, which is what was written."""
+    file, match = path / _MANIFEST, _NAME.fullmatch(path.name)
+    if not path.is_dir() or not (match or os.path.lexists(file)):
+        lacks = f"it has no {_MANIFEST}" if path.is_dir() else "there is no such folder"
+        raise ValueError(f"{path} is no checkpoint: {lacks}. latest(folder) finds those of a run.")
+    try:
+        record = read_json(file)
+        manifest = record.get("manifest")
+        if record.get("sha256") != sealed(manifest) or not isinstance(manifest, dict):
+            raise ValueError(f"{_MANIFEST} does not have the sha256 that it states")
+        if match is not None and int(match[1]) != manifest["step"]:
+            raise ValueError(f"{_MANIFEST} is of step {manifest['step']}")
+    except ValueError as error:
+        raise _damaged(path, str(error).rstrip(".")) from None
     return manifest
+
+
+def _whole(run: Path) -> dict[Path, dict[str, Any]]:
+    """The checkpoints with a whole manifest, newest first, for those who may not fail."""
+    found = {}
+    for path in listed(run):
+        try:
+            record = read_json(path / _MANIFEST)
+            if record["sha256"] == sealed(record["manifest"]):
+                found[path] = record["manifest"]
+        except (ValueError, KeyError):
+            continue
+    return found
 
 
 def _without_digests(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in ("arrays", "files")}
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    others = [other for other in _checkpoints(path.parent) if other != path]
-    remedy = f"and resume from {others[0]}" if others else "; no other one is beside it"
-    return ValueError(f"checkpoint {path} is damaged: {what}; delete it {remedy}.")
+def smallest(manifests: dict[Path, dict[str, Any]], metric: str) -> Path | None:
+    """The checkpoint with the smallest finite metric among these."""
+    scores = {path: manifest["metrics"].get(metric) for path, manifest in manifests.items()}
+    finite = [p for p, x in scores.items() if isinstance(x, int | float) and math.isfinite(x)]
+    return min(finite, key=lambda path: scores[path], default=None)
 
 
-def _folders(run: Path) -> list[Path]:
-    """The checkpoints by name, newest first; of one that is being replaced, the new one."""
-    found: dict[int, Path] = {}
-    for path in sorted(run.glob("step-*")):
-        if match := _NAME.fullmatch(path.name):
-            found.setdefault(int(match[1]), path)
-    return [found[step] for step in sorted(found, reverse=True)]
-
-
-def _checkpoints(run: Path) -> dict[Path, dict[str, Any]]:
-    """The checkpoints with a whole manifest, newest first."""
-    manifests = ((path, _whole_manifest(path)) for path in _folders(run))
-    return {path: manifest for path, manifest in manifests if manifest is not None}
+# ------------------------------------------------------------------ names that come and go
 
 
 def _remove_leftovers(run: Path):
-    """What a run killed within `save` left behind."""
-    for path in run.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
+    """What a run killed within `save` left behind; the lock says that none is at it."""
+    for path in run.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_dir():
+            if all(_NAME.fullmatch(name) for name in os.listdir(path)):
+                shutil.rmtree(path)
     for path in run.glob(f"step-*{_REPLACED}"):
-        if path.with_suffix("").exists():
+        new = path.with_suffix("")
+        if _NAME.fullmatch(path.name) and new in _whole(run):
+            _check_files(new, _manifest(new))
             shutil.rmtree(path)
-
-
-def _sync(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write(path: Path, text: str):
-    """Writes a file that is whole, or the one before, whenever the process is killed."""
-    beside = path.with_name(_TEMPORARY + path.name)
-    beside.write_text(text)
-    _sync(beside)
-    os.replace(beside, path)
 
 
 def _publish(work: Path, final: Path):
     """Flushes the checkpoint to the disk and gives it its name, so that it is whole or absent."""
     for path in [work, *work.rglob("*")]:
-        _sync(path)
+        sync(path)
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():  # `latest` finds it by this name too, until the new one has its own
         os.rename(final, replaced)
     os.rename(work, final)
-    _sync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
 
 def _prune(run: Path, final: Path, temporary: Path, keep: int, metric: str):
     """Removes all but `keep` and the best; first by a rename, so that none is found in parts."""
-    kept = {final, best(run, metric), *list(_checkpoints(run))[:keep]}
-    for path in _folders(run):
+    whole = _whole(run)
+    kept = {final, smallest(whole, metric), *list(whole)[:keep]}
+    for path in whole:
         if path not in kept:
             os.rename(path, temporary / path.name)

@@ -1,35 +1,34 @@
 """The loop: batches -> gradients through the solve -> updates; evaluated, saved, resumed.
 
-A step that is not finite changes nothing: its update is dropped inside the compiled step, so the
-last good parameters are at hand when the loop stops to say what went wrong.
+Everything that a user passes is checked, and the step traced, before the run folder is touched.
 """
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..flow import FlowError
 from ..models import AbstractModel
-from . import checkpoints
-from .losses import AbstractLoss, FlowLoss, cross_entropy, evaluate
-from .optimisers import adamw
+from . import checkpoints, record
+from .losses import AbstractLoss, FlowLoss, cross_entropy
+from .optimisers import adamw, whole_number
+from .record import Place, Record
+from .step import State, Step, TrainingError, diagnosis, evaluated, update
 
 
 @runtime_checkable
@@ -43,10 +42,6 @@ class Data(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-class TrainingError(RuntimeError):
-    """A step that is not finite, or a solve that failed; the message says where."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """What training returns.
@@ -54,7 +49,7 @@ class Fitted:
     - `model`: after the last step. `best`: with the least validation loss (`model` where nothing
       was evaluated).
     - `step`: the number of steps done. `reason`: why it ended: "done", "early stop", "budget", or
-      the name of a signal.
+      the name of a signal, "SIGTERM" or "SIGINT".
     - `history`: one dictionary a logged step, as in metrics.jsonl.
     - `validation_loss`: of `best`.
     """
@@ -68,7 +63,7 @@ class Fitted:
 
 
 def fit(
-    model: AbstractModel,
+    model: eqx.Module,
     data: Data,
     *,
     steps: int,
@@ -109,163 +104,199 @@ def fit(
       better loss before training stops.
     - `budget`: of evaluations of the field in the forward solves of the steps; training stops when
       it is spent.
-    - `run`: a folder for checkpoints and metrics.jsonl. `resume`: go on from its last checkpoint,
-      or start where it has none yet; the losses are those of a run that was never stopped, bit for
-      bit.
+    - `run`: a folder for config.json, metrics.jsonl and checkpoints. One process at a time writes
+      to it. `resume`: go on from its last checkpoint, or start where it has none yet; the losses
+      are those of a run that was never stopped, bit for bit.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
       the last stay, two at least, as the step after the last may fail. The best one stays too.
     - `log_every`: steps between lines of metrics.jsonl.
-    - `config`: JSON kept in each checkpoint.
+    - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
+      own, and another one may differ from it in the entries of
+      `jaxflow.training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
     - `progress`: show a progress bar.
 
-    SIGTERM and Ctrl-C end the step, save, and return.
+    SIGTERM and Ctrl-C end the step, or the evaluation after its batch, save, and return. An
+    evaluation that was cut off is made when the run goes on.
 
     **Returns:** a [`jaxflow.training.Fitted`][].
 
-    **Raises:** `TrainingError` if a loss or a gradient is not finite or a solve fails, in a step or
-    an evaluation, naming the step, the time and the tensor. The last finite parameters are then the
-    latest checkpoint in `run`; `resume` goes on from the one before, which made a good step, so
-    that another learning rate can help.
+    **Raises:**
+
+    - ValueError or TypeError for arguments that cannot be trained with, before anything is written.
+    - ValueError if the folder holds a run that is not to be resumed, is used by another process, or
+      if what is to be resumed is damaged, naming the file, or was trained on other data or with
+      another config. Nothing was changed then.
+    - `TrainingError` if a loss, a gradient or what the optimiser makes of it is not finite or a
+      solve fails, in a step or an evaluation, naming the step, the time and the tensor. The last
+      finite parameters are then the latest checkpoint in `run`; `resume` goes on from the one
+      before, which made a good step, so that another learning rate can help.
     """
-    every = evaluate_every if checkpoint_every is None else checkpoint_every
-    _check(
-        run,
-        resume,
+    schedule = _Schedule(
         steps=steps,
-        budget=budget,
         accumulate=accumulate,
         evaluate_every=evaluate_every,
+        log_every=log_every,
+        checkpoint_every=evaluate_every if checkpoint_every is None else checkpoint_every,
         evaluation_batches=evaluation_batches,
         patience=patience,
-        checkpoint_every=every,
-        keep=keep,
-        log_every=log_every,
+        budget=budget,
     )
+    keep = whole_number("keep", keep)
+    if resume and run is None:
+        raise ValueError("resume=True needs the folder of the run: pass run=...")
+    if run is not None:
+        checkpoints.require()
+    about = _about(data, config, accumulate)
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     optimiser = adamw(steps) if optimiser is None else optimiser
-    step_fn = _Step(static, optimiser, loss)
     key = jax.random.key(0) if key is None else key
+    _check_parts(optimiser, loss, key)
+    loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
+    step = Step(static, optimiser, loss)
     # The step gives its state's memory to the next one, and the caller keeps the model.
-    state = jax.tree.map(jnp.copy, _State(params, optimiser.init(params), key))
-    place = _Place(0, 0, math.inf, 0)
-    about = {"config": dict(config or {}), "data": data.describe(), "accumulate": accumulate}
-    record = _Record(None if run is None else Path(run), keep, about)
-    best = None
-    if resume:
-        record.forget_failure()
-    if resume and record.resumable():
-        state, best, place = record.resume(state)
-    else:
-        record.begin()
-    cost = _cost(model, params, data.batch(0)[0])
-    with _Signals() as signals, _Display(steps, place.step, progress, cost) as display:
-        while not (reason := _reason_to_stop(place, steps, patience, budget, signals)):
-            batch, start = _batches(data, place.step, accumulate), time.perf_counter()
-            state, ok, metrics = step_fn(state, np.int32(place.step), batch)
-            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not ok:
-                record.fail(state, place)
-                failed = f"step {place.step + 1} failed (loss {numbers['loss']:.6g}): "
-                raise TrainingError(failed + _diagnosis(step_fn, state, batch, place.step))
-            place = place.after(_evaluations(numbers, budget) * accumulate)
-            numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
-            last = place.step == steps or (budget is not None and place.spent >= budget)
-            if place.step % evaluate_every == 0 or last:
-                try:
-                    numbers |= step_fn.evaluate(state, place.step, data, evaluation_batches)
-                except TrainingError:
-                    record.fail(state, place)
-                    raise
-            if evaluated := "validation_loss" in numbers:
-                if numbers["validation_loss"] < place.best:
-                    best = jax.tree.map(jnp.copy, state.params)
-                place = place.evaluated(numbers["validation_loss"])
-            if evaluated or last or place.step % log_every == 0 or place.step == 1:
-                record.log(place.step, numbers)
-            if evaluated and place.since == 0:
-                record.save(state, place, numbers["validation_loss"])
-            elif place.step % every == 0:
-                record.save(state, place)
-            display.show(place.step, numbers)
-    record.save(state, place, replace=False)
-    best = state.params if best is None else best
+    state = jax.tree.map(jnp.copy, State(params, optimiser.init(params), key))
+    first = _batches(data, 0, accumulate)
+    _check_step(step, state, first, budget)
+    with record.opened(run, resume=resume) as folder, _Signals() as signals:
+        kept = Record(folder, keep, about)
+        resumed = kept.resume(state) if resume else None
+        if resumed is None:
+            kept.begin()
+        state, best, place = resumed or (state, None, Place())
+        cost = _cost(model, params, first[0][0])
+        with _Display(steps, place.step, progress, cost) as display:
+            loop = _Loop(step, data, schedule, kept, signals, display, state, best, place)
+            reason = loop.run()
+        reason = signals.caught or reason  # one that came with the last step counts too
+    best = loop.state.params if loop.best is None else loop.best
     whole = lambda params: eqx.combine(params, static)
-    return Fitted(whole(state.params), whole(best), place.step, reason, record.history, place.best)
+    return Fitted(
+        whole(loop.state.params),
+        whole(best),
+        loop.place.step,
+        reason,
+        kept.history,
+        loop.place.best,
+    )
 
 
-# ------------------------------------------------------------------ one step
+# ------------------------------------------------------------------ the loop
 
 
-class _State(eqx.Module):
-    params: Any
-    optimiser: Any
-    key: PRNGKeyArray
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """What happens after which step: whole numbers, at least 1, where they are given."""
+
+    steps: int
+    accumulate: int
+    evaluate_every: int
+    log_every: int
+    checkpoint_every: int
+    evaluation_batches: int | None
+    patience: int | None
+    budget: int | None
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None:
+                whole_number(name, value)
+
+    def spent(self, place: Place) -> bool:
+        return self.budget is not None and place.spent >= self.budget
+
+    def reason(self, place: Place) -> str:
+        """Why training ends here; "" where it does not."""
+        if place.step >= self.steps:
+            return "done"
+        if self.patience is not None and place.since >= self.patience:
+            return "early stop"
+        return "budget" if self.spent(place) else ""
+
+    def is_last(self, place: Place) -> bool:
+        return place.step == self.steps or self.spent(place)
+
+    def evaluates(self, place: Place) -> bool:
+        return place.step % self.evaluate_every == 0 or self.is_last(place)
+
+    def logs(self, place: Place) -> bool:
+        return place.step % self.log_every == 0 or place.step == 1 or self.is_last(place)
 
 
-class _Step(eqx.Module):
-    """One update, compiled once."""
+@dataclasses.dataclass
+class _Loop:
+    """Makes steps; each is evaluated, logged and saved where the schedule says so."""
 
-    static: Any
-    optimiser: optax.GradientTransformation = eqx.field(static=True)
-    loss: AbstractLoss
+    step: Step
+    data: Data
+    schedule: _Schedule
+    record: Record
+    signals: "_Signals"
+    display: "_Display"
+    state: State
+    best: Any
+    place: Place
 
-    def value(self, params, inputs, targets, key):
-        out = self.loss(eqx.combine(params, self.static), inputs, targets, key)
-        return out.value, (out.ok, out.metrics)
+    def run(self) -> str:
+        """Why it ended."""
+        while not (reason := self.reason()):
+            if self.place.pending is None:
+                self.advance()
+            if not self.schedule.evaluates(self.place):
+                self.note({})
+            elif (found := self.evaluated()) is not None:
+                self.note(found)
+        if self.record.saved != self.place.step:
+            self.record.save(self.state, self.place)
+        return reason
 
-    def gradient(self, params, batch, key):
-        """Means over the batches along the first axis: (gradient, loss, ok, metrics)."""
-        inputs, targets = batch
-        grad = eqx.filter_value_and_grad(self.value, has_aux=True)
+    def reason(self) -> str:
+        if self.signals.caught:
+            return self.signals.caught
+        return self.schedule.reason(self.place) if self.place.pending is None else ""
 
-        def one(total, item):
-            (value, (ok, metrics)), gradient = grad(params, *item)
-            return jax.tree.map(jnp.add, total, gradient), (value, ok, metrics)
+    def advance(self):
+        """Makes a step; its numbers are pending until they are logged."""
+        count, number = self.schedule.accumulate, self.place.step
+        batch, start = _batches(self.data, number, count), time.perf_counter()
+        self.state, ok, metrics = update((self.step, batch, np.int32(number)), self.state)
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not ok:
+            self.record.fail(self.state, self.place)
+            failed = f"step {number + 1} failed (loss {numbers['loss']:.6g}): "
+            raise TrainingError(failed + diagnosis(self.step, self.state, batch, number))
+        numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
+        self.place = self.place.after(numbers.get("num_evaluations", 0.0) * count, numbers)
 
-        keys = jax.random.split(key, len(inputs))
-        zero = jax.tree.map(jnp.zeros_like, params)
-        total, (values, ok, metrics) = jax.lax.scan(one, zero, (inputs, targets, keys))
-        mean = lambda x: jnp.asarray(x, float).mean(axis=0)
-        gradient = jax.tree.map(lambda g: g / len(inputs), total)
-        return gradient, values.mean(), ok.all(), jax.tree.map(mean, metrics)
+    def evaluated(self) -> dict[str, float] | None:
+        """The validation losses; None where a signal cut the evaluation off."""
 
-    def __call__(self, state, step, batch):
-        """(state, ok, metrics); a step that is not ok returns the state as it was."""
-        return _update((self, step, batch), state)
+        def batches() -> Iterator[tuple[Any, Any]]:
+            found = self.data.validation_batches(self.schedule.evaluation_batches)
+            return itertools.takewhile(lambda _: not self.signals.caught, found)
 
-    def update(self, state, step, batch):
-        key = jax.random.fold_in(state.key, step)
-        gradient, value, ok, metrics = self.gradient(state.params, batch, key)
-        norm = optax.tree.norm(gradient)
-        ok = ok & jnp.isfinite(value) & jnp.isfinite(norm)
-        with jax.numpy_dtype_promotion("standard"):  # Optax needs it
-            updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.params)
-            moved = optax.apply_updates(state.params, updates), optimiser
-        keep = lambda new, old: jnp.where(ok, new, old)
-        params, optimiser = jax.tree.map(keep, moved, (state.params, state.optimiser))
-        state = _State(params, optimiser, state.key)
-        return state, ok, {"loss": value, "gradient_norm": norm} | metrics
+        try:
+            found = evaluated(self.step, self.state, self.place.step, batches)
+        except TrainingError:
+            self.record.fail(self.state, self.place._replace(pending=None))
+            raise
+        return None if self.signals.caught else found
 
-    def evaluate(self, state: _State, step: int, data: Data, count: int | None) -> dict[str, float]:
-        """Means over the validation batches, validation_loss among them; none without a batch."""
-        model = eqx.combine(state.params, self.static)
-        means = lambda batches: evaluate(model, batches, self.loss, key=state.key)
-        found = means(data.validation_batches(count))
-        if math.isfinite(found["loss"]):
-            return {f"validation_{name}": value for name, value in found.items()}
-        for batch in data.validation_batches(count):
-            if not math.isfinite(value := means([batch])["loss"]):
-                failed = f"the evaluation after step {step} failed (loss {value:.6g}): "
-                batch = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)
-                raise TrainingError(failed + _diagnosis(self, state, batch, step))
-        return {}
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _update(inputs, state):
-    step_fn, step, batch = inputs
-    return step_fn.update(state, step, batch)
+    def note(self, found: dict[str, float]):
+        """Logs and saves a step with what its evaluation found."""
+        numbers = (self.place.pending or {}) | found
+        self.place = self.place._replace(pending=None)
+        loss = found.get("validation_loss")
+        if loss is not None:
+            if loss < self.place.best:
+                self.best = jax.tree.map(jnp.copy, self.state.params)
+            self.place = self.place.evaluated(loss)
+        if loss is not None or self.schedule.logs(self.place):
+            self.record.log(self.place.step, numbers)
+        if loss is not None and self.place.since == 0:
+            self.record.save(self.state, self.place, loss)
+        elif self.place.step % self.schedule.checkpoint_every == 0:
+            self.record.save(self.state, self.place)
+        self.display.show(self.place.step, numbers)
 
 
 def _batches(data: Data, step: int, accumulate: int):
@@ -275,175 +306,54 @@ def _batches(data: Data, step: int, accumulate: int):
     return jnp.asarray(np.stack(inputs)), jnp.asarray(np.stack(targets))
 
 
-def _diagnosis(step_fn: _Step, state: _State, batch, step: int) -> str:
-    """What was not finite, computed again outside of jit for the time and the tensor."""
-    remedy = " Lower the learning rate, clip gradients, or look at the batch."
-    model = eqx.combine(state.params, step_fn.static)
-    for inputs in batch[0]:
-        if not isinstance(model, AbstractModel):
-            break
-        try:
-            sol = model.depth.flow(model.field, model.embed(inputs), throw=True)
-        except (FlowError, ValueError) as error:  # a ValueError for x(0) itself
-            return str(error)
-        if not np.isfinite(np.asarray(model.read_out(sol.measures[-1]))).all():
-            return f"the outputs at t = {model.depth.t1:g} are not finite." + remedy
-    key = jax.random.fold_in(state.key, step)
-    gradient = eqx.filter_jit(step_fn.gradient)(state.params, batch, key)[0]
-    for path, leaf in jtu.tree_leaves_with_path(gradient):
-        if not np.isfinite(np.asarray(leaf)).all():
-            return f"the gradient of {jtu.keystr(path)} is not finite." + remedy
-    if np.isfinite(np.asarray(optax.tree.norm(gradient))):
-        return "the loss is not finite." + remedy
-    return "the gradient's norm overflows." + remedy
+# ------------------------------------------------------------------ what is refused
 
 
-# ------------------------------------------------------------------ where the training is
+def _about(data: Data, config: Mapping[str, Any] | None, accumulate: int) -> dict[str, Any]:
+    """What each checkpoint says of the run, as JSON gives it back."""
+    if not isinstance(data, Data):
+        raise TypeError(
+            f"data must have `batch`, `validation_batches` and `describe`, as text_data(...) and "
+            f"image_data(...) do; got {type(data).__name__}."
+        )
+    config = None if config is None else dict(config)
+    about = {"config": config, "data": data.describe(), "accumulate": int(accumulate)}
+    if not isinstance(about["data"], dict):
+        raise TypeError(f"data.describe() must return a dictionary, got {about['data']!r}.")
+    try:
+        return json.loads(json.dumps(about))
+    except TypeError as error:
+        raise TypeError(f"config and data.describe() must be JSON: {error}.") from error
 
 
-class _Place(NamedTuple):
-    """The number of steps, evaluations of the field, the best loss and evaluations since."""
-
-    step: int
-    spent: int
-    best: float
-    since: int
-
-    def after(self, evaluations: float) -> "_Place":
-        return self._replace(step=self.step + 1, spent=self.spent + int(evaluations))
-
-    def evaluated(self, loss: float) -> "_Place":
-        better = loss < self.best
-        return self._replace(best=min(loss, self.best), since=0 if better else self.since + 1)
+def _check_parts(optimiser: Any, loss: Any, key: Any):
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise TypeError(f"optimiser must be an Optax optimiser, got {optimiser!r}.")
+    if not callable(loss):
+        raise TypeError(f"loss must be a function (outputs, targets) -> number, got {loss!r}.")
+    try:
+        jax.eval_shape(lambda k: jax.random.fold_in(k, 0), key)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"key must be one PRNG key, got {key!r}: pass jax.random.key(...)."
+        ) from None
 
 
-def _evaluations(numbers, budget: int | None) -> float:
+def _check_step(step: Step, state: State, batch, budget: int | None):
+    """Traces the step, which the first call has to do anyway: what cannot be trained ends here."""
+    if not jax.tree.leaves(state.params):
+        raise ValueError("the model has no floating-point arrays, so there is nothing to train.")
+    _, _, numbers = eqx.filter_eval_shape(update, (step, batch, np.int32(0)), state)
+    for name, number in numbers.items():
+        if number.shape != ():
+            raise ValueError(
+                f"a loss logs numbers, one a batch; {name} has the shape {number.shape}."
+            )
     if budget is not None and "num_evaluations" not in numbers:
         raise ValueError(
             "a budget counts evaluations of the field, and the loss logs no num_evaluations "
             "(implicit methods do not report them): pass budget=None, or an explicit method."
         )
-    return numbers.get("num_evaluations", 0.0)
-
-
-def _reason_to_stop(place, steps, patience, budget, signals) -> str:
-    if signals.caught:
-        return signals.caught
-    if place.step >= steps:
-        return "done"
-    if patience is not None and place.since >= patience:
-        return "early stop"
-    return "budget" if budget is not None and place.spent >= budget else ""
-
-
-_FAILED = "failed.json"  # the step that was not finite, in the run folder
-
-
-class _Record:
-    """The run folder: checkpoints and metrics.jsonl. Without a folder, the history alone."""
-
-    def __init__(self, folder: Path | None, keep: int, config: dict):
-        self.folder, self.keep = folder, max(2, keep)
-        self.config = json.loads(json.dumps(config))  # refuses now what no checkpoint could hold
-        self.history: list[dict[str, Any]] = []
-        self.saved = -1
-
-    @property
-    def checkpoints(self) -> Path:
-        assert self.folder is not None
-        return self.folder / "checkpoints"
-
-    def resumable(self) -> bool:
-        assert self.folder is not None
-        if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is no run to resume: there is no such folder.")
-        return checkpoints.latest(self.checkpoints) is not None
-
-    def begin(self):
-        if self.folder is None:
-            return
-        if checkpoints.latest(self.checkpoints) is not None:
-            raise ValueError(
-                f"{self.folder} holds a run already: pass resume=True to go on with it, or another "
-                "folder."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "metrics.jsonl").write_text("")
-
-    def log(self, step: int, numbers: dict[str, Any]):
-        self.history.append({"step": step} | numbers)
-        if self.folder is not None:
-            with (self.folder / "metrics.jsonl").open("a") as lines:
-                lines.write(json.dumps(self.history[-1]) + "\n")
-
-    def save(self, state: _State, place: _Place, loss: float | None = None, replace: bool = True):
-        if self.folder is None or (self.saved == place.step and not replace):
-            return
-        self.saved = place.step
-        checkpoints.save(
-            self.checkpoints,
-            state,
-            step=place.step,
-            config=self.config,
-            # JSON knows no infinity.
-            cursor=place._asdict() | {"best": None if math.isinf(place.best) else place.best},
-            metrics=None if loss is None else {"loss": loss},
-            keep=self.keep,
-        )
-
-    def fail(self, state: _State, place: _Place):
-        """Keeps the parameters of a failed step for a look, and the checkpoint before them."""
-        if self.folder is None:
-            return
-        checkpoints.write(self.folder / _FAILED, json.dumps({"step": place.step}) + "\n")
-        self.keep += 1
-        self.save(state, place, replace=False)
-
-    def forget_failure(self):
-        """Removes what a failed step left: nothing good comes from there."""
-        assert self.folder is not None
-        failed = self.folder / _FAILED
-        if failed.exists():
-            checkpoints.remove(self.checkpoints, json.loads(failed.read_text())["step"])
-            failed.unlink()
-
-    def resume(self, state: _State):
-        """(state, best parameters, place) of the last checkpoint."""
-        assert self.folder is not None
-        path = checkpoints.latest(self.checkpoints)
-        assert path is not None
-        state, about = checkpoints.restore(path, state)
-        self._check_alike(about["config"])
-        cursor = about["cursor"]
-        place = _Place(**cursor | {"best": math.inf if cursor["best"] is None else cursor["best"]})
-        best = checkpoints.best(self.checkpoints)
-        params = None if best is None else checkpoints.restore(best, state)[0].params
-        self._cut(place.step)
-        self.saved = place.step
-        return state, jax.tree.map(jnp.copy, params), place
-
-    def _check_alike(self, config: dict):
-        """The batches that come next depend on all of this."""
-        both = ({"accumulate": c.get("accumulate", 1)} | c["data"] for c in (config, self.config))
-        before, now = both
-        differ = [k for k in sorted(now | before) if now.get(k) != before.get(k) and k != "source"]
-        if differ:
-            name = differ[0]
-            raise ValueError(
-                f"the run was trained on other data: {name} was {before.get(name)} and is "
-                f"{now.get(name)}. Pass the same data, batch size and accumulation to resume it."
-            )
-
-    def _cut(self, step: int):
-        """Forgets what was logged after the checkpoint: it is going to happen again."""
-        assert self.folder is not None
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut off
-                self.history.append(json.loads(line))
-        self.history = [row for row in self.history if row["step"] <= step]
-        checkpoints.write(path, "".join(json.dumps(row) + "\n" for row in self.history))
 
 
 # ------------------------------------------------------------------ the outside world
@@ -513,13 +423,3 @@ class _Display:
 
     def __exit__(self, *_):
         self.bar.stop()
-
-
-def _check(run, resume, **counts: int | None):
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if resume and run is None:
-        raise ValueError("resume=True needs the folder of the run: pass run=...")
-    if run is not None:
-        checkpoints.require()

@@ -7,6 +7,7 @@ import equinox as eqx
 
 from .. import models
 from . import checkpoints
+from .record import CHECKPOINTS
 from .tokenizers import tokenizer_from_dict
 
 
@@ -19,15 +20,19 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
     - `like`: a model of the same structure. `None` builds it from the configuration of the run,
       for one that the command line made, or whose `fit` was given `config={"model": ...}` as
       [`jaxflow.models.build`][] takes it.
-    - `which`: "best", by validation loss, or "latest".
+    - `which`: "best", by validation loss, or "latest". Where nothing was evaluated the best is the
+      latest.
 
-    **Raises:** ValueError where there is no such run, or its checkpoint is damaged.
+    **Returns:** the model with the parameters of the checkpoint.
+
+    **Raises:** ValueError where there is no such run, the model has other parameters, or the
+    checkpoint is damaged. Another checkpoint is never returned in its place.
     """
     if which not in ("best", "latest"):
         raise ValueError(f'which must be "best" or "latest", got {which!r}.')
     checkpoint = _checkpoint(path, which)
     if like is None:
-        config = checkpoints.metadata(checkpoint)["config"]["config"]
+        config = _about(checkpoint)["config"]
         if "model" not in config:
             raise ValueError(
                 f"{path} does not say how its model is built: pass like=, a model of its structure."
@@ -39,8 +44,12 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
 
 
 def tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a run on text."""
-    data = checkpoints.metadata(_checkpoint(path, "latest"))["config"]["data"]
+    """The tokenizer of a run on text.
+
+    **Raises:** ValueError where there is no such run, its last checkpoint is damaged, or it was not
+    trained on text.
+    """
+    data = _about(_checkpoint(path, "latest"))["data"]
     if "tokenizer" not in data:
         raise ValueError(f"{path} was not trained on text, so it has no tokenizer.")
     return tokenizer_from_dict(data["tokenizer"])
@@ -53,9 +62,20 @@ class _Params(eqx.Module):
 
 
 def _checkpoint(path: str | Path, which: str) -> Path:
-    folder = Path(path) / "checkpoints"
+    folder = Path(path) / CHECKPOINTS
     found = checkpoints.best(folder) if which == "best" else None
     found = found or checkpoints.latest(folder)
     if found is None:
-        raise ValueError(f"{path} is no run with a checkpoint.")
+        raise ValueError(
+            f"{path} is no run with a checkpoint: pass the folder that fit(run=...) or `jaxflow "
+            "train` wrote to."
+        )
     return found
+
+
+def _about(checkpoint: Path) -> dict[str, Any]:
+    """What `fit` said of the run: its config and its data."""
+    about = checkpoints.metadata(checkpoint)["config"]
+    if not {"config", "data"} <= about.keys():
+        raise ValueError(f"checkpoint {checkpoint} is not of `fit`, which says how to go on.")
+    return about

@@ -10,20 +10,34 @@ JAX has deprecated Pallas on Triton since 0.11 and will remove it, so particles 
 and language models on Hopper are built on Mosaic GPU; Triton serves older devices and what those
 kernels refuse (float32 heads, bands in float32), and is refused where JAX has it no more.
 JAX 0.10 and 0.11 take different compilers by default: every call names its own by compiler_params.
-
-Operands are those of `blocked`, with any number of leading batch axes.
 """
 
 import dataclasses
 import importlib.util
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..reference import Problem
-from . import hopper, particles, tensor_cores
+from ..base import (
+    AbstractBackend,
+    Cotangent,
+    Forward,
+    Mode,
+    Operands,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    on_one_batch_axis,
+)
+from . import hopper
 from .configs import Config, tuned
+from .hopper import Hopper
+from .particles import Particles
+from .tensor_cores import TensorCores
+
+Family = Particles | Hopper | TensorCores
 
 DTYPES = "float32", "bfloat16", "float16"
 CHANNELS = 256  # that registers hold
@@ -41,74 +55,75 @@ CAPABILITIES = {
 }
 
 
-def refusal(mode: str, q, k, v, problem: Problem) -> str | None:
-    """Why these operands cannot be run; None if they can."""
-    if (capability := compute_capability()) < AMPERE:
-        return f"its kernels need compute capability 8.0, got {'.'.join(map(str, capability))}"
-    if (name := jnp.dtype(q.dtype).name) not in DTYPES:
-        return f"its kernels are for {', '.join(DTYPES)}, got {name}"
-    if (channels := max(q.shape[-1], v.shape[-1])) > CHANNELS:
-        return f"its kernels hold at most {CHANNELS} channels, got {channels}"
-    on_triton = family(mode, q, k, v, problem, capability) == "tensor_cores" or capability < HOPPER
-    if on_triton and importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return "its kernels for these operands need Pallas on Triton, which this JAX no longer has"
-    return None
+@dataclasses.dataclass(frozen=True)
+class PallasGPU(AbstractBackend):
+    """The kernels of the family that suits the operands and the device.
+
+    `config` are tiles of that family, found by tuning or by its own heuristics where None.
+    `interpret` runs the kernels for older devices on any machine, in Pallas's interpreter.
+    """
+
+    config: Config = None
+    interpret: bool = False
+
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        return on_one_batch_axis(
+            self._family("forward", operands, problem).forward, operands, problem
+        )
+
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        return on_one_batch_axis(
+            self._family("tangent", operands, problem).tangent, operands, problem
+        )
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        family = self._family("cotangent", operands, problem)
+        return on_one_batch_axis(family.cotangent, operands, problem)
+
+    def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
+        if self.interpret:
+            return None
+        if (capability := compute_capability()) < AMPERE:
+            return f"its kernels need compute capability 8.0, got {'.'.join(map(str, capability))}"
+        if (name := jnp.dtype(shapes.q.dtype).name) not in DTYPES:
+            return f"its kernels are for {', '.join(DTYPES)}, got {name}"
+        if shapes.channels > CHANNELS:
+            return f"its kernels hold at most {CHANNELS} channels, got {shapes.channels}"
+        on_triton = isinstance(family(shapes, problem, capability), TensorCores)
+        if (on_triton or capability < HOPPER) and _triton_is_gone():
+            return (
+                "its kernels for these operands need Pallas on Triton, which this JAX no longer has"
+            )
+        return None
+
+    def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
+        return family(shapes, problem, self._capability()).name
+
+    def _family(self, mode: Mode, operands: Operands, problem: Problem) -> Family:
+        shapes = Shapes(*operands[:3])
+        found, config = family(shapes, problem, self._capability()), self.config
+        if config is None and not self.interpret:
+            config = tuned(_device_kind(), found.name, mode, shapes.q.dtype, shapes.channels)
+        settings: dict[str, Any] = {"config": config, "interpret": self.interpret}
+        return dataclasses.replace(found, **settings)
+
+    def _capability(self) -> tuple[int, int]:
+        # The interpreter runs the kernels for older devices: the newer ones' copies are not for it.
+        return AMPERE if self.interpret else compute_capability()
 
 
-def family(mode: str, q, k, v, problem: Problem, capability: tuple[int, int]) -> str:
-    """The name of the module that runs these operands on a device of this compute capability."""
-    channels, band, weighted = max(q.shape[-1], v.shape[-1]), problem.band, problem.weighted
-    if jnp.dtype(q.dtype).itemsize >= 4 and channels <= FEW and band == (None, None):
-        return "particles"
-    if capability == HOPPER:
-        if hopper.refusal(q, k, v, band=band, weighted=weighted, mode=mode) is None:
-            return "hopper"
-    return "tensor_cores"
+def family(shapes: Shapes, problem: Problem, capability: tuple[int, int]) -> Family:
+    """The family that runs these operands on a device of this compute capability."""
+    narrow = shapes.channels <= FEW and problem.band == (None, None)
+    if narrow and jnp.dtype(shapes.q.dtype).itemsize >= 4:
+        return Particles(mosaic=capability >= HOPPER)
+    if capability == HOPPER and hopper.refusal(shapes) is None:
+        return Hopper()
+    return TensorCores(small_memory=capability in SMALL_MEMORY)
 
 
-def forward(q, k, v, b, scale, *, problem: Problem, config: Config = None, interpret: bool = False):
-    return _run("forward", (q, k, v, b, scale), problem, config, interpret)
-
-
-def tangent(
-    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, problem: Problem, config: Config = None,
-    interpret: bool = False,
-):  # fmt: skip
-    operands = q, k, v, b, scale, mean, lse, du, dk, dv, db
-    return _run("tangent", operands, problem, config, interpret)
-
-
-def cotangent(
-    q, k, v, b, scale, mean, lse, g, h, *, problem: Problem, config: Config = None,
-    interpret: bool = False,
-):  # fmt: skip
-    return _run("cotangent", (q, k, v, b, scale, mean, lse, g, h), problem, config, interpret)
-
-
-def _run(mode: str, operands, problem: Problem, config: Config, interpret: bool):
-    """Flattens the batch axes and calls the family's function."""
-    batch = operands[4].shape
-    flat = tuple(a.reshape((math.prod(batch), *a.shape[len(batch) :])) for a in operands)
-    q, k, v = flat[:3]
-    channels = max(q.shape[-1], v.shape[-1])
-    # The interpreter runs the kernels for older devices: the newer ones' copies are not for it.
-    capability: tuple[int, int] = AMPERE if interpret else compute_capability()
-    name = family(mode, q, k, v, problem, capability)
-    if config is None and not interpret:
-        config = tuned(_device_kind(), name, mode, q.dtype, channels)
-    if config is None and name == "tensor_cores" and capability in SMALL_MEMORY:
-        config = tensor_cores.default_config(mode, q.shape[1], k.shape[1], channels, q.dtype)
-        if (bytes_of_a_row := channels * q.dtype.itemsize) > 512:
-            config = dataclasses.replace(config, stages=1)
-        elif bytes_of_a_row > 256:
-            config = dataclasses.replace(config, rows=max(16, config.rows // 2))
-    options = {"weighted": problem.weighted, "config": config, "interpret": interpret}
-    if name == "particles":
-        outs = getattr(particles, mode)(*flat, **options, mosaic=capability[0] >= HOPPER[0])
-    else:
-        module = hopper if name == "hopper" else tensor_cores
-        outs = getattr(module, mode)(*flat, **options, band=problem.band)
-    return tuple(a.reshape((*batch, *a.shape[1:])) for a in outs)
+def _triton_is_gone() -> bool:
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is None
 
 
 def compute_capability() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from ..base import Mode
 from . import hopper, particles, tensor_cores
 
 # Hopper's cotangent is two kernels, with a tile each.
@@ -13,7 +14,7 @@ Config = particles.Config | tensor_cores.Config | HopperConfig | None
 TUNED: dict[str, dict[tuple[str, str, int, int], Config]] = {}
 
 
-def tuned(kind: str, family: str, mode: str, dtype, channels: int) -> Config:
+def tuned(kind: str, family: str, mode: Mode, dtype, channels: int) -> Config:
     """The tuned tile for a device, or None."""
     key = family, mode, jnp.dtype(dtype).itemsize, 1 << (channels - 1).bit_length()
     return next((table.get(key) for name, table in TUNED.items() if name in kind), None)

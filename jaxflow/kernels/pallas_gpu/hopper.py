@@ -20,11 +20,10 @@ lane semantics, in which every layout is spelled out.
 
 import dataclasses
 import functools
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..reference import Band
+from ..base import (
+    LOG2E,
+    Band,
+    Cotangent,
+    Forward,
+    Mode,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    pad,
+    vanishing,
+)
+from .family import NO_INDEX, AbstractFamily
 
-LOG2E = math.log2(math.e)
 ROWS = 64  # of one compute warpgroup: the M of every WGMMA instruction
 DTYPES = (jnp.bfloat16, jnp.float16)
 WIDEST = 256  # head dimension; wider sums leave the registers
@@ -44,10 +55,6 @@ SHARED_BYTES = 226 * 1024  # of a block, less the barriers
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # one number a row of a tile
 COLUMN = TILE.reduce(0)
-
-# Before jax 0.11, plgpu.load requires an index beside the reference; later it deprecates one.
-_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
-NO_INDEX = ((),) if _INDEX is not None and _INDEX.default is _INDEX.empty else ()
 
 # Where plgpu.store exists, plain assignment refuses rows of a 16-bit tile in device memory.
 STORE = getattr(plgpu, "store", None)
@@ -65,104 +72,105 @@ class Config:
     groups: int = 2
 
 
-def refusal(q, k, v, *, band: Band, weighted: bool, mode: str) -> str | None:
+@dataclasses.dataclass(frozen=True)
+class Hopper(AbstractFamily):
+    """The kernels of this file.
+
+    A cotangent is two kernels with a `config` each: the one that streams keys (gu), then the one
+    that streams queries.
+    """
+
+    config: Config | tuple[Config, Config] | None = None
+    interpret: Any = False
+
+    name: ClassVar[str] = "hopper"
+
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        q, k, v, b, scale = operands
+        weighted = problem.weighted
+        return _stream(
+            _Forward(weighted),
+            self.config or default("forward", q, v),
+            scale,
+            fixed=(q,),
+            streamed=(((k, 0), *_bias(b, weighted)), ((v, 0),)),
+            direct=(),
+            outs=((v.shape[2:], v.dtype), ((), b.dtype)),
+            band=problem.band,
+            interpret=self.interpret,
+        )
+
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        q, k, v, b, scale, mean, lse, du, dk, dv, _ = operands
+        weighted = problem.weighted
+        sigma = jnp.abs(du).max(axis=2)
+        sigma = jnp.where(sigma == 0, 1, sigma)
+        du = (du / sigma[..., None]).astype(q.dtype)
+        bias = (*_bias(b, weighted), (operands.moving_db, 0)) if weighted else ()
+        return _stream(
+            _Tangent(weighted),
+            self.config or default("tangent", q, v),
+            scale,
+            fixed=(q, du),
+            streamed=(((k, 0), (dk, 0), *bias), ((v, 0), (dv, 0))),
+            direct=(vanishing(lse * LOG2E), sigma, mean),
+            outs=((v.shape[2:], v.dtype), ((), b.dtype)),
+            band=problem.band,
+            interpret=self.interpret,
+        )
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        q, k, v, b, scale, _, lse, g, _ = operands
+        weighted, band, centre = problem.weighted, problem.band, operands.centre
+        lse = vanishing(lse * LOG2E)
+        over_keys, over_queries = self.config or (default("gu", q, v), default("gk", q, v))
+        run = partial(_stream, scale=scale, interpret=self.interpret)
+        (gu,) = run(
+            _QueryCotangent(weighted),
+            over_keys,
+            fixed=(q, g),
+            streamed=(((k, 0), *_bias(b, weighted)), ((v, 0),)),
+            direct=(lse, centre),
+            outs=((q.shape[2:], b.dtype),),
+            band=band,
+        )
+        of_scores = (k.shape[2:], k.dtype), ((), b.dtype)
+        of_values = ((v.shape[2:], v.dtype),)
+        # Sums of more than 256 columns do not fit the registers: gk and gv then take a pass each.
+        together = q.shape[2] + v.shape[2] <= WIDEST
+        parts = [
+            run(
+                _KeyCotangent(weighted, scores, values),
+                over_queries,
+                fixed=(k, v),
+                streamed=(((q, 0), (lse, math.inf)), ((g, 0), (centre, 0))),
+                direct=(b * LOG2E,),
+                outs=of_scores * scores + of_values * values,
+                band=(band[1], band[0]),
+            )
+            for scores, values in ([(True, True)] if together else [(True, False), (False, True)])
+        ]
+        gk, gb, gv = (a for part in parts for a in part)
+        return gu, gk, gv, gb if weighted else jnp.zeros_like(b)
+
+    def candidates(self, mode: Mode, shapes: Shapes) -> Sequence[Any]:
+        q, _, v = shapes
+        if mode != "cotangent":
+            return _fitting(mode, q, v)
+        first, *over_keys = _fitting("gu", q, v)
+        second, *over_queries = _fitting("gk", q, v)
+        pairs = [*((c, second) for c in over_keys), *((first, c) for c in over_queries)]
+        return [(first, second), *pairs]
+
+
+def refusal(shapes: Shapes) -> str | None:
     """Why these kernels cannot run, or None."""
-    del band, weighted, mode  # Every mode takes them all.
-    if q.dtype not in DTYPES:
-        return f"the Hopper kernels take bfloat16 and float16, got {q.dtype}"
-    for width in (k.shape[-1], v.shape[-1]):
+    if shapes.q.dtype not in DTYPES:
+        return f"the Hopper kernels take bfloat16 and float16, got {shapes.q.dtype}"
+    for width in (shapes.k.shape[-1], shapes.v.shape[-1]):
         if width % 16 or not 0 < width <= WIDEST:
             return f"the Hopper kernels take head dimensions 16, 32, ..., {WIDEST}, got {width}"
     return None
-
-
-def forward(
-    q, k, v, b, scale, *, band: Band, weighted: bool, config: Config | None = None, interpret=False
-) -> tuple[Array, ...]:
-    """mean (m, r) and lse (m,). Without `weighted`, b counts as zero."""
-    batch = scale.shape
-    q, k, v, b, scale = _flat(batch, q, k, v, b, scale)
-    outs = _stream(
-        _Forward(weighted),
-        config or default("forward", q, v),
-        scale,
-        fixed=(q,),
-        streamed=(((k, 0), *_bias(b, weighted)), ((v, 0),)),
-        direct=(),
-        outs=((v.shape[2:], v.dtype), ((), b.dtype)),
-        band=band,
-        interpret=interpret,
-    )
-    return _unflat(batch, outs)
-
-
-def tangent(
-    q, k, v, b, scale, mean, lse, du, dk, dv, db,
-    *, band: Band, weighted: bool, config: Config | None = None, interpret=False
-) -> tuple[Array, ...]:  # fmt: skip
-    """dmean (m, r) and dlse (m,). Without `weighted`, b and db count as zero."""
-    batch = scale.shape
-    operands = _flat(batch, q, k, v, b, scale, mean, lse, du, dk, dv, db)
-    q, k, v, b, scale, mean, lse, du, dk, dv, db = operands
-    sigma = jnp.abs(du).max(axis=2)
-    sigma = jnp.where(sigma == 0, 1, sigma)
-    du = (du / sigma[..., None]).astype(q.dtype)
-    db = jnp.where(jnp.isneginf(b), 0, db)
-    bias = (*_bias(b, weighted), (db, 0)) if weighted else ()
-    outs = _stream(
-        _Tangent(weighted),
-        config or default("tangent", q, v),
-        scale,
-        fixed=(q, du),
-        streamed=(((k, 0), (dk, 0), *bias), ((v, 0), (dv, 0))),
-        direct=(_base2(lse), sigma, mean),
-        outs=((v.shape[2:], v.dtype), ((), b.dtype)),
-        band=band,
-        interpret=interpret,
-    )
-    return _unflat(batch, outs)
-
-
-def cotangent(
-    q, k, v, b, scale, mean, lse, g, h,
-    *, band: Band, weighted: bool, config: tuple[Config, Config] | None = None, interpret=False
-) -> tuple[Array, ...]:  # fmt: skip
-    """gu (m, p), gk (n, p), gv (n, r), gb (n,). Without `weighted`, b and gb count as zero.
-
-    `config` is of the kernel that streams keys (gu), then of the one that streams queries.
-    """
-    batch = scale.shape
-    q, k, v, b, scale, mean, lse, g, h = _flat(batch, q, k, v, b, scale, mean, lse, g, h)
-    centre = (g.astype(h.dtype) * mean.astype(h.dtype)).sum(axis=2) - h
-    over_keys, over_queries = config or (default("gu", q, v), default("gk", q, v))
-    run = partial(_stream, scale=scale, interpret=interpret)
-    (gu,) = run(
-        _QueryCotangent(weighted),
-        over_keys,
-        fixed=(q, g),
-        streamed=(((k, 0), *_bias(b, weighted)), ((v, 0),)),
-        direct=(_base2(lse), centre),
-        outs=((q.shape[2:], b.dtype),),
-        band=band,
-    )
-    of_scores = (k.shape[2:], k.dtype), ((), b.dtype)
-    of_values = ((v.shape[2:], v.dtype),)
-    # Sums of more than 256 columns do not fit the registers: gk and gv then take a pass each.
-    together = q.shape[2] + v.shape[2] <= WIDEST
-    parts = [
-        run(
-            _KeyCotangent(weighted, scores, values),
-            over_queries,
-            fixed=(k, v),
-            streamed=(((q, 0), (_base2(lse), math.inf)), ((g, 0), (centre, 0))),
-            direct=(b * LOG2E,),
-            outs=of_scores * scores + of_values * values,
-            band=(band[1], band[0]),
-        )
-        for scores, values in ([(True, True)] if together else [(True, False), (False, True)])
-    ]
-    gk, gb, gv = (a for part in parts for a in part)
-    return _unflat(batch, (gu, gk, gv, gb if weighted else jnp.zeros_like(b)))
 
 
 # ------------------------------------------------------------------ the four sums
@@ -573,8 +581,8 @@ def _stream(
     infinite = any(math.isinf(fill) for packet in streamed for _, fill in packet)
     padded = limit % columns != 0 and not infinite
     extent = _Extent(band, limit if padded else None, count, config)
-    packets = [[_pad(a, count * columns, fill) for a, fill in packet] for packet in streamed]
-    fixed, direct = ([_pad(a, rows, 0) for a in arrays] for arrays in (fixed, direct))
+    packets = [[pad(a, count * columns, fill, axis=1) for a, fill in packet] for packet in streamed]
+    fixed, direct = ([pad(a, rows, axis=1) for a in arrays] for arrays in (fixed, direct))
     size, blocks = scale.shape[0], rows // block
 
     def kernel(scale_ref, *refs, tiles, fixed_tiles, full, empty, loaded, batons):
@@ -666,29 +674,8 @@ def _shared(a, copies: int, length: int, columns: int):
     return plgpu.SMEM((copies, length, a.shape[2]), a.dtype, transforms=transforms)
 
 
-def _pad(a, length: int, fill):
-    if a.shape[1] == length:
-        return a
-    widths = [(0, 0), (0, length - a.shape[1])] + [(0, 0)] * (a.ndim - 2)
-    return jnp.pad(a, widths, constant_values=fill)
-
-
-def _flat(batch, *operands):
-    """One batch axis."""
-    return [a.reshape((math.prod(batch), *a.shape[len(batch) :])) for a in operands]
-
-
-def _unflat(batch, outs):
-    return tuple(a.reshape((*batch, *a.shape[1:])) for a in outs)
-
-
 def _bias(b, weighted: bool):
     return ((b * LOG2E, -math.inf),) if weighted else ()
-
-
-def _base2(lse):
-    """A query without a visible key has only zero weights."""
-    return jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
 
 
 # ------------------------------------------------------------------ tile sizes
@@ -704,23 +691,10 @@ def default(kernel: str, q, v) -> Config:
     return Config(32, groups=1) if kernel == "tangent" and width > 192 else Config(32)
 
 
-def candidates(mode: str, q, k, v) -> list[Config] | list[tuple[Config, Config]]:
-    """What a tuner should try: values of `config`, the default first."""
-    del k
+def _fitting(kernel: str, q, v) -> list[Config]:
+    first = default(kernel, q, v)
     tiles = [Config(c, s, g) for c in (128, 64, 32) for s in (2, 3) for g in (2, 3, 1)]
-    fitting = {
-        kernel: [default(kernel, q, v)]
-        + [c for c in tiles if _fits(kernel, c, q, v) and c != default(kernel, q, v)]
-        for kernel in ("forward", "tangent", "gu", "gk")
-    }
-    if mode != "cotangent":
-        return fitting[mode]
-    first = fitting["gu"][0], fitting["gk"][0]
-    return [
-        first,
-        *((c, first[1]) for c in fitting["gu"][1:]),
-        *((first[0], c) for c in fitting["gk"][1:]),
-    ]
+    return [first, *(c for c in tiles if _fits(kernel, c, q, v) and c != first)]
 
 
 def _fits(kernel: str, config: Config, q, v) -> bool:

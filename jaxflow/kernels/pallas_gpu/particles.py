@@ -27,7 +27,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from .hopper import NO_INDEX
+from ..base import (
+    LOG2E,
+    MASKED,
+    Cotangent,
+    Forward,
+    Mode,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    finite,
+    known_bound,
+    pad,
+    vanishing,
+)
+from .family import NO_INDEX, AbstractFamily, exp2, fma
 
-LOG2E = math.log2(math.e)
 CHUNK = 256  # columns of one copy into shared memory: the most that the copy engine takes
 THREADS = 128  # of a block: one warpgroup
 BLOCKS = 2048  # to fill a device: some five times what runs at once
-LOWEST = -1e30  # a finite start of a maximum: -inf - -inf is no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +75,7 @@ class Arithmetic(NamedTuple):
 
 
 PLAIN = Arithmetic(lambda x, y, z: x * y + z, jnp.exp2)
-
-
-def _assembly(instruction: str) -> Callable[..., Array]:
-    def apply(*args):
-        from jax.experimental.pallas import triton  # JAX will remove it
-
-        (out,) = triton.elementwise_inline_asm(
-            f"{instruction} {', '.join(f'${i}' for i in range(len(args) + 1))};",
-            args=args,
-            constraints=",".join(["=f", *(["f"] * len(args))]),
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
-        )
-        return out
-
-    return apply
-
-
-ASSEMBLY = Arithmetic(_assembly("fma.rn.f32"), _assembly("ex2.approx.ftz.f32"))
+ASSEMBLY = Arithmetic(fma, exp2)
 
 
 # ------------------------------------------------------------------ the folds
@@ -145,117 +140,110 @@ def _split(channels: Sequence[Array], *sizes: int) -> list[list[Array]]:
 # ------------------------------------------------------------------ the operation
 
 
-def forward(q, k, v, b, scale, *, weighted, config=None, mosaic=True, interpret=False):
-    fold = partial(_fold, mosaic=mosaic, interpret=interpret, config=config)
-    p, dtype = q.shape[-1], b.dtype
-    u, k, v, b2 = _base2(q, scale), k.astype(dtype), v.astype(dtype), LOG2E * b[..., None]
-    shift, safe = _known_bound(u, k, b2[..., 0])
-    exact = fold(_maximum, [u], [(k, None), (b2, None)], 1, skip=safe)
-    shift = jnp.where(safe[:, None, None], shift[..., None], exact)
-    last = (b2, -jnp.inf) if weighted else (jnp.ones_like(b2), 0.0)
-    tile = partial(_forward, p, weighted)
-    totals = fold(tile, [u, shift], [(k, None), (v, 0.0), last], v.shape[-1] + 1)
-    z = totals[..., -1:]
-    empty = z == 0
-    z = jnp.where(empty, 1, z)
-    lse = jnp.where(empty, -jnp.inf, shift / LOG2E + jnp.log(z))
-    return (totals[..., :-1] / z).astype(v.dtype), lse[..., 0]
+@dataclasses.dataclass(frozen=True)
+class Particles(AbstractFamily):
+    """The kernels of this file; `mosaic` ones run from Hopper on, the others anywhere."""
 
+    mosaic: bool = True
+    config: Config | None = None
+    interpret: Any = False
 
-def tangent(
-    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, weighted, config=None, mosaic=True,
-    interpret=False,
-):  # fmt: skip
-    fold = partial(_fold, mosaic=mosaic, interpret=interpret, config=config)
-    p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
-    k, v, dk, dv, mean = (a.astype(dtype) for a in (k, v, dk, dv, mean))
-    # A key of weight zero moves nothing.
-    db = jnp.where(jnp.isneginf(b), 0, db)[..., None]
-    rows = [_base2(q, scale), du, LOG2E * _finite(lse)[..., None]]
-    # The scores are in base 2 and their derivative is not, so dk takes the factor that u has.
-    columns = [(k, None), (dk / LOG2E, 0.0), (v, 0.0), (dv, 0.0), (LOG2E * b[..., None], -jnp.inf)]
-    totals = fold(partial(_tangent, p, r), rows, [*columns, (db, 0.0)], r + 1)
-    dlse = totals[..., -1:]
-    return totals[..., :-1] - dlse * mean, dlse[..., 0]
+    name: ClassVar[str] = "particles"
 
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        q, k, v, b, scale = operands
+        p, dtype, weighted = q.shape[-1], b.dtype, problem.weighted
+        u, k, v, b2 = _base2(q, scale), k.astype(dtype), v.astype(dtype), LOG2E * b[..., None]
+        shift, safe = known_bound(u, k, b2[..., 0], math.log2)
+        exact = self._fold(_maximum, [u], [(k, None), (b2, None)], 1, skip=safe)
+        shift = jnp.where(safe[:, None, None], shift[..., None], exact)
+        last = (b2, -jnp.inf) if weighted else (jnp.ones_like(b2), 0.0)
+        tile = partial(_forward, p, weighted)
+        totals = self._fold(tile, [u, shift], [(k, None), (v, 0.0), last], v.shape[-1] + 1)
+        z = totals[..., -1:]
+        empty = z == 0
+        z = jnp.where(empty, 1, z)
+        lse = jnp.where(empty, -jnp.inf, shift / LOG2E + jnp.log(z))
+        return (totals[..., :-1] / z).astype(v.dtype), lse[..., 0]
 
-def cotangent(
-    q, k, v, b, scale, mean, lse, g, h, *, weighted, config=None, mosaic=True, interpret=False
-):
-    fold = partial(_fold, mosaic=mosaic, interpret=interpret, config=config)
-    p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
-    k, v, g, mean = (a.astype(dtype) for a in (k, v, g, mean))
-    u, b2, lse = _base2(q, scale), LOG2E * b[..., None], LOG2E * lse[..., None]
-    centre = ((g * mean).sum(axis=-1) - h)[..., None]
-    columns = [(k, None), (v, 0.0), (b2, -jnp.inf)]
-    gu = fold(partial(_rows, p, r), [u, g, _finite(lse), centre], columns, p)
-    # A query without a visible key weighs nothing, like padding.
-    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
-    columns = [(u, 0.0), (g, 0.0), (lse, jnp.inf), (centre, 0.0)]
-    sums = fold(partial(_columns, p, r), [k, v, b2], columns, p + r + 1)
-    gk, gv, gb = jnp.split(sums, [p, p + r], axis=-1)
-    return gu, gk / LOG2E, gv, gb[..., 0]
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        q, k, v, b, scale, mean, lse, du, dk, dv, _ = operands
+        p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
+        k, v, dk, dv, mean = (a.astype(dtype) for a in (k, v, dk, dv, mean))
+        db = operands.moving_db[..., None]
+        rows = [_base2(q, scale), du, LOG2E * finite(lse)[..., None]]
+        # The scores are in base 2 and their derivative is not, so dk takes the factor that u has.
+        columns = [(k, None), (dk / LOG2E, 0.0), (v, 0.0), (dv, 0.0)]
+        columns += [(LOG2E * b[..., None], -jnp.inf), (db, 0.0)]
+        totals = self._fold(partial(_tangent, p, r), rows, columns, r + 1)
+        dlse = totals[..., -1:]
+        return totals[..., :-1] - dlse * mean, dlse[..., 0]
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        q, k, v, b, scale, _, lse, g, _ = operands
+        p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
+        k, v, g = (a.astype(dtype) for a in (k, v, g))
+        u, b2, lse = _base2(q, scale), LOG2E * b[..., None], LOG2E * lse[..., None]
+        centre = operands.centre[..., None]
+        columns = [(k, None), (v, 0.0), (b2, -jnp.inf)]
+        gu = self._fold(partial(_rows, p, r), [u, g, finite(lse), centre], columns, p)
+        # A query without a visible key weighs nothing, like padding.
+        columns = [(u, 0.0), (g, 0.0), (vanishing(lse), jnp.inf), (centre, 0.0)]
+        sums = self._fold(partial(_columns, p, r), [k, v, b2], columns, p + r + 1)
+        gk, gv, gb = jnp.split(sums, [p, p + r], axis=-1)
+        return gu, gk / LOG2E, gv, gb[..., 0]
+
+    def candidates(self, mode: Mode, shapes: Shapes) -> Sequence[Config | None]:
+        # None fits each fold of a mode.
+        sizes = [(rows, keys) for rows in (64, 128, 192, 256) for keys in (8, 16)]
+        tries = [
+            Config(*s, unroll, stages) for s in sizes for unroll in (1, 2) for stages in (2, 4)
+        ]
+        return [None, *tries]
+
+    def _fold(
+        self,
+        tile: Callable[..., Tile],
+        rows: Sequence[Array],
+        columns: Sequence[tuple[Array, float | None]],
+        outputs: int,
+        *,
+        skip: Array | None = None,
+    ) -> Array:
+        """sum_j tile(row_i, column_j), shape (batch, m, outputs); with `skip`, max_j instead, where
+        batches to skip hold anything.
+
+        `rows` are (batch, m, channels) each, `columns` (batch, n, channels) with what pads them
+        (None: the last column again).
+        """
+        (batch, m, _), n = rows[0].shape, columns[0][0].shape[1]
+        channels = sum(a.shape[-1] for a in rows), sum(a.shape[-1] for a, _ in columns)
+        config = default_config(m, *channels, outputs) if self.config is None else self.config
+        blocks = -(-m // config.rows)
+        segments, length = _segments(blocks * batch, n)
+        x = jnp.concatenate([pad(a, blocks * config.rows, axis=1) for a in rows], axis=-1)
+        y = jnp.concatenate([_padded(a, segments * length, fill) for a, fill in columns], axis=-1)
+        largest = skip is not None
+        skip = skip.astype(jnp.int32) if largest else jnp.zeros(batch, jnp.int32)
+        options = {"outputs": outputs, "segments": segments, "largest": largest}
+        options |= {"config": config, "interpret": self.interpret}
+        run = _mosaic if self.mosaic else _triton
+        out = run(tile, jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2), skip, **options)
+        out = out.max(axis=1) if largest else out.sum(axis=1)
+        return jnp.swapaxes(out, 1, 2)[:, :m]
 
 
 def _base2(q, scale):
     return (LOG2E * scale)[:, None, None] * q.astype(scale.dtype)
 
 
-def _finite(x):
-    return jnp.where(jnp.isneginf(x), 0, x)
-
-
-def _known_bound(u, k, b):
-    """|u_i| max|k| + max b >= t_ij + b_j, and whether no 2^(t + b - bound) can underflow."""
-    lengths, longest = jnp.linalg.norm(u, axis=-1), jnp.linalg.norm(k, axis=-1).max(axis=-1)
-    top = b.max(axis=-1)
-    bottom = jnp.where(jnp.isneginf(b), top[:, None], b).min(axis=-1)
-    span = 2 * lengths.max(axis=-1) * longest + top - bottom
-    bound = lengths * longest[:, None] + top[:, None]
-    return bound, jnp.isfinite(top) & (span < -0.9 * math.log2(jnp.finfo(b.dtype).tiny))
-
-
 # ------------------------------------------------------------------ the fold
 
 
-def _fold(
-    tile: Callable[..., Tile],
-    rows: Sequence[Array],
-    columns: Sequence[tuple[Array, float | None]],
-    outputs: int,
-    *,
-    skip: Array | None = None,
-    config: Config | None,
-    mosaic: bool,
-    interpret: Any,
-) -> Array:
-    """sum_j tile(row_i, column_j), shape (batch, m, outputs); with `skip`, max_j instead, where
-    batches to skip hold anything.
-
-    `rows` are (batch, m, channels) each, `columns` (batch, n, channels) with what pads them
-    (None: the last column again).
-    """
-    (batch, m, _), n = rows[0].shape, columns[0][0].shape[1]
-    channels = sum(a.shape[-1] for a in rows), sum(a.shape[-1] for a, _ in columns)
-    config = default_config(m, *channels, outputs) if config is None else config
-    blocks = -(-m // config.rows)
-    segments, length = _segments(blocks * batch, n)
-    x = jnp.concatenate([_padded(a, blocks * config.rows, 0) for a in rows], axis=-1)
-    y = jnp.concatenate([_padded(a, segments * length, fill) for a, fill in columns], axis=-1)
-    largest = skip is not None
-    skip = skip.astype(jnp.int32) if largest else jnp.zeros(batch, jnp.int32)
-    options = {"outputs": outputs, "segments": segments, "largest": largest}
-    run = partial(_mosaic if mosaic else _triton, tile, config=config, interpret=interpret)
-    out = run(jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2), skip, **options)
-    out = out.max(axis=1) if largest else out.sum(axis=1)
-    return jnp.swapaxes(out, 1, 2)[:, :m]
-
-
 def _padded(a, length, fill):
-    widths = [(0, 0), (0, length - a.shape[1]), (0, 0)]
     if fill is None:
-        return jnp.pad(a, widths, mode="edge")
-    return jnp.pad(a, widths, constant_values=fill)
+        return jnp.pad(a, [(0, 0), (0, length - a.shape[1]), (0, 0)], mode="edge")
+    return pad(a, length, fill, axis=1)
 
 
 def _segments(blocks: int, n: int) -> tuple[int, int]:
@@ -276,21 +264,6 @@ def default_config(m: int, row_channels: int, column_channels: int, outputs: int
 
     heights = [h for h in (256, 128) if registers(h) <= 150 and h < 2 * m]
     return Config(rows=max(heights, default=64), keys=keys)
-
-
-def candidates(mode: str, q, k, v) -> list[Config | None]:
-    """What a tuner should try, the default first: None, which fits each fold of a mode."""
-    del mode, q, k, v
-    sizes = [(rows, keys) for rows in (64, 128, 192, 256) for keys in (8, 16)]
-    return [
-        None,
-        *(
-            Config(*size, unroll, stages)
-            for size in sizes
-            for unroll in (1, 2)
-            for stages in (2, 4)
-        ),
-    ]
 
 
 def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, interpret):
@@ -339,7 +312,7 @@ def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, in
                     plgpu.BlockSpec((1, width, part), lambda j: (system, 0, segment * chunks + j))
                 ],
                 max_concurrent_steps=min(config.stages, chunks),
-                init_carry=(constant(LOWEST if largest else 0),) * outputs,
+                init_carry=(constant(MASKED if largest else 0),) * outputs,
             )
             for c, total in enumerate(pipeline(columns_gmem)):
                 out_smem[c] = total.max(axis=1) if largest else total.sum(axis=1)
@@ -385,7 +358,7 @@ def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, in
                 y = [spread(columns_ref[0, c, part], 1) for c in range(width)]
                 return tuple(tile(arithmetic, x, y, totals))
 
-            start = (jnp.full(shape, LOWEST if largest else 0, rows.dtype),) * outputs
+            start = (jnp.full(shape, MASKED if largest else 0, rows.dtype),) * outputs
             totals = jax.lax.fori_loop(0, length // config.keys, strip, start)
             for c, total in enumerate(totals):
                 out_ref[0, 0, c, :] = total.max(axis=1) if largest else total.sum(axis=1)

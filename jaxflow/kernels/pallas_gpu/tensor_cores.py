@@ -17,20 +17,29 @@ with it.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..._types import accumulation_dtype
-from ..reference import Band
-from .particles import ASSEMBLY
-
-LOG2E = math.log2(math.e)
+from ..base import (
+    LOG2E,
+    Band,
+    Cotangent,
+    Forward,
+    Mode,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    finite,
+    vanishing,
+)
+from .family import AbstractFamily, exp2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Tiles:
 
     def exp2(self, x):
         """Without assembly Triton's exp2 spends three more instructions on subnormal numbers."""
-        return jnp.exp2(x) if self.interpret else ASSEMBLY.exp2(x)
+        return jnp.exp2(x) if self.interpret else exp2(x)
 
     def dot(self, x, y, axes: tuple[int, int]):
         """The product of two blocks over these axes, accumulated in float32."""
@@ -220,101 +229,113 @@ def _columns_kernel(tiles, *, q, g, lse, centre, k, v, scale, gk, gv, gb, b=None
 
 # ------------------------------------------------------------------ the operation
 
-Options = dict  # band, weighted, config, interpret
+
+@dataclasses.dataclass(frozen=True)
+class TensorCores(AbstractFamily):
+    """The kernels of this file; with a `small_memory` of 99 KiB a block, wide tiles are smaller."""
+
+    small_memory: bool = False
+    config: Config | None = None
+    interpret: bool = False
+
+    name: ClassVar[str] = "tensor_cores"
+
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        q, k, v, b, scale = operands
+        outs = {"mean": ("m", v.shape[-1], v.dtype), "lse": ("m", None, b.dtype)}
+        keys = {"k": (k, 0), "v": (v, 0)} | _weights(problem, b)
+        call = partial(self._call, "forward", problem.band)
+        return call(_forward_kernel, {"q": (q, 0)}, keys, scale, outs)
+
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        q, k, v, b, scale, mean, lse, du, dk, dv, _ = operands
+        rows = {"q": (q, 0), "du": (du.astype(k.dtype), 0), "lse": (LOG2E * finite(lse), 0)}
+        keys = {"k": (k, 0), "dk": (dk, 0), "v": (v, 0), "dv": (dv, 0)} | _weights(problem, b)
+        if problem.weighted:
+            keys["db"] = operands.moving_db, 0
+        outs = {"total": ("m", v.shape[-1], b.dtype), "dlse": ("m", None, b.dtype)}
+        call = partial(self._call, "tangent", problem.band)
+        total, dlse = call(_tangent_kernel, rows, keys, scale, outs)
+        return (total - dlse[..., None] * mean.astype(b.dtype)).astype(v.dtype), dlse
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        q, k, v, b, scale, _, lse, g, _ = operands
+        dtype = b.dtype
+        # A query without a visible key weighs nothing, like padding; its rows are all masked.
+        away = vanishing(LOG2E * lse)
+        rows = {"q": (q, 0), "g": (g, 0), "lse": (LOG2E * finite(lse), 0)}
+        rows["centre"] = operands.centre, 0
+        keys = {"k": (k, 0), "v": (v, 0)} | _weights(problem, b)
+        call = partial(self._call, "cotangent", problem.band)
+        (gu,) = call(_rows_kernel, rows, keys, scale, {"gu": ("m", q.shape[-1], dtype)})
+        outs = {"gk": ("n", *k.shape[-1:], k.dtype), "gv": ("n", *v.shape[-1:], v.dtype)}
+        outs["gb"] = "n", None, dtype
+        gk, gv, gb = call(_columns_kernel, rows | {"lse": (away, jnp.inf)}, keys, scale, outs)
+        return gu, gk, gv, gb
+
+    def candidates(self, mode: Mode, shapes: Shapes) -> Sequence[Config]:
+        q, k, _ = shapes
+        sizes = q.shape[-2], k.shape[-2], shapes.channels
+        default = default_config(mode, *sizes, q.dtype, small_memory=self.small_memory)
+        tiles = [(r, c) for r in (32, 64, 128) for c in (16, 32, 64, 128)]
+        tries = [Config(*tile, w, s) for tile in tiles for w in (4, 8) for s in (2, 3)]
+        return [default, *(c for c in tries if c != default)]
+
+    def _call(self, mode: Mode, band: Band, kernel, rows, keys, scale, outs) -> Results:
+        """Runs a kernel on a grid over blocks of its outputs' tokens: "m" queries or "n" keys.
+
+        `rows` and `keys` hold operands (batch, tokens[, channels]) with what pads their tokens,
+        `outs` the outputs' tokens, channels and dtype.
+        """
+        from jax.experimental.pallas import triton  # JAX will remove it
+
+        q, k, r = rows["q"][0], keys["k"][0], keys["v"][0].shape[-1]
+        (batch, m, p), n = q.shape, k.shape[1]
+        config = self.config
+        if config is None:
+            config = default_config(mode, m, n, max(p, r), q.dtype, small_memory=self.small_memory)
+        lengths = {"m": _up(m, config.rows), "n": _up(n, config.keys)}
+        blocks = {"m": config.rows, "n": config.keys}
+        (over,) = {axis for axis, _, _ in outs.values()}
+        tiles = Tiles(lengths["m"], n, band, config, self.interpret)
+
+        def spec(axis, channels):
+            whole = () if channels is None else (channels,)
+            tail = (0,) * len(whole)
+            if axis == over:
+                return pl.BlockSpec((1, blocks[axis], *whole), lambda i, b: (b, i, *tail))
+            return pl.BlockSpec((1, lengths[axis], *whole), lambda i, b: (b, 0, *tail))
+
+        operands, specs = {}, {}
+        for axis, named in (("m", rows), ("n", keys)):
+            for name, (a, fill) in named.items():
+                operands[name] = _padded(a, lengths[axis], fill)
+                specs[name] = spec(axis, *operands[name].shape[2:] or (None,))
+        operands["scale"], specs["scale"] = LOG2E * scale, pl.BlockSpec((1,), lambda i, b: (b,))
+        names = [*operands, *outs]
+        widths = {
+            name: () if c is None else (_power_of_two(c),) for name, (_, c, _) in outs.items()
+        }
+        found = pl.pallas_call(
+            lambda *refs: kernel(tiles, **dict(zip(names, refs, strict=True))),
+            grid=(lengths[over] // blocks[over], batch),
+            in_specs=[specs[name] for name in operands],
+            out_specs=[spec(axis, *widths[name] or (None,)) for name, (axis, _, _) in outs.items()],
+            out_shape=[
+                jax.ShapeDtypeStruct((batch, lengths[over], *widths[name]), dtype)
+                for name, (_, _, dtype) in outs.items()
+            ],
+            compiler_params=triton.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+            interpret=self.interpret,
+            name=f"jaxflow{kernel.__name__}",
+        )(*operands.values())
+        tokens = {"m": m, "n": n}[over]
+        cut = lambda a, c: a[:, :tokens] if c is None else a[:, :tokens, :c]
+        return tuple(cut(a, c) for a, (_, c, _) in zip(found, outs.values(), strict=True))
 
 
-def forward(q, k, v, b, scale, *, band, weighted, config=None, interpret=False):
-    outs = {"mean": ("m", v.shape[-1], v.dtype), "lse": ("m", None, b.dtype)}
-    keys = {"k": (k, 0), "v": (v, 0)} | _weights(weighted, b)
-    call = partial(_call, "forward", band=band, config=config, interpret=interpret)
-    return call(_forward_kernel, {"q": (q, 0)}, keys, scale, outs)
-
-
-def tangent(
-    q, k, v, b, scale, mean, lse, du, dk, dv, db, *, band, weighted, config=None, interpret=False
-):
-    # A key of weight zero moves nothing.
-    db = jnp.where(jnp.isneginf(b), 0, db)
-    rows = {"q": (q, 0), "du": (du.astype(k.dtype), 0), "lse": (LOG2E * _finite(lse), 0)}
-    keys = {"k": (k, 0), "dk": (dk, 0), "v": (v, 0), "dv": (dv, 0)} | _weights(weighted, b)
-    if weighted:
-        keys["db"] = db, 0
-    outs = {"total": ("m", v.shape[-1], b.dtype), "dlse": ("m", None, b.dtype)}
-    call = partial(_call, "tangent", band=band, config=config, interpret=interpret)
-    total, dlse = call(_tangent_kernel, rows, keys, scale, outs)
-    return (total - dlse[..., None] * mean.astype(b.dtype)).astype(v.dtype), dlse
-
-
-def cotangent(q, k, v, b, scale, mean, lse, g, h, *, band, weighted, config=None, interpret=False):
-    dtype = b.dtype
-    centre = (g.astype(dtype) * mean.astype(dtype)).sum(axis=-1) - h
-    # A query without a visible key weighs nothing, like padding; its rows are all masked.
-    away = jnp.where(jnp.isneginf(lse), jnp.inf, LOG2E * lse)
-    rows = {"q": (q, 0), "g": (g, 0), "lse": (LOG2E * _finite(lse), 0), "centre": (centre, 0)}
-    keys = {"k": (k, 0), "v": (v, 0)} | _weights(weighted, b)
-    call = partial(_call, "cotangent", band=band, config=config, interpret=interpret)
-    (gu,) = call(_rows_kernel, rows, keys, scale, {"gu": ("m", q.shape[-1], dtype)})
-    outs = {"gk": ("n", *k.shape[-1:], k.dtype), "gv": ("n", *v.shape[-1:], v.dtype)}
-    outs["gb"] = "n", None, dtype
-    gk, gv, gb = call(_columns_kernel, rows | {"lse": (away, jnp.inf)}, keys, scale, outs)
-    return gu, gk, gv, gb
-
-
-def _weights(weighted, b):
-    return {"b": (LOG2E * b, -jnp.inf)} if weighted else {}
-
-
-def _finite(x):
-    return jnp.where(jnp.isneginf(x), 0, x)
-
-
-def _call(mode, kernel, rows, keys, scale, outs, *, band, config, interpret):
-    """Runs a kernel on a grid over blocks of what its outputs run over: "m" queries or "n" keys.
-
-    `rows` and `keys` hold operands (batch, tokens[, channels]) with what pads their tokens, `outs`
-    the outputs' tokens, channels and dtype.
-    """
-    from jax.experimental.pallas import triton  # JAX will remove it
-
-    q, k, r = rows["q"][0], keys["k"][0], keys["v"][0].shape[-1]
-    (batch, m, p), n = q.shape, k.shape[1]
-    config = default_config(mode, m, n, max(p, r), q.dtype) if config is None else config
-    lengths = {"m": _up(m, config.rows), "n": _up(n, config.keys)}
-    blocks = {"m": config.rows, "n": config.keys}
-    (over,) = {axis for axis, _, _ in outs.values()}
-    tiles = Tiles(lengths["m"], n, band, config, interpret)
-
-    def spec(axis, channels):
-        whole = () if channels is None else (channels,)
-        tail = (0,) * len(whole)
-        if axis == over:
-            return pl.BlockSpec((1, blocks[axis], *whole), lambda i, b: (b, i, *tail))
-        return pl.BlockSpec((1, lengths[axis], *whole), lambda i, b: (b, 0, *tail))
-
-    operands, specs = {}, {}
-    for axis, named in (("m", rows), ("n", keys)):
-        for name, (a, fill) in named.items():
-            operands[name] = _padded(a, lengths[axis], fill)
-            specs[name] = spec(axis, *operands[name].shape[2:] or (None,))
-    operands["scale"], specs["scale"] = LOG2E * scale, pl.BlockSpec((1,), lambda i, b: (b,))
-    names = [*operands, *outs]
-    widths = {name: () if c is None else (_power_of_two(c),) for name, (_, c, _) in outs.items()}
-    found = pl.pallas_call(
-        lambda *refs: kernel(tiles, **dict(zip(names, refs, strict=True))),
-        grid=(lengths[over] // blocks[over], batch),
-        in_specs=[specs[name] for name in operands],
-        out_specs=[spec(axis, *widths[name] or (None,)) for name, (axis, _, _) in outs.items()],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, lengths[over], *widths[name]), dtype)
-            for name, (_, _, dtype) in outs.items()
-        ],
-        compiler_params=triton.CompilerParams(num_warps=config.warps, num_stages=config.stages),
-        interpret=interpret,
-        name=f"jaxflow{kernel.__name__}",
-    )(*operands.values())
-    tokens = {"m": m, "n": n}[over]
-    cut = lambda a, c: a[:, :tokens] if c is None else a[:, :tokens, :c]
-    return [cut(a, c) for a, (_, c, _) in zip(found, outs.values(), strict=True)]
+def _weights(problem: Problem, b):
+    return {"b": (LOG2E * b, -jnp.inf)} if problem.weighted else {}
 
 
 def _padded(a, length, fill):
@@ -346,16 +367,15 @@ TILES = {
 }
 
 
-def default_config(mode: str, m: int, n: int, channels: int, dtype) -> Config:
+def default_config(
+    mode: Mode, m: int, n: int, channels: int, dtype, *, small_memory: bool = False
+) -> Config:
+    row = channels * jnp.dtype(dtype).itemsize  # bytes
     tiles = TILES[mode, min(jnp.dtype(dtype).itemsize, 4)]
     rows, keys, warps = tiles[min((c for c in tiles if channels <= c), default=max(tiles))]
-    return Config(min(rows, _power_of_two(m)), min(keys, _power_of_two(n)), warps)
-
-
-def candidates(mode: str, q, k, v) -> list[Config]:
-    """What a tuner should try, the default first."""
-    channels = max(q.shape[-1], v.shape[-1])
-    default = default_config(mode, q.shape[-2], k.shape[-2], channels, q.dtype)
-    shapes = [(r, c) for r in (32, 64, 128) for c in (16, 32, 64, 128)]
-    tries = [Config(r, c, w, s) for r, c in shapes for w in (4, 8) for s in (2, 3)]
-    return [default, *(c for c in tries if c != default)]
+    rows, keys = min(rows, _power_of_two(m)), min(keys, _power_of_two(n))
+    if small_memory and row > 512:
+        return Config(rows, keys, warps, stages=1)
+    if small_memory and row > 256:
+        return Config(max(16, rows // 2), keys, warps)
+    return Config(rows, keys, warps)

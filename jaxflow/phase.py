@@ -7,6 +7,17 @@ The points move by combinations of themselves, so they stay in the span of the i
 d > n they are rotated into R^n first, which changes no inner product. The least inner product c
 cannot fall while it is positive, for sum_k A_ik (<x_k, x_j> - <x_k, x_i> <x_i, x_j>) is at least
 c sum_k A_ik (1 - <x_k, x_i>) where <x_i, x_j> = c: once all pairs have met, p stays 1.
+
+Tokens at right angles meet at one time.
+
+Equiangular tokens, <x_i, x_j> = rho for all i != j, stay so. With c(rho) the weight of another
+token,
+
+    rho' = 2 c(rho) (1 - rho) ((n-1) rho + 1)     c = 1 / (e^{beta (1 - rho)} + n - 1)  softmax
+                                                  c = e^{beta rho} / n                  unnormalised
+
+Uniform tokens are nearly orthogonal where d is large, and p goes from 0 to 1 about the time at
+which rho(0) = 0 has grown to the threshold.
 """
 
 from collections.abc import Callable
@@ -20,18 +31,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._types import ArrayLike, Points, Scalar, ScalarLike
-from ..fields import SelfAttention, Softmax
-from ..fields.interactions import AbstractInteraction
-from ..flow import FlowArgs, flow
-from ..measure import Measure, uniform_sphere
-from ..observables import AbstractObservable
-from .checks import checked_threshold, increasing_times, numbers, positive, whole
-from .equiangular import equiangular_time, known_interaction
-from .rows import Rows
+from ._memory import PAIRS_AT_ONCE, check_fits
+from ._types import ArrayLike, Points, Scalar, ScalarLike
+from .fields import SelfAttention, Softmax, Unnormalised
+from .fields.interactions import AbstractInteraction
+from .flow import FlowArgs, flow
+from .measure import Measure, uniform_sphere
+from .observables import AbstractObservable
+from .phase_rows import Rows, short
 
-SCORES = 2**22  # of all systems, up to which they are kept: the definition is then the fastest
-BLOCK = 2**21  # inner products of a system that are kept at a time
+# A Gauss-Legendre rule on equal panels: exact to rounding up to beta = 50 n or so.
+PANELS, NODES = 64, 16
 
 
 class PhaseRow(NamedTuple):
@@ -51,7 +61,9 @@ class PhaseDiagram(eqx.Module):
       for one system). The systems start alike at each beta, so that rows err alike.
     - `curve`: for each beta the time at which equiangular tokens that start at right angles meet,
       [`jaxflow.phase.equiangular_time`][]: the boundary for d -> infinity.
-    - `threshold`, `n`, `d`, `systems`: of what.
+    - `threshold`: the inner product from which on two tokens count as met.
+    - `n`, `d`, `systems`: how many tokens a system has, in which dimension, and how many systems
+      of independent initial tokens the probability is a mean over.
     """
 
     betas: Float[np.ndarray, " betas"]
@@ -91,7 +103,7 @@ class MetPairs(AbstractObservable):
             # Each token meets itself.
             return (jnp.matmul(points, x, precision="highest") >= level).sum() - 1
 
-        counts = jax.lax.map(met, points, batch_size=min(n, max(1, BLOCK // n)))
+        counts = jax.lax.map(met, points, batch_size=min(n, max(1, PAIRS_AT_ONCE // n)))
         return counts.astype(points.dtype) / (n - 1)
 
 
@@ -134,8 +146,20 @@ def phase_diagram(
 
     **Returns:** a [`jaxflow.phase.PhaseDiagram`][].
 
-    **Raises:** `ValueError` for bad input and for a folder that holds another diagram; `FlowError`
-    where a solve fails.
+    **Raises:** `ValueError` for bad input, for a folder that holds another diagram, and for a kept
+    beta that is damaged; `MemoryError` where the systems would not fit; `FlowError` where a solve
+    fails.
+
+    !!! example
+
+        ```python
+        import jax, jaxflow as jf
+
+        diagram = jf.phase_diagram(
+            [1.0, 4.0], [0.0, 5.0, 10.0], n=8, d=3, systems=4, key=jax.random.key(0)
+        )
+        assert diagram.probability.shape == (2, 3)
+        ```
     """
     problem = _Problem(
         n=whole("n", n, 2),
@@ -147,12 +171,14 @@ def phase_diagram(
         betas=numbers("betas", betas),
         ts=increasing_times(ts),
     )
+    _check_memory(problem)
     initial = _sample(problem, key)
-    rows = Rows(None if path is None else Path(path))
-    rows.check(problem.settings(initial.dtype, key))
+    settings = problem.settings(initial.dtype, key)
+    rows = Rows(None if path is None else Path(path), settings)
+    rows.check()
     found = []
     for i, beta in enumerate(problem.betas.tolist()):
-        moments = rows.read(i, len(problem.ts))
+        moments = rows.read(i)
         kept = moments is not None
         if moments is None:
             moments = _moments(_met(problem, beta, initial))
@@ -222,6 +248,17 @@ class _AllMet(eqx.Module):
         return (jax.vmap(self.met.shares)(y) >= 1).all()
 
 
+def _check_memory(problem: _Problem):
+    """The Gaussian draws and their QR, and what a solve of all systems holds."""
+    tokens = problem.systems * problem.n
+    numbers = tokens * (3 * problem.d + 24 * min(problem.n, problem.d))
+    check_fits(
+        jnp.finfo(float).bits // 8 * (numbers + min(tokens * problem.n, PAIRS_AT_ONCE)),
+        f"a diagram of {problem.systems} systems of {problem.n} tokens in R^{problem.d}",
+        "Take fewer systems, tokens or dimensions.",
+    )
+
+
 def _sample(problem: _Problem, key: PRNGKeyArray) -> Points:
     """Uniform tokens (systems, n, min(n, d)).
 
@@ -236,7 +273,8 @@ def _sample(problem: _Problem, key: PRNGKeyArray) -> Points:
 
 def _met(problem: _Problem, beta: float, points: Points) -> Float[np.ndarray, "ts systems"]:
     """The fraction of pairs that have met, in each system at each time."""
-    few = problem.systems * problem.n**2 <= SCORES
+    # All scores may be kept: the definition is then the fastest.
+    few = problem.systems * problem.n**2 <= PAIRS_AT_ONCE
     met = MetPairs(problem.threshold)
     sol = flow(
         SelfAttention(
@@ -266,3 +304,104 @@ def _moments(met: Float[np.ndarray, "ts systems"]) -> Float[np.ndarray, "2 ts"]:
     if systems == 1:
         return np.stack([met[:, 0], np.full(len(met), np.nan)])
     return np.stack([met.mean(axis=1), met.std(axis=1, ddof=1) / np.sqrt(systems)])
+
+
+# ------------------------------------------------------------------ equiangular tokens
+
+
+def equiangular_time(
+    betas: ArrayLike,
+    *,
+    n: ScalarLike,
+    threshold: ScalarLike = 0.999,
+    interaction: AbstractInteraction = Softmax(),
+) -> Float[np.ndarray, " betas"]:
+    """The time at which n tokens at right angles reach the inner product `threshold`.
+
+    Of rho' as at the head of the module. With u = log(((n-1) rho + 1) / (1 - rho)), which is 0 at
+    rho = 0, it is the integral of du / (2 n c(rho(u))), smooth in u; in float64.
+
+    **Arguments:**
+
+    - `betas`: inverse temperatures, shape `(betas,)`.
+    - `n`: the number of tokens, at least 2.
+    - `threshold`: the inner product to reach, between 0 and 1.
+    - `interaction`: `Softmax()` or `Unnormalised()`.
+
+    **Returns:** the times, shape `(betas,)`; inf where they are beyond the range of float64.
+
+    **Raises:** `ValueError` for numbers out of these ranges and for another interaction.
+    """
+    n, betas = whole("n", n, 2), numbers("betas", betas)
+    level = checked_threshold(threshold)
+    slowness = SLOWNESS[type(known_interaction(interaction))]
+    end = np.log(((n - 1) * level + 1) / (1 - level))
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    starts = np.arange(PANELS)[:, None]
+    u = (end / PANELS * (starts + (nodes[None, :] + 1) / 2)).ravel()
+    weights = np.tile(weights * end / PANELS / 2, PANELS)
+    rho = np.expm1(u) / (np.expm1(u) + n)
+    with np.errstate(over="ignore"):  # At a huge beta they never meet: inf.
+        return slowness(betas[:, None], rho[None, :], n) @ weights
+
+
+# 1 / (2 n c(rho)), for each interaction.
+SLOWNESS: dict[type, Callable] = {
+    Softmax: lambda beta, rho, n: (np.exp(beta * (1 - rho)) + n - 1) / (2 * n),
+    Unnormalised: lambda beta, rho, n: np.exp(-beta * rho) / 2,
+}
+
+
+def known_interaction(interaction: AbstractInteraction) -> AbstractInteraction:
+    if type(interaction) not in SLOWNESS:
+        names = " or ".join(f"{kind.__name__}()" for kind in SLOWNESS)
+        raise ValueError(f"interaction must be {names}, got {interaction!r}.")
+    return interaction
+
+
+# ------------------------------------------------------------------ checks
+
+
+def whole(name: str, value: ScalarLike, least: int) -> int:
+    number = float(value)
+    if not (number.is_integer() and number >= least):
+        raise ValueError(f"{name} must be a whole number from {least} on, got {value}.")
+    return int(number)
+
+
+def positive(name: str, value: ScalarLike) -> float:
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive, got {value}.")
+    return float(value)
+
+
+def checked_threshold(threshold: ScalarLike, eps: float = 0.0) -> float:
+    """The threshold, which products that round by `eps` can tell from 1."""
+    level = float(threshold)
+    if not 0 < level < 1:
+        raise ValueError(
+            f"threshold must lie between 0 and 1, got {level}: tokens come ever nearer to an inner "
+            "product of 1 and never reach it. 0.999 is the default."
+        )
+    if 1 - level < 100 * eps:
+        raise ValueError(
+            f"1 - threshold must be at least 100 roundings of {eps:.1e}, got {1 - level:.1e}. "
+            'Use float64, jax.config.update("jax_enable_x64", True), or a lower threshold.'
+        )
+    return level
+
+
+def numbers(name: str, values: ArrayLike) -> Float[np.ndarray, " values"]:
+    axis = np.asarray(values, float)
+    if axis.ndim != 1 or not axis.size or not np.isfinite(axis).all():
+        raise ValueError(
+            f"{name} must be finite numbers, at least one, of shape ({name},); got {short(axis)}."
+        )
+    return axis
+
+
+def increasing_times(values: ArrayLike) -> Float[np.ndarray, " ts"]:
+    ts = numbers("ts", values)
+    if ts[0] < 0 or (np.diff(ts) <= 0).any():
+        raise ValueError(f"ts must increase from 0 or later, got {short(ts)}. Sort them.")
+    return ts

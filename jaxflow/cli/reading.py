@@ -1,0 +1,137 @@
+"""The settings of the commands that read runs: `evaluate`, `sample`, `compare`; and of `info`."""
+
+import dataclasses
+from pathlib import Path
+
+from .choices import DType, Solver
+from .settings import (
+    COUNT,
+    SEED,
+    SHARE,
+    Input,
+    InputFile,
+    InputFolder,
+    Range,
+    argument,
+    flag,
+)
+
+
+class Figure:
+    """A path of a picture to write."""
+
+    endings = ".png", ".pdf", ".svg", ".jpg", ".jpeg"
+
+    def __str__(self):
+        return f"a file that ends in {', '.join(self.endings)}"
+
+    def allows(self, value: Path) -> bool:
+        return value.suffix.lower() in self.endings and not value.is_dir()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Measure a trained model at other depths, or on other data, without training it again.
+
+    The validation loss with each solver at each number of steps and each tolerance, in
+    RUN/evaluate.jsonl; RUN/evaluate.png draws it against the evaluations of the field. Layers take
+    a multiple of their number as steps. With --layers the parameters are those in the middle of
+    each of so many pieces, one step a piece.
+
+    Examples:
+
+    `jaxflow evaluate runs/shakespeare --steps 4 --steps 8 --steps 16 --solver heun`
+
+    `jaxflow evaluate runs/shakespeare --solver tsit5 --tolerance 1e-2 --tolerance 1e-4`
+
+    `jaxflow evaluate runs/shakespeare --layers 4 --layers 8 --layers 16`
+
+    `jaxflow evaluate runs/shakespeare --text marlowe.txt`
+    """
+
+    run: Path = argument("Folder of a `jaxflow train` run.", InputFolder())
+    steps: list[int] | None = flag(None, "Another number of steps; repeatable.", COUNT)
+    tolerance: list[float] | None = flag(None, "Adaptive steps; repeatable.", SHARE)
+    solver: list[Solver] | None = flag(None, "Another solver; repeatable.")
+    layers: list[int] | None = flag(
+        None, "Its curve sampled into so many layers; repeatable.", COUNT
+    )
+    batches: int | None = flag(None, "Validation batches (default: all of them).", COUNT)
+    latest: bool = flag(False, "The last checkpoint, not the best.")
+    text: Path | None = flag(None, "Another text (default: the run's).", Input())
+    images: Path | None = flag(None, "Other images (default: the run's).", InputFile())
+    labels: Path | None = flag(None, "The classes of --images in the idx format.", InputFile())
+
+    def check(self):
+        """Raises ValueError for settings that do not go together."""
+        if self.text is not None and self.images is not None:
+            raise ValueError("take --text or --images, not both.")
+        if self.labels is not None and self.images is None:
+            raise ValueError("--labels are of --images: give both.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Continue a prompt with a trained language model, at its own depth or another one.
+
+    Examples:
+
+    `jaxflow sample runs/shakespeare --prompt "ROMEO:" --temperature 0.8 --top-k 40`
+
+    `jaxflow sample runs/shakespeare --solver heun --steps 8`
+    """
+
+    run: Path = argument("Folder of a `jaxflow train lm` run.", InputFolder())
+    prompt: str | None = flag(None, "The text to continue (default: a space).")
+    length: int = flag(256, "Tokens to add.", Range(0, 10**8))
+    temperature: float = flag(0.8, "0 takes the likeliest token.", Range(0, 1e30))
+    top_k: int | None = flag(None, "Draw among the k likeliest tokens.", COUNT)
+    top_p: float | None = flag(
+        None, "Draw among the fewest tokens of this probability.", Range(1e-30, 1)
+    )
+    samples: int = flag(1, "Number of texts.", Range(1, 10**6))
+    seed: int = flag(0, "Seed of the draws.", SEED)
+    latest: bool = flag(False, "The last checkpoint, not the best.")
+    steps: int | None = flag(None, "Another number of steps.", COUNT)
+    solver: Solver | None = flag(None, "Another solver.")
+    tolerance: float | None = flag(None, "Adaptive steps with this tolerance.", SHARE)
+
+    def check(self):
+        """Raises ValueError for settings that do not go together."""
+        if self.steps is not None and self.tolerance is not None:
+            raise ValueError("a depth has either --steps or a --tolerance; give one of them.")
+        if self.prompt == "":
+            raise ValueError("--prompt must have at least one character, got none.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Compare runs: the settings that differ, the last value of each metric, and their curves.
+
+    Examples:
+
+    `jaxflow compare runs/post runs/pre --metric diameter`
+
+    `jaxflow compare runs/layers runs/smooth --metric validation_loss --out losses.png`
+    """
+
+    runs: list[Path] = argument("Two or more run folders of one command.", InputFolder())
+    metric: list[str] | None = flag(None, "Draw this metric; repeatable (default: all).")
+    out: Path = flag(Path("compare.png"), "The figure.", Figure())
+
+    def check(self):
+        """Raises ValueError for settings that do not go together."""
+        if len(self.runs) < 2:
+            raise ValueError(f"compare takes two or more run folders, got {len(self.runs)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Information:
+    """Versions, devices, and the backend and kernel chosen for a shape."""
+
+    n: int = flag(16384, "Number of tokens.", COUNT)
+    d: int = flag(3, "Dimension of a token or of a head.", COUNT)
+    dtype: DType = flag(DType.float32, "Of the tokens.")
+
+    def check(self):
+        """These go together as they are."""
