@@ -9,18 +9,23 @@ import gzip
 import io
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .._memory import check_fits
 
 _CHUNK = 1 << 20
+# What gzip, zipfile and NumPy raise for bytes that they do not expect.
+_DAMAGE = (OSError, EOFError, ValueError, RuntimeError, OverflowError)
+_DAMAGE += (zipfile.BadZipFile, zlib.error, struct.error)
 _LONGEST_HEADER = 10_000  # bytes; those of numbers take some hundred
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
@@ -52,7 +57,7 @@ class Stored:
         """
         check_fits(2 * self.nbytes, f"reading {self.name}", "Take a part of it.", host=True)
         values = np.empty(math.prod(self.shape), self.dtype)
-        room = memoryview(values.view(np.uint8))
+        room = values.view(np.uint8).data
         with damaged(self.name), self.data() as stream:
             position = 0
             while found := stream.read(min(_CHUNK, self.nbytes - position)):
@@ -74,18 +79,7 @@ def damaged(name: str) -> Iterator[None]:
     """What goes wrong while a format is taken apart is damage of the file."""
     try:
         yield
-    except MemoryError:
-        raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-        OverflowError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{name} is damaged: {error}. Get it again.") from error
 
 
@@ -127,7 +121,7 @@ def npz(path: Path, name: str) -> Stored:
             raise NotImplementedError(f"{info.filename} is compressed as NumPy never does")
 
     @contextlib.contextmanager
-    def opened() -> Iterator[io.BufferedIOBase]:
+    def opened() -> Iterator[Any]:
         with zipfile.ZipFile(path) as archive, archive.open(info) as stream:
             yield stream
 

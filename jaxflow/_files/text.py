@@ -19,7 +19,7 @@ _KINDS = {
 }
 
 
-def regular(path: str | Path, what: str = "the file") -> Path:
+def regular(path: Any, what: str = "the file") -> Path:
     """The path of a file that has an end, and that this user may read.
 
     `what` names the argument in the error.
@@ -53,12 +53,13 @@ def file_status(path: Any, what: str) -> os.stat_result:
         raise ValueError(f"{what} must be a path that exists; {path!r}: {reason}.") from None
 
 
-def decoded(path: Path) -> Iterator[str]:
-    """The text of a regular file, a piece a MiB.
+def decoded(path: str | Path, what: str = "the text") -> Iterator[str]:
+    """The text of a file, a piece a MiB; `what` names the argument in an error.
 
-    **Raises:** ValueError if it is not UTF-8, with the first byte that is not, or if it cannot be
-    read, or its length changes meanwhile.
+    **Raises:** ValueError if the file does not exist or is not regular, if it is not UTF-8, with
+    the first byte that is not, or if it cannot be read, or its length changes meanwhile.
     """
+    path = regular(path, what)
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0
     for block, last in _blocks(path):
@@ -101,4 +102,4 @@ def read_text(path: str | Path, what: str = "the text") -> str:
     file = regular(path, what)
     # Up to four bytes a character, in pieces and joined.
     check_fits(8 * file.stat().st_size, f"the text of {path}", "Take a part of it.", host=True)
-    return "".join(decoded(file))
+    return "".join(decoded(file, what))

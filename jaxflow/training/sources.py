@@ -185,7 +185,8 @@ def _labelled(
             "largest possible is 2^31 - 2."
         )
     images = images[..., None] if images.ndim == 3 else images
-    images = images.astype(np.float32, copy=False) if images.dtype.kind == "f" else images
+    if images.dtype.kind in "bf":
+        images = images.astype({"b": np.uint8, "f": np.float32}[images.dtype.kind], copy=False)
     return Labelled(images, labels.astype(np.int32), float(white))
 
 

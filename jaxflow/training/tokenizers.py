@@ -200,7 +200,7 @@ def _check_string(text: Any):
         raise TypeError(f"a text must be a string, got {text!r:.80}.")
 
 
-def _utf8(text: str) -> bytes:
+def _utf8(text: Any) -> bytes:
     _check_string(text)
     try:
         return text.encode()
