@@ -166,15 +166,13 @@ def merges(
 
     **Raises:** `ValueError` for several systems, and what [`jaxflow.flow`][] raises for bad input.
 
-    !!! example
+    ```python
+    >>> mu0 = jaxflow.measure.simplex(4, 4)  # four tokens at right angles meet at one time
+    >>> tree = jaxflow.events.merges(jaxflow.SelfAttention(), mu0, t1=20.0)
+    >>> tree.sizes.tolist()
+    [2, 3, 4]
 
-        ```python
-        import jax, jaxflow as jf
-
-        mu0 = jf.measure.uniform_sphere(8, 3, key=jax.random.key(0))
-        tree = jf.events.merges(jf.SelfAttention(beta=1.0), mu0, t1=50.0)
-        assert len(tree.times) == 7  # eight tokens become one
-        ```
+    ```
     """
     if mu0.points.ndim != 2:
         raise ValueError(

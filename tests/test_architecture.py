@@ -32,6 +32,8 @@ LAYERS = {
     "fields": 2,
     "phase_rows": 2,
     "_flow_input": 3,
+    "_saving": 3,
+    "_solution": 4,
     "explicit": 3,
     "observables": 3,
     "solvers": 4,

@@ -13,10 +13,11 @@ from jaxtyping import Array
 
 from .._memory import check_fits
 from .._rules import constant, count, instance, positive
+from .._solution import FlowSolution, Sides
 from .._types import ArrayLike
 from ..fields import AbstractCurve, AbstractField, TimeDependent
 from ..fields.time import jumps
-from ..flow import FlowSolution, Observables, Sides, flow, memory_estimate
+from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
 from ..solvers import LieTrotter, default_adjoint
 
