@@ -5,12 +5,11 @@ import os
 from pathlib import Path
 
 # Programs that one worker or one run has compiled are read by the others, subprocesses included.
-for name, value in {
-    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.parent / ".pytest_cache" / "programs"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}.items():
-    os.environ.setdefault(name, value)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 if importlib.util.find_spec("beartype"):
     import jaxtyping
