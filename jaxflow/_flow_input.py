@@ -152,8 +152,8 @@ def check_number(name: str, value: Any):
 
 def _check_time(name: str, t: Any):
     check_number(name, t)
-    if jnp.shape(t) != ():
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}.")
+    if np.shape(t) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(t)}.")
     if is_concrete(t) and not np.isfinite(t):
         raise ValueError(f"{name} must be finite, got {t}.")
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, cast
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optimistix
 from jax.interpreters import ad
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from ._flow_input import (
     Observables,
@@ -31,7 +32,7 @@ from ._flow_input import (
 )
 from ._functions import compared_by_code
 from ._memory import check_fits
-from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from ._types import ArrayLike, LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
 from .explicit import evaluations_per_step
 from .fields import AbstractField
 from .fields.time import breakpoints, jumps
@@ -142,7 +143,7 @@ class FlowSolution(eqx.Module):
         ends = there(sides.after)[:-1] + there(sides.before)[1:]
         return (gaps.reshape(shape) * ends / 2).sum(axis=0)
 
-    def evaluate(self, t: ScalarLike | Float[Array, " times"]) -> Measure:
+    def evaluate(self, t: ScalarLike | ArrayLike) -> Measure:
         """The measure at any time between t0 and `end`, for a flow with `SaveAt(dense=True)`.
 
         **Arguments:** `t`, one time, or several of shape `(times,)`, which become the leading axis
@@ -158,8 +159,8 @@ class FlowSolution(eqx.Module):
                 f"evaluate is of one flow, got {self.t0.shape} flows: jax.vmap it, too."
             )
         check_number("t", t)
-        if jnp.ndim(t) > 1:
-            raise ValueError(f"t must be one time or a list of times, got shape {jnp.shape(t)}.")
+        if np.ndim(t) > 1:
+            raise ValueError(f"t must be one time or a list of times, got shape {np.shape(t)}.")
         known = is_concrete(t, self.t0, self.end)
         outside = f"t must lie in the interval that was solved, [{self.t0}, {self.end}]; got {t}."
         if known and not _inside(np.asarray(t), np.asarray(self.t0), np.asarray(self.end)).all():
@@ -180,7 +181,7 @@ def _inside(t, t0, end):
 def _evaluate(sol: FlowSolution, ts: Array) -> Measure:
     at = cast(diffrax.DenseInterpolation, sol.interpolation).evaluate
     ys = jax.vmap(at)(ts) if ts.ndim else at(ts)
-    return _measures(sol.geometry.retract(ys), sol.log_weights)
+    return cast(Measure, _measures(sol.geometry.retract(ys), sol.log_weights))
 
 
 def flow(
@@ -324,7 +325,7 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
         )
     if plain:
         saved, last, ts = _observe_saved(sol, geometry, log_weights, observe), None, sol.ts
-        end, final = ts[-1], saved.points[-1]
+        end, final = cast(Array, ts)[-1], cast(Array, saved.points)[-1]
     else:
         (saved, last_y), (ts, last_t) = cast(tuple, sol.ys), cast(tuple, sol.ts)
         last = end, final = last_t[-1], last_y[-1]

@@ -1,6 +1,16 @@
 """Every test runs with shapes checked, strict dtypes, no implicit broadcasting of ranks."""
 
 import importlib.util
+import os
+from pathlib import Path
+
+# Programs that one worker or one run has compiled are read by the others, subprocesses included.
+for name, value in {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.parent / ".pytest_cache" / "programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(name, value)
 
 if importlib.util.find_spec("beartype"):
     import jaxtyping
@@ -11,7 +21,6 @@ import contextlib
 import gc
 import inspect
 import re
-from pathlib import Path
 
 import jax
 import pytest

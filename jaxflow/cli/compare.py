@@ -1,5 +1,6 @@
 """`jaxflow compare RUN RUN ...`: what differs between runs, in their settings and their results."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ def compare(s: Comparison):
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """The last part of each path, the whole of it where that is not enough, and a number where that
-    is not either."""
-    short = [run.resolve().name for run in runs]
-    names = short if len(set(short)) == len(runs) else [str(run) for run in runs]
+    """As many of the last parts of each path as tell them apart; a number for one that is there
+    twice."""
+    paths = [run.resolve() for run in runs]
+    tails = (["/".join(p.parts[-k:]) for p in paths] for k in itertools.count(1))
+    names = next(tail for tail in tails if len(set(tail)) == len(set(paths)))
     return [
         name if (earlier := names[:k].count(name)) == 0 else f"{name} ({earlier + 1})"
         for k, name in enumerate(names)

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._rules import count, instance
 from ..fields import SelfAttention
-from ..measure import Measure
+from ..measure import Measure, check_measure
 from ..observables import MergeTree, attention_matrix
 from ..phase import PhaseDiagram
 from .run import evenly
-from .style import COLOURS, cell_edges, log_spaced, new_axes, require, time_axis, words
+from .style import COLOURS, VERBATIM, cell_edges, log_spaced, new_axes, require, time_axis, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +34,15 @@ def attention(
     for all. `ax`: Matplotlib axes, default new ones.
 
     **Raises:** `ValueError` for more than 1,000 tokens: the matrix holds n^2 numbers, and no print
-    shows them.
+    shows them; `ValueError` or `TypeError` for what is not one measure of finite points, a field
+    without one matrix, and bad labels.
     """
+    check_measure("mu", mu)
+    if mu.points.ndim != 2 or not np.isfinite(np.asarray(mu.points)).all():
+        raise ValueError(
+            "attention draws the matrix of one measure of finite points (n, d): index a solution's "
+            f"measures; got shape {mu.points.shape}."
+        )
     if mu.n > MOST_TOKENS:
         raise ValueError(
             f"the matrix A_ij is drawn of {MOST_TOKENS} tokens at most, got {mu.n}: take some of "
@@ -47,11 +55,16 @@ def attention(
     if labels is not None:
         room = 0.8 * axes.bbox.height * 72 / axes.figure.dpi  # in points
         shown = evenly(mu.n, max(2, int(room / 5)))
-        named = [words(labels, mu.n)[j] for j in shown]
-        look = dict(fontsize=min(10, room / len(shown)))
+        named = [_short(words(labels, mu.n)[j]) for j in shown]
+        look = dict(fontsize=min(10, room / len(shown)), **VERBATIM)
         axes.set_xticks(shown, named, rotation=90, **look)
         axes.set_yticks(shown, named, **look)
     return axes
+
+
+def _short(word: str, most: int = 20) -> str:
+    """A word, cut where it would leave no room for the matrix."""
+    return word if len(word) <= most else f"{word[: most - 1]}…"
 
 
 def phase_diagram(diagram: PhaseDiagram, *, ax: Axes | None = None) -> Axes:
@@ -61,7 +74,12 @@ def phase_diagram(diagram: PhaseDiagram, *, ax: Axes | None = None) -> Axes:
 
     **Arguments:** `diagram`: a [`jaxflow.phase.PhaseDiagram`][]; `ax`: Matplotlib axes, default
     new ones. An axis is logarithmic where its values are spaced so.
+
+    **Raises:** `TypeError` for what is no phase diagram.
     """
+    instance(
+        "diagram", diagram, PhaseDiagram, "jaxflow.phase_diagram(betas, ts, n=64, d=3, key=key)"
+    )
     rows = np.argsort(diagram.betas)
     betas, curve = diagram.betas[rows], diagram.curve[rows]
     log_t, log_beta = log_spaced(diagram.ts), log_spaced(betas)
@@ -96,8 +114,11 @@ def merge_tree(tree: MergeTree, *, max_leaves: int = 200, ax: Axes | None = None
     **Arguments:** `tree`: a [`jaxflow.observables.MergeTree`][]; `ax`: Matplotlib axes, default
     new ones.
 
-    **Raises:** `ValueError` for a tree without merges, or with more than `max_leaves` roots.
+    **Raises:** `ValueError` for a tree without merges, or with more than `max_leaves` roots;
+    `TypeError` for what is no tree.
     """
+    instance("tree", tree, MergeTree, "jaxflow.observables.merge_tree(sol.ts, sol.measures)")
+    max_leaves = count("max_leaves", max_leaves)
     times, pairs, tokens = tree.times, np.sort(tree.pairs, axis=1), tree.tokens
     skipped = max(0, len(tokens) - max_leaves)
     if skipped >= len(times):

@@ -6,10 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._memory import check_fits
+from .._rules import count, instance
 from .._types import ArrayLike, ScalarLike
 from ..flow import FlowSolution
 from .run import System, evenly, read_run
-from .style import COLOURS, ROUND, cell_edges, limits, log_spaced, new_axes, require, time_axis
+from .style import (
+    COLOURS,
+    ROUND,
+    VERBATIM,
+    cell_edges,
+    limits,
+    log_spaced,
+    name_legend,
+    new_axes,
+    require,
+    time_axis,
+)
 from .tokens import points
 
 if TYPE_CHECKING:
@@ -31,7 +44,10 @@ def summary(
     """One sheet: the tokens at the first and last time, then <x_i, x_j>, clusters, energy over t.
 
     Arguments as in [`jaxflow.viz.sphere`][]. Tokens are coloured by cluster at the last time; of
-    more than 5,000, evenly spaced ones are drawn.
+    more than 5,000, evenly spaced ones are drawn. `title`: shown as it is written.
+
+    **Raises:** `ValueError` or `TypeError` for a solution without points at two or more times, or
+    bad arguments.
     """
     run = read_run(sol, system)
     shown = evenly(run.n, 5000)
@@ -53,7 +69,8 @@ def summary(
     cluster_staircase(sol, system=system, threshold=threshold, ax=figure.add_subplot(lower[1]))
     if run.energy is not None:
         energy_curve(sol, system=system, ax=figure.add_subplot(lower[2]))
-    figure.suptitle(title or f"{run.n} tokens in dimension {run.d}, coloured by their last cluster")
+    told = f"{run.n} tokens in dimension {run.d}, coloured by their last cluster"
+    figure.suptitle(told if title is None else title, **VERBATIM)
     return figure
 
 
@@ -69,7 +86,11 @@ def inner_product_histogram(
 
     On a sphere of radius R, a cluster is mass at R^2. Of more than `max_points` tokens, or 300
     times, evenly spaced ones are taken.
+
+    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][], and for a single token.
     """
+    bins = count("bins", bins)
+    check_fits(8 * bins * 300, f"a histogram of {bins} bins", "Take fewer bins.")
     run = read_run(sol, system, max_frames=300)
     shown = evenly(run.n, max_points)
     if len(shown) < 2:
@@ -108,6 +129,8 @@ def cluster_staircase(
     """The number of clusters against t, on a logarithmic scale.
 
     Arguments as in [`jaxflow.viz.sphere`][], which says where the numbers come from.
+
+    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][].
     """
     run, axes = read_run(sol, system), new_axes(ax)
     ts, counts = run.cluster_counts(threshold)
@@ -126,6 +149,9 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
     """The energy against t, for a flow with `observe={"energy": InteractionEnergy(beta)}`.
 
     It is a staircase where clusters are metastable: long plateaus between merges.
+
+    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][], and where no energy was
+    observed.
     """
     run = read_run(sol, system)
     if run.energy is None:
@@ -144,7 +170,7 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
 def curves(
     ts_values: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
-    xlabel: str = "$t$",
+    xlabel: str | None = None,
     ylabel: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -152,11 +178,14 @@ def curves(
 
     **Arguments:** `ts_values`: `{name: (ts, values)}`, two sequences of one length; values that
     are not finite are left out. The axis of t is logarithmic where the times of all curves are.
-    `ax`: Matplotlib axes, default new ones.
+    `xlabel`, `ylabel`: shown as they are written, like the names; default the time. `ax`:
+    Matplotlib axes, default new ones.
+
+    **Raises:** `ValueError` or `TypeError` where these are no curves.
     """
-    if not ts_values:
+    if not instance("curves", ts_values, Mapping, "{name: (ts, values)}"):
         raise ValueError("there is no curve to draw: pass {name: (ts, values)}.")
-    drawn = {name: tuple(map(np.asarray, pair)) for name, pair in ts_values.items()}
+    drawn = {str(name): _curve(name, pair) for name, pair in ts_values.items()}
     for name, (ts, values) in drawn.items():
         if ts.ndim != 1 or ts.shape != values.shape or not ts.size:
             raise ValueError(
@@ -165,13 +194,26 @@ def curves(
             )
     axes = new_axes(ax)
     looks = zip(cycle(COLOURS[:-1]), cycle(_DASHES), strict=False)
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_child")]
     for (name, (ts, values)), (colour, dash) in zip(drawn.items(), looks, strict=False):
-        kept = np.isfinite(values.astype(float))
-        axes.plot(ts[kept], values[kept], color=colour, linestyle=dash, label=name)
-    time_axis(axes, all(log_spaced(ts) for ts, _ in drawn.values()), xlabel)
-    axes.set_ylabel(ylabel)
-    axes.legend(frameon=False)
+        kept = np.isfinite(values) & np.isfinite(ts)
+        lines += axes.plot(ts[kept], values[kept], color=colour, linestyle=dash, label=name)
+    time_axis(axes, all(log_spaced(ts) for ts, _ in drawn.values()))
+    if xlabel is not None:
+        axes.set_xlabel(xlabel, **VERBATIM)
+    axes.set_ylabel(ylabel, **VERBATIM)
+    name_legend(axes, lines, frameon=False)
     return axes
+
+
+def _curve(name: str, pair: tuple[ArrayLike, ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        ts, values = (np.asarray(numbers, float) for numbers in pair)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"a curve is a pair (ts, values) of two sequences of numbers; {name!r} is {pair!r:.80}."
+        ) from None
+    return ts, values
 
 
 def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
@@ -179,16 +221,29 @@ def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = No
 
     **Arguments:** `history`: of [`jaxflow.training.Fitted`][], or the lines of a metrics.jsonl;
     `ax`: Matplotlib axes, default new ones.
+
+    **Raises:** `ValueError` or `TypeError` where these are no logged steps, or none has a loss.
     """
-    if not history:
-        raise ValueError("there is no logged step to draw.")
-    axes = new_axes(ax)
     both = {"loss": "training", "validation_loss": "validation"}
+    drawn = {name: _logged(history, name) for name in both}
+    if not any(drawn.values()):
+        raise ValueError("there is no logged step with a loss to draw.")
+    axes = new_axes(ax)
     for (name, label), colour in zip(both.items(), COLOURS, strict=False):
-        rows = [(row["step"], row[name]) for row in history if name in row]
-        if rows:
+        if rows := drawn[name]:
             marker = "o" if name == "validation_loss" else None
             axes.plot(*zip(*rows, strict=True), color=colour, marker=marker, label=label)
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(frameon=False)
     return axes
+
+
+def _logged(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """The steps at which something was logged by that name, and its values."""
+    try:
+        return [(float(row["step"]), float(row[name])) for row in history if name in row]
+    except (TypeError, ValueError, KeyError):
+        raise TypeError(
+            'a history is a list of {"step": number, "loss": number, ...}, such as the lines of a '
+            f"metrics.jsonl; got {history!r:.80}."
+        ) from None

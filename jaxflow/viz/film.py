@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .._rules import function, instance, positive, real
 from .._types import ScalarLike
 from ..flow import FlowSolution
 from .run import System, evenly, read_run
@@ -38,8 +39,20 @@ def film(
     - `progress`: called with the number of frames that are done, and that of all.
 
     **Returns:** the path. A frame takes about 0.1 s.
+
+    **Raises:** `ValueError` or `TypeError` for bad arguments, and as [`jaxflow.viz.summary`][];
+    `RuntimeError` for a film .mp4 without ffmpeg. All before a frame is drawn.
     """
-    path, writer = _writer(Path(path), float(fps))
+    rule = "positive and at most 1000"
+    for name, value in (("fps", fps), ("dpi", dpi)):
+        real(name, value, rule, lambda v: (0 < v) & (v <= 1000))
+    real("seconds", seconds, "positive", positive)
+    function("progress", progress)
+    path, writer = _writer(
+        Path(instance("path", path, str | os.PathLike, "'flow.gif'")), float(fps)
+    )
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"a film is a file in a folder that exists, got {path}.")
     run = read_run(sol, system, max_frames=max(2, round(float(fps) * float(seconds))))
     shown, directions = evenly(run.n, max_points), run.directions()
     clusters = run.clusters(threshold)[shown]

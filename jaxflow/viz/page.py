@@ -48,16 +48,18 @@ def sphere(
     - `threshold`: the least cosine of linked tokens ([`jaxflow.observables.cluster_labels`][]).
     - `max_points`, `max_frames`: how many tokens and times to draw at most, evenly spaced. Clusters
       are counted among all tokens.
-    - `labels`: a word a token, shown under the pointer.
+    - `labels`: a word a token, shown under the pointer as it is written.
 
     **Returns:** a plotly `Figure`.
+
+    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][].
     """
     go = require("plotly.graph_objects")
     run = read_run(sol, system, max_frames)
     clusters, directions = run.clusters(threshold), run.directions()
     named = words(labels, run.n)
     shown = evenly(run.n, max_points)
-    hover = [f"{html.escape(named[int(j)])}<br>cluster {clusters[j]}" for j in shown]
+    hover = [f"{_escaped(named[int(j)])}<br>cluster {clusters[j]}" for j in shown]
     x = run.points[:, shown] @ directions
     names = axis_names(directions, "x<sub>{}</sub>", "v<sub>{}</sub>")
     panels = {"number of clusters": run.cluster_counts(threshold)}
@@ -81,8 +83,20 @@ def sphere(
     figure.update_layout(_window(x[:1], run.radius), **_controls(run.ts))
     figure.update_layout(title=_title(run, clusters, threshold, shown))
     # A page waits for its reader, as figure.show() does.
-    figure.write_html = partial(figure.write_html, auto_play=False)
+    figure.write_html = partial(figure.write_html, auto_play=False, post_script=_INTERRUPTED)
     return figure
+
+
+# What plays is a promise, which plotly rejects, without a reason, where a pause or the slider
+# ends it.
+_INTERRUPTED = """window.addEventListener("unhandledrejection", (event) => {
+  if (event.reason === undefined) event.preventDefault();
+});"""
+
+
+def _escaped(word: str) -> str:
+    """A word as text: no tag, and no mathematics where a page has MathJax."""
+    return html.escape(word).replace("$", "&#36;")
 
 
 def _still(run: Run, names: list[str], panels: Panels):

@@ -1,11 +1,13 @@
 """One system of a solution in numpy, at the times that it reached."""
 
+import sys
 from typing import NamedTuple
 
 import jax.tree_util as jtu
 import numpy as np
 
 from .._memory import PAIRS_AT_ONCE
+from .._rules import count, instance
 from .._types import ScalarLike
 from ..flow import FlowSolution
 from ..geometry import AbstractGeometry, Sphere
@@ -73,6 +75,7 @@ class Run(NamedTuple):
 
 def read_run(sol: FlowSolution, system: System = None, max_frames: int | None = None) -> Run:
     """One system of a solution, at the times that it reached."""
+    instance("sol", sol, FlowSolution, "jaxflow.flow(field, mu0, t1=1.0, saveat=...)")
     if not isinstance(sol.measures, Measure):
         raise ValueError(
             "a picture needs the points: flow with saveat=diffrax.SaveAt(ts=...), and neither fn "
@@ -106,12 +109,15 @@ def _choose(sol: FlowSolution, system: System):
 
     The systems of jax.vmap(flow) come before the times, those within one flow after them.
     """
-    index = () if system is None else tuple(np.atleast_1d(system).tolist())
+    chosen = () if system is None else system if isinstance(system, tuple) else (system,)
+    index = tuple(count("system", k, -sys.maxsize) for k in chosen)
     ahead = np.ndim(sol.ts) - 1
     shape = tuple(np.delete(sol.measures.points.shape[:-2], ahead).tolist())
     if len(index) != len(shape):
         choose = f"choose one, such as system={(0,) * len(shape)}" if shape else "drop system"
         raise ValueError(f"the solution holds systems of shape {shape}: {choose}.")
+    if any(not -size <= k < size for k, size in zip(index, shape, strict=True)):
+        raise ValueError(f"the solution holds systems of shape {shape}, and none at {index}.")
     tree = sol.ts, sol.measures, [sol.observed.get(name) for name in ("energy", "clusters")]
     ts, mu, observed = jtu.tree_map(lambda a: np.asarray(a)[index[:ahead]], tree)
     return ts, mu, observed, (slice(None), *index[ahead:])
@@ -131,6 +137,5 @@ def radius(geometry: AbstractGeometry) -> float | None:
 
 def evenly(n: int, at_most: int) -> np.ndarray:
     """At most so many of the indices 0, ..., n - 1, with both ends."""
-    if at_most < 2:
-        raise ValueError(f"max_points and max_frames must be at least 2, got {at_most}.")
+    at_most = count("max_points or max_frames", at_most, 2)
     return np.linspace(0, n - 1, min(n, at_most)).round().astype(int)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from .._rules import instance
+
 # Okabe and Ito's palette, told apart by colour-blind readers, and grey for tokens without mass.
 # Cluster c has the colour c mod 8 and the marker c // 8 mod 5.
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #F0E442 #999999".split()
@@ -25,9 +27,23 @@ def words(labels: Sequence[str] | None, n: int) -> Sequence[str]:
     """A word a token."""
     if labels is None:
         return [f"token {j}" for j in range(n)]
+    listed = isinstance(labels, Sequence | np.ndarray) and not isinstance(labels, str)
+    if not listed or not all(isinstance(word, str) for word in labels):
+        raise TypeError(f"labels must be a list of strings, one a token; got {labels!r:.80}.")
     if len(labels) != n:
         raise ValueError(f"labels must have one string a token: {n}, got {len(labels)}.")
     return labels
+
+
+# What a user or a model wrote is shown as it is written: $ and \\ are no mathematics there.
+VERBATIM = {"parse_math": False, "usetex": False}
+
+
+def name_legend(axes: Any, lines: Sequence[Any], **look: Any) -> None:
+    """A legend of lines by their labels; Matplotlib would leave out those that start with _."""
+    legend = axes.legend(lines, [str(k) for k in range(len(lines))], **look)
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set(text=line.get_label(), **VERBATIM)
 
 
 # ------------------------------------------------------------------ axes
@@ -99,7 +115,7 @@ def require(module: str) -> Any:
 def new_axes(ax: Any, projection: str | None = None) -> Any:
     """The axes given, or those of a new figure; without pyplot, so of no window."""
     if ax is not None:
-        return ax
+        return instance("ax", ax, require("matplotlib.axes").Axes, "matplotlib's figure.subplots()")
     figure = require("matplotlib.figure").Figure(figsize=(5, 4), layout="constrained")
     return figure.add_subplot(projection=projection)
 

@@ -5,12 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._rules import instance, reals
 from .._types import ArrayLike, ScalarLike
 from ..flow import FlowSolution
 from ..geometry import AbstractGeometry, Sphere
-from ..measure import Measure
+from ..measure import Measure, check_measure
 from .run import Run, System, arrays, evenly, radius, read_run
-from .style import FAINT, MARKERS, axis_names, limits, new_axes, style, time_axis, wires, words
+from .style import (
+    FAINT,
+    MARKERS,
+    VERBATIM,
+    axis_names,
+    limits,
+    new_axes,
+    style,
+    time_axis,
+    wires,
+    words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,14 +46,36 @@ def points(
     - `clusters`: a cluster a token; default [`jaxflow.observables.cluster_labels`][].
     - `directions`: the columns on which tokens are projected, shape `(d, 2)` or `(d, 3)`; default
       the coordinates or, where d > 3, the principal directions.
-    - `labels`: a word a token, written beside it.
+    - `labels`: a word a token, written beside it as it is.
     - `geometry`: a `Sphere` is drawn behind the tokens.
     - `ax`: Matplotlib axes, default new ones.
+
+    **Raises:** `ValueError` or `TypeError` for what is not one measure of finite points, and bad
+    arguments.
     """
+    check_measure("mu", mu)
+    instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
     x, log_weights = arrays(mu)
+    if x.ndim != 2 or not np.isfinite(x).all():
+        raise ValueError(
+            "points draws one measure of finite points (n, d): index a solution's measures; got "
+            f"shape {x.shape}."
+        )
     run = Run(np.zeros(1), x[None], log_weights[None], None, None, radius(geometry), False)
-    colour, marker = style(run.clusters(0.999) if clusters is None else np.asarray(clusters))
+    clusters = run.clusters(0.999) if clusters is None else np.asarray(clusters)
+    if clusters.shape != (mu.n,) or clusters.dtype.kind not in "iu":
+        raise ValueError(
+            f"clusters must be integers, one a token, shape ({mu.n},); got {clusters.dtype} "
+            f"{clusters.shape}."
+        )
+    colour, marker = style(clusters)
     directions = np.asarray(run.directions() if directions is None else directions)
+    reals("directions", directions)
+    if directions.shape not in ((mu.d, 2), (mu.d, 3)):
+        raise ValueError(
+            f"directions must be columns of shape ({mu.d}, 2) or ({mu.d}, 3); got "
+            f"{directions.shape}."
+        )
     axes = new_axes(ax, "3d" if directions.shape[1] == 3 else None)
     x = _project(axes, x, directions)
     _dress(axes, x, directions, run.radius)
@@ -50,7 +84,7 @@ def points(
         look = dict(c=colour[own], marker=shape, s=36, edgecolors="white", linewidths=0.4)
         axes.scatter(*x[own].T, **look)
     for word, place in zip(words(labels, mu.n), x, strict=True) if labels is not None else ():
-        axes.text(*place, f" {word}")
+        axes.text(*place, f" {word}", **VERBATIM)
     return axes
 
 
@@ -70,6 +104,8 @@ def trajectories(
 
     **Arguments:** `sol`, `system` and `threshold` as in [`jaxflow.viz.sphere`][]; `max_points`: how
     many tokens to draw at most, evenly spaced; `ax`: Matplotlib axes, default new ones.
+
+    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][].
     """
     run = read_run(sol, system)
     shown = evenly(run.n, max_points)
