@@ -14,6 +14,7 @@ import jaxflow as jf
 from jaxflow import models
 from jaxflow.fields import time
 from jaxflow.models import Depth, ImageClassifier, LanguageModel, ResidualNetwork, generation
+from jaxflow.models.blocks import small
 from jaxflow.models.generation import Chooser
 from jaxflow.solvers import LieTrotter, Strang
 
@@ -234,16 +235,18 @@ def test_context_and_options_are_checked():
 
 def test_initial_weights():
     """N(0, 0.02^2), those that end a block over sqrt(2 L); width 0 leaves attention alone."""
-    make = lambda width: LanguageModel(11, 16, 2, 3, 12, width=width, key=KEY)
-    network = lambda: ResidualNetwork(3, 2, 4, 3, width=5, key=KEY)
-    fields: Any = eqx.filter_jit(lambda: (make(12).field.at(0.0), network().field.at(0.0)))()
-    attention, forward = (part.field for part in fields[0].fields)
-    rms = lambda a: float(jnp.sqrt(jnp.mean(a**2)))
-    for matrix in (attention.query, attention.value, forward.weight_in, fields[1].weight_in):
+    make = lambda width: LanguageModel(11, 4, 2, 1, 12, width=width, key=KEY).field.at(0.0)
+    network = lambda: ResidualNetwork(3, 2, 4, 1, width=5, key=KEY).field.at(0.0)
+    block, other = eqx.filter_jit(lambda: (make(5), network()))()
+    attention, forward = (part.field for part in block.fields)
+    rms = lambda a: float(np.sqrt(np.mean(np.asarray(a) ** 2)))
+    for matrix in (attention.query, attention.value, forward.weight_in, other.weight_in):
         np.testing.assert_allclose(rms(matrix), 0.02, rtol=1e-5)
-    for matrix in (attention.output, forward.weight_out, fields[1].weight_out):
-        np.testing.assert_allclose(rms(matrix), 0.02 / np.sqrt(6), rtol=1e-5)
-    alone: Any = eqx.filter_eval_shape(lambda: make(0).field.at(0.0))
+    for matrix in (attention.output, forward.weight_out, other.weight_out):
+        np.testing.assert_allclose(rms(matrix), 0.02 / np.sqrt(2), rtol=1e-5)
+    third = small(other, lambda field: field.weight_out, 3)
+    np.testing.assert_allclose(rms(third.weight_out), 0.02 / np.sqrt(6), rtol=1e-5)
+    alone: Any = eqx.filter_eval_shape(lambda: make(0))
     assert isinstance(alone, jf.PreNorm) and isinstance(alone.field, jf.MultiHeadAttention)
 
 
@@ -470,7 +473,7 @@ def test_ties_at_the_border_are_kept():
         ([[1, 2]], 3, {}, "at least one token"),
         ([1, 11], 3, {}, r"tokens must be in 0, ..., 10, got 1 to 11"),
         ([1, -1], 3, {}, "tokens must be in 0"),
-        ([1], -1, {}, "must not be negative"),
+        ([1], -1, {}, "must be at least 0, got -1"),
         ([1], 3, {"top_k": 0}, "top_k must be at least 1"),
         ([1], 3, {"top_p": 0.0}, "top_p must be in"),
         ([1], 3, {"top_p": 1.5}, "top_p must be in"),
