@@ -482,7 +482,7 @@ def test_ties_at_the_border_are_kept():
         ([[1, 2]], 3, {}, "at least one token"),
         ([1, 11], 3, {}, r"tokens must be in 0, ..., 10, got 1 to 11"),
         ([1, -1], 3, {}, "tokens must be in 0"),
-        ([1], -1, {}, "must not be negative"),
+        ([1], -1, {}, "length, .* must be at least 0, got -1"),
         ([1], 3, {"top_k": 0}, "top_k must be at least 1"),
         ([1], 3, {"top_p": 0.0}, "top_p must be in"),
         ([1], 3, {"top_p": 1.5}, "top_p must be in"),
