@@ -125,15 +125,46 @@ def test_clusters_ignore_length_and_tokens_without_mass(copies):
 
 
 @pytest.mark.parametrize("copies", [1, 400])
-def test_a_token_without_direction_or_not_finite_is_alone(copies):
-    x = jnp.array([[0.0, 0.0], [1.0, 0.0], [jnp.nan, 1.0], [2.0, 0.0]])
+def test_a_token_without_direction_is_alone(copies):
+    x = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0], [2.0, 0.0]])
     mu = jf.Measure(jnp.tile(x, (copies, 1)))
     labels = np.asarray(observables.cluster_labels(mu))
-    assert len(set(labels.tolist())) == 2 * copies + 1
+    assert len(set(labels.tolist())) == copies + 2
     assert (labels[1::4] == 1).all() and (labels[3::4] == 1).all()
     # In space, the origin is a place like any other.
     labels = np.asarray(observables.cluster_labels(mu, radius=0.5))
-    assert (labels[::4] == 0).all() and labels.max() == copies + 2
+    assert (labels[0::4] == 0).all()
+
+
+@pytest.mark.parametrize("copies", [1, 400])
+def test_points_that_are_not_finite_have_no_clusters(copies):
+    """Without mass they do not matter; the systems beside them have theirs."""
+    x = jnp.tile(jnp.array([[0.0, 1.0], [jnp.nan, 1.0], [1.0, 0.0]]), (copies, 1))
+    logs = jnp.tile(jnp.array([0.0, -jnp.inf, 0.0]), copies)
+    bad = jf.Measure(jnp.stack([x, x]), jnp.stack([jnp.zeros(len(x)), logs]))
+    assert observables.cluster_count(bad).tolist() == [-1, 2]
+    assert observables.cluster_labels(bad)[0].max() == -1
+    counts = observables.ClusterCount()(0.0, bad)
+    assert jnp.isnan(counts).tolist() == [True, False]
+    with pytest.raises(ValueError, match="t = 3 has points that are not finite"):
+        observables.merge_tree([3.0], bad[:1])
+
+
+@pytest.mark.parametrize("copies", [1, 400])
+def test_light_components_are_no_clusters_from_a_least_mass_on(copies):
+    """Masses 0.6, 0.3 and 0.1, exactly at the level too; numbered among those that count."""
+    angles = jnp.array([2.0] + [0.0] * 3 + [1.0] * 6)
+    mu = jf.measure.from_angles(jnp.repeat(angles, copies))
+    for least, count in ((0.0, 3), (0.1, 3), (0.11, 2), (0.3, 2), (0.31, 1), (0.6, 1), (0.7, 0)):
+        assert int(observables.cluster_count(mu, min_mass=least)) == count, least
+    labels = observables.cluster_labels(mu, min_mass=0.2)[::copies]
+    assert labels.tolist() == [-1] + [0] * 3 + [1] * 6
+    assert float(observables.ClusterCount(min_mass=0.5)(0.0, mu)) == 1
+    # Weights, not numbers of tokens.
+    heavy = jf.Measure(mu.points, jnp.where(jnp.arange(mu.n) < copies, 3.0, 0.0))
+    assert int(observables.cluster_count(heavy, min_mass=0.5)) == 1
+    with pytest.raises(ValueError, match="min_mass must be a share of all mass"):
+        observables.cluster_count(mu, min_mass=1.5)
 
 
 @pytest.mark.parametrize("n", [7, pytest.param(1500, marks=pytest.mark.slow)])
@@ -180,7 +211,7 @@ def test_clusters_in_a_solve_stop_it(key):
     "options", [{"threshold": 1.5}, {"threshold": np.nan}, {"radius": -1.0}, {"radius": np.nan}]
 )
 def test_a_link_needs_a_cosine_or_a_distance(options):
-    with pytest.raises(ValueError, match="threshold is a cosine|radius is a distance"):
+    with pytest.raises(ValueError, match="threshold must be a cosine|radius must be a distance"):
         observables.cluster_labels(jf.measure.circle(3), **options)
 
 
@@ -260,7 +291,7 @@ def test_merge_tree_checks_its_mergers():
         MergeTree(1, *one)
     met = np.array([[2, 1]])
     assert MergeTree(3, *one, links=met).links is met
-    with pytest.raises(ValueError, match="must ascend: sort the mergers"):
+    with pytest.raises(ValueError, match="and ascend: sort the mergers"):
         MergeTree(3, np.array([2.0, 1.0]), np.array([[0, 1], [0, 2]]), np.array([2, 3]))
     with pytest.raises(ValueError, match="not the first tokens of two clusters"):
         MergeTree(3, np.array([1.0, 2.0]), np.array([[0, 1], [1, 2]]), np.array([2, 3])).linkage()

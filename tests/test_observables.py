@@ -38,7 +38,7 @@ def test_energy_is_its_definition(beta, key):
 
 
 def test_energy_needs_a_temperature():
-    with pytest.raises(ValueError, match="finite beta other than 0, got 0"):
+    with pytest.raises(ValueError, match="beta must be finite and other than 0, got 0"):
         observables.interaction_energy(jf.measure.circle(3), 0)
 
 

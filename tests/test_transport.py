@@ -203,7 +203,7 @@ def test_sinkhorn_divergence_derivative(geometry, key):
 
 def test_sinkhorn_divergence_refuses():
     mu = jf.measure.circle(5)
-    with pytest.raises(ValueError, match="epsilon must be positive, got -1"):
+    with pytest.raises(ValueError, match="epsilon must be positive and finite, got -1"):
         sinkhorn_divergence(mu, mu, epsilon=-1.0)
     with pytest.raises(ValueError, match="the same dimension d, got 2 and 3"):
         sinkhorn_divergence(mu, jf.measure.simplex(3, 3), epsilon=1.0)

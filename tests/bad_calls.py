@@ -1,0 +1,282 @@
+"""Calls that are not asked right: a name, the call, the error and what its message must say.
+
+Run as a program it writes the errors as JSON: users have no checks of types at run time, as tests
+have, which would come first.
+"""
+
+import json
+import sys
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxflow as jf
+from jaxflow import measure, models, observables
+
+KEY = jax.random.key(0)
+MU = jf.Measure(np.eye(4, 3, dtype=np.float32))
+NAN, INF = float("nan"), float("inf")
+
+
+def language_model(**changed):
+    options = dict(vocab_size=11, dim=8, heads=2, layers=1, context=8, key=KEY)
+    return models.LanguageModel(**(options | changed))
+
+
+def build(**changed):
+    config = dict(model="ResidualNetwork", inputs=5, outputs=3, dim=8, layers=1, width=8)
+    return models.build(config | changed)
+
+
+CALLS = {
+    # measures
+    "points of text": (lambda: jf.Measure("abc"), TypeError, "points must be an array"),
+    "rows of unequal lengths": (lambda: jf.Measure([[1.0, 2.0], [3.0]]), TypeError, "points must"),
+    "integer points": (lambda: jf.Measure([[1, 2]]), TypeError, "floating point"),
+    "no mass": (lambda: jf.Measure(MU.points, jnp.full(4, -INF)), ValueError, "some mass"),
+    "one system without mass": (
+        lambda: jf.Measure(MU.points[None], jnp.full((1, 4), -INF)),
+        ValueError,
+        "some mass",
+    ),
+    "a weight of nan": (lambda: jf.Measure(MU.points, [0.0, NAN, 0, 0]), ValueError, "or -inf"),
+    "infinite mass": (lambda: jf.Measure(MU.points, [0.0, INF, 0, 0]), ValueError, "or -inf"),
+    "an index beyond": (lambda: jf.Measure(MU.points[None])[np.array([3])], IndexError, "range"),
+    "a traced index's kind": (lambda: jf.Measure(MU.points[None])["a"], IndexError, "integers"),
+    "no function": (lambda: MU.expectation(3), TypeError, "must be a function"),
+    "two values": (lambda: MU.expectation(lambda x: (x, x)), TypeError, "one array"),
+    "half a token": (
+        lambda: measure.uniform_sphere(2.5, 3, key=KEY),
+        TypeError,
+        "n must be a whole",
+    ),
+    "no token": (lambda: measure.circle(0), ValueError, "n must be at least 1, got 0"),
+    "no key": (lambda: measure.uniform_sphere(4, 3, key=None), TypeError, r"jax.random.key\(0\)"),
+    "a seed for a key": (lambda: measure.gaussian(4, 3, key=0), TypeError, r"jax.random.key\(0\)"),
+    "no radius": (
+        lambda: measure.uniform_sphere(4, 3, key=KEY, radius=0.0),
+        ValueError,
+        "positive",
+    ),
+    "a variance below 0": (
+        lambda: measure.gaussian(4, 3, key=KEY, covariance=-1.0),
+        ValueError,
+        "at least 0",
+    ),
+    "no covariance": (
+        lambda: measure.gaussian(4, 2, key=KEY, covariance=[[1.0, 2.0], [2.0, 1.0]]),
+        ValueError,
+        "positive definite",
+    ),
+    "a mean of another size": (
+        lambda: measure.gaussian(4, 3, key=KEY, mean=[1.0]),
+        ValueError,
+        "mean must",
+    ),
+    "no direction": (
+        lambda: measure.von_mises_fisher(4, [0.0, 0.0], 1.0, key=KEY),
+        ValueError,
+        "direction",
+    ),
+    "a direction of nan": (
+        lambda: measure.von_mises_fisher(4, [NAN, 0.0], 1.0, key=KEY),
+        ValueError,
+        "finite",
+    ),
+    "one dimension": (
+        lambda: measure.von_mises_fisher(4, [1.0], 1.0, key=KEY),
+        ValueError,
+        "d >= 2",
+    ),
+    "infinite concentration": (
+        lambda: measure.von_mises_fisher(4, [1.0, 0], INF, key=KEY),
+        ValueError,
+        "1e30",
+    ),
+    "negative concentration": (
+        lambda: measure.von_mises_fisher(4, [1.0, 0], -1.0, key=KEY),
+        ValueError,
+        "-mean",
+    ),
+    "a phase of nan": (lambda: measure.circle(4, phase=NAN), ValueError, "phase must be finite"),
+    "angles of inf": (lambda: measure.from_angles([INF]), ValueError, "angles must be finite"),
+    "no text": (lambda: measure.from_text(None, 4, key=KEY), TypeError, "text must"),
+    "fewer than no tokens": (
+        lambda: measure.from_text("a b", 4, key=KEY, max_tokens=-1),
+        ValueError,
+        "max_tokens",
+    ),
+    "text in one dimension": (lambda: measure.from_text("a", 1, key=KEY), ValueError, "at least 2"),
+    "a pixel of nan": (
+        lambda: measure.from_image([[1.0, NAN]], 1),
+        ValueError,
+        r"got nan at index \(0, 1",
+    ),
+    "no channels": (lambda: measure.from_image(np.ones((4, 4, 0)), 2), ValueError, "multiples"),
+    "complex pixels": (lambda: measure.from_image(1j * np.ones((2, 2)), 1), TypeError, "real"),
+    # sizes
+    "a measure beyond memory": (
+        lambda: measure.uniform_sphere(10**9, 10**4, key=KEY),
+        MemoryError,
+        "fewer tokens",
+    ),
+    "a text beyond memory": (
+        lambda: measure.from_text("a b", 10**10 // 8, key=KEY),
+        MemoryError,
+        "fewer tokens",
+    ),
+    "a simplex beyond memory": (lambda: measure.simplex(10**6, 10**6), MemoryError, "fewer tokens"),
+    "a model beyond memory": (
+        lambda: language_model(vocab_size=10**9, dim=10**4),
+        MemoryError,
+        "smaller vocabulary",
+    ),
+    "layers beyond memory": (lambda: language_model(layers=10**9), MemoryError, "fewer layers"),
+    "a bound of sizes": (lambda: measure.circle(10**30), ValueError, "below 2"),
+    # geometries
+    "a radius of text": (lambda: jf.Sphere("a"), TypeError, "real number"),
+    "an infinite gain": (lambda: jf.Ellipsoid(np.array([1.0, INF, 1.0])), ValueError, "finite"),
+    "a bias of nan": (lambda: jf.Ellipsoid(np.ones(3), np.full(3, NAN)), ValueError, "finite"),
+    "shapes that differ": (
+        lambda: jf.Sphere().project(MU.points, MU.points[:2]),
+        ValueError,
+        "one shape",
+    ),
+    "a token of another space": (
+        lambda: jf.Ellipsoid(np.ones(3)).retract(jnp.ones((2, 4))),
+        ValueError,
+        "d = 3",
+    ),
+    # observables
+    "an array for a measure": (
+        lambda: observables.diameter(MU.points),
+        TypeError,
+        r"jaxflow.Measure\(points\)",
+    ),
+    "a threshold of text": (lambda: observables.cluster_count(MU, "a"), TypeError, "threshold"),
+    "two thresholds": (lambda: observables.cluster_count(MU, [0.1, 0.2]), TypeError, "threshold"),
+    "no cosine": (lambda: observables.ClusterCount(2.0), ValueError, "threshold must be a cosine"),
+    "an energy at 0": (lambda: observables.InteractionEnergy(0.0), ValueError, "beta must"),
+    "half a probe": (
+        lambda: observables.attention_spectrum(jf.SelfAttention(), MU, probes=2.5),
+        TypeError,
+        "probes",
+    ),
+    "a rank above 1": (
+        lambda: observables.AttentionRank(jf.SelfAttention(), tolerance=2.0),
+        ValueError,
+        "tolerance",
+    ),
+    "no attention": (
+        lambda: observables.attention_matrix(jf.FeedForward(3, 4, key=KEY), MU),
+        TypeError,
+        "one matrix A",
+    ),
+    "queries of another size": (
+        lambda: observables.attention_matrix(jf.SelfAttention(), MU, jnp.ones((2, 5))),
+        ValueError,
+        "queries x",
+    ),
+    "an infinite epsilon": (
+        lambda: observables.sinkhorn_divergence(MU, MU, epsilon=INF),
+        ValueError,
+        "epsilon must",
+    ),
+    "no iterations": (
+        lambda: observables.sinkhorn_divergence(MU, MU, epsilon=1.0, max_iterations=0),
+        ValueError,
+        "max_iterations",
+    ),
+    "modes beyond 32 bits": (
+        lambda: observables.fourier_modes(measure.circle(2), np.array(2**40)),
+        TypeError,
+        "k must",
+    ),
+    "edges of nan": (
+        lambda: observables.pair_correlations(MU, [0.0, NAN]),
+        ValueError,
+        "edges must be finite",
+    ),
+    "times of text": (
+        lambda: observables.merge_tree("a", jf.Measure(MU.points[None])),
+        TypeError,
+        "ts must be",
+    ),
+    "hardmax beyond memory": (
+        lambda: observables.column_defect(
+            jf.SelfAttention(interaction=jf.Hardmax()), jf.Measure(jnp.zeros((10**6, 1)))
+        ),
+        MemoryError,
+        "softmax attention",
+    ),
+    # models
+    "a token beyond": (
+        lambda: language_model()(jnp.array([500])),
+        ValueError,
+        "in 0, ..., 10, got 500",
+    ),
+    "a token below": (lambda: language_model()(jnp.array([1, -1])), ValueError, "got -1 to 1"),
+    "a token that would wrap": (
+        lambda: language_model()(np.array([2**32 + 5])),
+        TypeError,
+        "within int32",
+    ),
+    "a token and a half": (
+        lambda: language_model()(jnp.array([1.5])),
+        TypeError,
+        "must be integers",
+    ),
+    "half a head": (lambda: language_model(heads=0.5), TypeError, "heads must be a whole number"),
+    "an activation by name": (
+        lambda: language_model(activation="gelu"),
+        TypeError,
+        "activation must be a function",
+    ),
+    "a curve by name": (
+        lambda: language_model(curve="layers"),
+        TypeError,
+        "curve must be a function",
+    ),
+    "a depth of 3": (lambda: language_model(depth=3), TypeError, "depth must be"),
+    "a depth of text": (lambda: models.Depth(t1="a", steps=1), TypeError, "depth t1"),
+    "half a step": (lambda: models.Depth(t1=1.0, steps=2.5), TypeError, "steps must be a whole"),
+    "a solver's class": (
+        lambda: models.Depth(t1=1.0, steps=1, solver=diffrax.Euler),
+        TypeError,
+        "solver",
+    ),
+    "pixels of 8 bits": (
+        lambda: models.ImageClassifier((4, 4, 1), 2, 8, 2, 1, patch=2, key=KEY)(
+            np.ones((4, 4, 1), np.uint8)
+        ),
+        TypeError,
+        "x / 255",
+    ),
+    "a configuration that is a list": (lambda: models.build([1]), TypeError, "configuration must"),
+    "a missing size": (
+        lambda: models.build({"model": "ResidualNetwork"}),
+        ValueError,
+        "needs inputs, outputs",
+    ),
+    "an unknown key": (lambda: build(zz=1), ValueError, "takes no argument zz, but inputs"),
+    "a seed of 20 digits": (lambda: build(seed=10**20), ValueError, "seed must be below"),
+    "a depth without t1": (lambda: build(depth={"steps": 1}), ValueError, "depth needs t1"),
+    "a solver in a list": (
+        lambda: build(depth={"t1": 1, "solver": [1]}),
+        ValueError,
+        "solver must be one of",
+    ),
+}
+
+
+def outcome(call) -> list[str]:
+    try:
+        return ["nothing", repr(call())]
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+
+if __name__ == "__main__":
+    json.dump({name: outcome(call) for name, (call, *_) in CALLS.items()}, sys.stdout)
