@@ -278,7 +278,8 @@ def _scale(scale, dtype) -> float | jax.Array:
         if not is_concrete(scale):
             return scale
     # Also integers that are too large for a float.
-    if not abs(scale) <= float(jnp.finfo(dtype).max):
+    known = scale if number else np.asarray(scale).item()  # under jit a comparison is traced
+    if not abs(known) <= float(jnp.finfo(dtype).max):
         raise ValueError(
             f"scale (the inverse temperature) must be finite, got {scale!s:.24} in {dtype}. "
             "The limit of infinite scale is the interaction jaxflow.Hardmax()."
