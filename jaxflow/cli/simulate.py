@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,10 +185,10 @@ def _joined(parts: list[FlowSolution]) -> FlowSolution:
 
 def _announce(field: AbstractField, mu0: Measure, s: Simulation):
     """What the run will cost, before it starts."""
-    velocity = jax.jit(lambda mu: field(0.0, mu.points, mu))
-    interruptible(velocity, mu0)
+    velocity = eqx.filter_jit(lambda field, mu: field(0.0, mu.points, mu))
+    interruptible(velocity, field, mu0)
     start = time.perf_counter()
-    interruptible(velocity, mu0)
+    interruptible(velocity, field, mu0)
     milliseconds = 1e3 * (time.perf_counter() - start)
     megabytes = memory_estimate(mu0, saveat=diffrax.SaveAt(ts=jnp.zeros(s.frames))) / 1e6
     say(

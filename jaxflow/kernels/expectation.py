@@ -277,8 +277,8 @@ def _scale(scale, dtype) -> float | jax.Array:
             f"scale must be a scalar, got shape {array.shape}. One scale a head goes through "
             "jax.vmap."
         )
-    if is_concrete(array):
-        _check_finite(array, dtype)
+    if is_concrete(scale):
+        _check_finite(np.asarray(scale), dtype)  # on the host, also while a program is traced
     return array
 
 
