@@ -327,7 +327,7 @@ def test_hutchinsons_estimate_is_exact_for_a_diagonal_matrix():
 @pytest.mark.parametrize("samples", [0, -1])
 def test_hutchinsons_estimate_needs_a_sample(samples):
     mu = measure(gaussian(4, N, D))
-    with pytest.raises(ValueError, match=f"at least one sample, got {samples}"):
+    with pytest.raises(ValueError, match=f"samples must be at least 1, got {samples}"):
         jf.divergence(jf.LinearDrift(1.0), 0.0, mu.points, mu, key=jax.random.key(0),
                       samples=samples)  # fmt: skip
 

@@ -352,9 +352,7 @@ def divergence(
         return field.divergence(t, x, mu)
     if key is None:
         return divergence_by_derivatives(field, t, x, mu)
-    if count("samples", samples, 0) < 1:
-        raise ValueError(f"Hutchinson's estimate needs at least one sample, got {samples}.")
-    z = jax.random.rademacher(key, (samples, *x.shape), x.dtype)
+    z = jax.random.rademacher(key, (count("samples", samples), *x.shape), x.dtype)
     return jax.vmap(_derivative_along(field, t, x, mu))(z).mean(axis=0)
 
 
