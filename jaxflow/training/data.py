@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, Num, UInt
 
+from .. import _rules
 from .._memory import check_fits
 from .cache import tokenised
-from .numbers import fraction, whole, word
 from .sources import Labelled, classes_of, read_images, scan, text_files
 from .tokenizers import BPE, Bytes, Chars, Tokenizer
 
@@ -47,12 +47,28 @@ def _permutation(n: int, seed: int, counter: int) -> Integer[np.ndarray, " n"]:
     return np.argsort(_bits(seed, counter, n), kind="stable")
 
 
+def _word(name: str, value: Any) -> int:
+    """The value, which keys random bits, as an int of Python."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name} must lie in 0 ... 2^64 - 1, got {value}.")
+    return int(value)
+
+
+def _fraction(validation: Any) -> float:
+    rule = "a fraction in [0, 1)"
+    return _rules.constant("validation", validation, rule, lambda part: (part >= 0) & (part < 1))
+
+
 def _check_batch(numbers: int):
     check_fits(16 * numbers, "a batch", "Take a smaller batch_size or context.", host=True)
 
 
 def _first(batches: Iterator[Any], count: int | None) -> Iterator[Any]:
-    return itertools.islice(batches, None if count is None else whole("count", count, least=0))
+    return itertools.islice(
+        batches, None if count is None else _rules.count("count", count, least=0)
+    )
 
 
 def _rows(n: int, batch_size: int) -> Iterator[Integer[np.ndarray, " batch"]]:
@@ -99,7 +115,7 @@ class Text:
         """
         starts = len(self.training) - self.context
         # The remainder of 64 bits is uniform up to tokens / 2^64.
-        words = _bits(self.seed, word("step", step), self.batch_size) % np.uint64(starts)
+        words = _bits(self.seed, _word("step", step), self.batch_size) % np.uint64(starts)
         return self._windows(self.training, words.astype(np.int64))
 
     def validation_batches(self, count: int | None = None) -> Iterator[TokenBatch]:
@@ -172,8 +188,8 @@ def text_data(
     TypeError for numbers that are not whole and for another tokenizer. MemoryError for batches that
     do not fit the memory.
     """
-    context, batch_size = whole("context", context), whole("batch_size", batch_size)
-    seed, validation = word("seed", seed), fraction("validation", validation)
+    context, batch_size = _rules.count("context", context), _rules.count("batch_size", batch_size)
+    seed, validation = _word("seed", seed), _fraction(validation)
     if not isinstance(tokenizer, Bytes | Chars | BPE):
         raise TypeError(f"tokenizer must be Bytes(), Chars() or BPE(size), got {tokenizer!r}.")
     _check_batch(batch_size * (context + 1))
@@ -261,7 +277,7 @@ class Images:
         **Raises:** ValueError if `step` is not in 0 ... 2^64 - 1, TypeError if it is no whole
         number.
         """
-        n, start = len(self.images), word("step", step) * self.batch_size
+        n, start = len(self.images), _word("step", step) * self.batch_size
         epochs = range(start // n, (start + self.batch_size - 1) // n + 1)
         order = np.concatenate([_permutation(n, self.seed, epoch) for epoch in epochs])
         chosen = order[start % n :][: self.batch_size]
@@ -331,10 +347,10 @@ def image_data(
     that are not whole. MemoryError for images or batches that do not fit the memory, before they
     are read. ImportError for the built-in images without scikit-learn.
     """
-    batch_size, seed = whole("batch_size", batch_size), word("seed", seed)
+    batch_size, seed = _rules.count("batch_size", batch_size), _word("seed", seed)
     _check_batch(batch_size)
     if not isinstance(validation, str | Path):
-        validation = fraction("validation", validation)
+        validation = _fraction(validation)
     train, test = read_images(source, labels)
     if isinstance(validation, str | Path):
         test, _ = read_images(validation, what="validation")

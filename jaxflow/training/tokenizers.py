@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Integer, UInt
 
 from .._files import first_outside
-from .numbers import whole
+from .._rules import count
 
 # Published vocabularies have up to 262,144 symbols.
 LARGEST = 2**20
@@ -125,8 +125,10 @@ class BPE:
     model: str = ""
 
     def __post_init__(self):
-        # It starts from the 256 bytes. As an int of Python it is JSON.
-        object.__setattr__(self, "size", whole("the size of BPE", self.size, 256, LARGEST))
+        size = count("the size of BPE", self.size, 256)  # it starts from the bytes
+        if size > LARGEST:
+            raise ValueError(f"the size of BPE must be at most {LARGEST}, got {size}.")
+        object.__setattr__(self, "size", size)  # an int of Python, for JSON
         if self.model:
             _ = self._backend
 
