@@ -235,8 +235,9 @@ def test_context_and_options_are_checked():
 
 def test_initial_weights():
     """N(0, 0.02^2), those that end a block over sqrt(2 L); width 0 leaves attention alone."""
-    make = lambda width: LanguageModel(11, 4, 2, 1, 12, width=width, key=KEY).field.at(0.0)
-    network = lambda: ResidualNetwork(3, 2, 4, 1, width=5, key=KEY).field.at(0.0)
+    first = lambda model: model.field.at(0.0)
+    make = lambda width: first(LanguageModel(11, 4, 2, 1, 12, width=width, key=KEY))
+    network = lambda: first(ResidualNetwork(3, 2, 4, 1, width=5, key=KEY))
     block, other = eqx.filter_jit(lambda: (make(5), network()))()
     attention, forward = (part.field for part in block.fields)
     rms = lambda a: float(np.sqrt(np.mean(np.asarray(a) ** 2)))

@@ -278,7 +278,7 @@ def _scale(scale, dtype) -> float | jax.Array:
             "jax.vmap."
         )
     if is_concrete(array):
-        _check_finite(array, dtype)
+        _check_finite(np.asarray(array), dtype)  # on the host, also where all else is traced
     return array
 
 
