@@ -114,7 +114,7 @@ def explicit_step(
             "such, so its stages cannot be written out. Use diffrax.Euler(), Heun(), Tsit5(), ..."
         )
     if is_method(solver, AbstractComposition):
-        step = lambda *of: explicit_step(solver.inner, *of, evaluate)
+        step = lambda field, t0, t1, y: explicit_step(solver.inner, field, t0, t1, y, evaluate)
         return solver.compose(step, field, t0, t1, y)
     h, slopes = t1 - t0, [evaluate(field, t0, y)]
     if (found := tableau(solver)) is None:  # Euler's method

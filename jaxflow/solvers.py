@@ -55,8 +55,8 @@ class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
 
     @property
     def solver(self) -> diffrax.AbstractSolver:  # pyright: ignore[reportIncompatibleVariableOverride]
-        deeper = is_method(self.wrapped, AbstractFieldSolver)
-        return self.wrapped.solver if deeper else self.wrapped
+        wrapped = self.wrapped
+        return wrapped.solver if is_method(wrapped, AbstractFieldSolver) else wrapped
 
     @property
     def inner(self):

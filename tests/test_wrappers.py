@@ -1,5 +1,8 @@
 """Fields around fields: what they compute, their parts, and that they are seen through."""
 
+# pyright takes a property for a field of the dataclass, where the base class declares it.
+# pyright: reportCallIssue=false
+
 from typing import Any, ClassVar
 
 import diffrax
