@@ -20,6 +20,10 @@ CONFIG = "config.json"
 _LOCK, _HOLDER = ".lock", ".lock-holder"
 _LARGEST_JSON = 2**28  # bytes; what a run writes is far smaller
 
+# What runs write beside config.json: without one, these are somebody else's.
+_RESULTS = {"metrics.jsonl", "checkpoints", "betas", "phase.npz", "phase.png", "summary.png"}
+_RESULTS |= {"flow.html", "film.gif", "film.mp4", "merges.json", "merges.png", "loss.png"}
+
 
 @contextlib.contextmanager
 def claim(
@@ -43,15 +47,16 @@ def claim(
     - `folder`: the run folder; `None` makes a new one, runs/DATE-TIME, of a name that no other job
       has.
     - `kind`: the kind of run, such as "simulate" or "train".
-    - `going_on`: whether the folder has to hold a run of this kind. `False`: it has to be new or
-      empty. `None`: it may be either.
-    - `own`: names that may be in a folder that has no config.json yet, as they are of such a run.
+    - `going_on`: whether the folder has to hold a run of this kind. `False`: it must not hold one.
+      `None`: it may be either.
+    - `own`: names of results that may be in a folder without config.json: they are of such a run.
 
     **Returns:** a context manager, which yields the path of the folder.
 
     **Raises:** ValueError if the folder belongs to another kind of run, holds a run where a new one
-    was asked or none where one was to go on, holds files of something else, is a file, or is used
-    by another process, which the message names; OSError if it cannot be made or written to.
+    was asked or none where one was to go on, holds other files that would be overwritten, is a
+    file, or is used by another process, which the message names; OSError if it cannot be made or
+    written to.
     """
     path, made = _made(folder, going_on)
     try:
@@ -240,13 +245,12 @@ def _check(path: Path, kind: str, going_on: bool | None, own: Collection[str]):
                 f"{path} holds a run already: go on with it (resume), or take another folder."
             )
         return
-    names = {p.name for p in path.iterdir() if not p.name.startswith(".")}
     if going_on:
         raise ValueError(f"{path} is no run to go on with: it has no {CONFIG}.")
-    if others := sorted(names - set(own)):
+    if others := sorted(_RESULTS.intersection(os.listdir(path)) - set(own)):
         raise ValueError(
-            f"{path} is no run folder, as it has no {CONFIG}, and not empty: it holds {others[0]}. "
-            "Take another folder, so that nothing in it is overwritten."
+            f"{path} is no run folder, as it has no {CONFIG}, and holds {others[0]}, which would "
+            "be overwritten. Take another folder."
         )
 
 

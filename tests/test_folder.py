@@ -55,14 +55,21 @@ def test_what_is_no_run_is_not_taken(tmp_path):
     ):
         raise AssertionError
     (tmp_path / "thesis.tex").write_text("ten years")
+    (tmp_path / "summary.png").write_text("of the thesis")
     for folder, message in {
-        tmp_path: r"no run folder, .*holds thesis.tex",
+        tmp_path: r"no run folder, .*holds summary.png, which would be overwritten",
         tmp_path / "thesis.tex": r"thesis.tex is, or is in, a file",
         tmp_path / "thesis.tex" / "run": r"is, or is in, a file",
     }.items():
         with pytest.raises(ValueError, match=message), claim(folder, "train", going_on=None):
             raise AssertionError
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["summary.png", "thesis.tex"]
+    with claim(tmp_path, "train", own=["summary.png"]):
+        pass
+    (tmp_path / "summary.png").unlink()
+    with claim(tmp_path, "train") as folder:
+        write_settings(folder, "train", {})
+    assert (tmp_path / "thesis.tex").read_text() == "ten years"
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):
