@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Two simulations and a training, with pictures, in runs/
 	$(BIN)/jaxflow simulate --n 512 --d 3 --beta 9 --t1 30 --out runs/demo-sphere
@@ -19,8 +19,11 @@ demo: $(STAMP)  ## Two simulations and a training, with pictures, in runs/
 	@echo "Open runs/demo-sphere/flow.html and runs/demo-text/flow.html in a browser; the loss of"
 	@echo "the language model is in runs/demo-lm/loss.png."
 
-test: $(STAMP)  ## The tests; PYTEST_ARGS is passed on
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)
+test: $(STAMP)  ## The tests, but for the long ones; PYTEST_ARGS is passed on
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## The long tests, which rarely break
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Style, format and types
 	$(BIN)/ruff check .

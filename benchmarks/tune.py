@@ -9,7 +9,6 @@ default has the least geometric mean over them, if it gains.
 
 import ast
 import dataclasses
-import importlib
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxflow.kernels import blocked, pallas_gpu
-from jaxflow.kernels.expectation import band
-from jaxflow.kernels.pallas_gpu import configs
-from jaxflow.kernels.reference import Problem
+from jaxflow.kernels import pallas_gpu
+from jaxflow.kernels.base import (
+    MODES,
+    Cotangent,
+    Forward,
+    Mode,
+    Operands,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    band,
+    evaluate,
+)
+from jaxflow.kernels.blocked import Blocked
+from jaxflow.kernels.pallas_gpu import PallasGPU, configs
 
 from . import shapes
 from .shapes import Shape
@@ -34,7 +45,6 @@ from .timing import TOLERANCE, Options, Watch, compete, compiled, relative_error
 BUDGET_S = {"quick": 900, "full": 5400}
 COMPILE_S = 3.0  # of a candidate, about
 CASE_S = 5.0  # of the check and the samples of a case, about
-MODES = ("forward", "tangent", "cotangent")
 MOST_PAIRS = 2**33  # the tiles of larger shapes are those of smaller ones with the same key
 GAIN = 0.02  # less is noise, and the default stays
 OLDER = (8, 0)  # the compute capability whose kernels Pallas's own interpreter runs
@@ -47,7 +57,7 @@ class Case(NamedTuple):
     """One shape in one mode; `candidates` begins with what the family chooses by itself."""
 
     shape: Shape
-    mode: str
+    mode: Mode
     family: str
     candidates: Sequence[configs.Config]
 
@@ -75,11 +85,10 @@ def cases(named: Sequence[Shape], capability: tuple[int, int]) -> list[Case]:
     return [c for c in every if len(c.candidates) > 1]
 
 
-def case(shape: Shape, mode: str, capability: tuple[int, int]) -> Case:
-    q = k = v = jax.ShapeDtypeStruct((shape.batch, shape.n, shape.d), jnp.dtype(shape.dtype))
-    family = pallas_gpu.family(mode, q, k, v, problem(shape), capability)
-    module = importlib.import_module(f"{pallas_gpu.__name__}.{family}")
-    return Case(shape, mode, family, module.candidates(mode, q, k, v))
+def case(shape: Shape, mode: Mode, capability: tuple[int, int]) -> Case:
+    x = jax.ShapeDtypeStruct((shape.batch, shape.n, shape.d), jnp.dtype(shape.dtype))
+    family = pallas_gpu.family(Shapes(x, x, x), problem(shape), capability)
+    return Case(shape, mode, family.name, family.candidates(mode, Shapes(x, x, x)))
 
 
 def problem(shape: Shape) -> Problem:
@@ -132,12 +141,12 @@ def contest(
     configuration = {row["rival"]: c for row, c in zip(rows, case.candidates, strict=True)}
     operands = draw(case.shape, case.mode)
     expected = truth(case, operands)
-    kernel = partial(getattr(pallas_gpu, case.mode), problem=problem(case.shape))
 
     def prepare(row):
         config = configuration[row["rival"]]
         log(f"{row['shape']} {row['mode']} {row['rival']} of {len(rows) - 1}: {row['config']}")
-        return compiled(partial(kernel, config=config, interpret=interpret), *operands)
+        backend = PallasGPU(config, interpret)
+        return compiled(partial(evaluate, backend, problem=problem(case.shape)), operands)
 
     error = lambda found: relative_error(found[: len(expected)], expected)
     compete(rows, prepare, error, TOLERANCE[case.shape.dtype], repeats=repeats)
@@ -154,31 +163,30 @@ def _compare(rows: Sequence[dict[str, Any]]):
             row["vs_default"] = row["ms"] / rows[0]["ms"]
 
 
-def draw(shape: Shape, mode: str) -> tuple[Any, ...]:
+def draw(shape: Shape, mode: Mode) -> Operands:
     """Operands of the kernel: those of a forward pass, its results, directions."""
     q, k, v = (jnp.asarray(a).reshape(shape.batch, shape.n, shape.d) for a in shape.operands())
     b, scale = jnp.zeros(k.shape[:2]), jnp.full(shape.batch, shape.scale, jnp.float32)
-    primal = q, k, v, b, scale
+    primal = Forward(q, k, v, b, scale)
     if mode == "forward":
         return primal
-    mean, lse = _exact("forward", shape, primal)
+    mean, lse = _exact(shape, primal)
     rng = np.random.default_rng(0)
     normal = lambda like: jnp.asarray(rng.standard_normal(like.shape, np.float32), like.dtype)
     results = mean.astype(v.dtype), lse
     if mode == "cotangent":
-        return *primal, *results, normal(v), normal(lse)
-    return *primal, *results, normal(q).astype(b.dtype), normal(k), normal(v), b
+        return Cotangent(*primal, *results, normal(v), normal(lse))
+    return Tangent(*primal, *results, normal(q).astype(b.dtype), normal(k), normal(v), b)
 
 
-def truth(case: Case, operands: Sequence[Any]) -> list[np.ndarray]:
+def truth(case: Case, operands: Operands) -> list[np.ndarray]:
     """The portable backend in float32; without weights their cotangent, the fourth, is nothing."""
-    found = _exact(case.mode, case.shape, operands)
-    return [np.asarray(a, np.float64) for a in found[:3]]
+    return [np.asarray(a, np.float64) for a in _exact(case.shape, operands)[:3]]
 
 
-def _exact(mode: str, shape: Shape, operands: Sequence[Any]):
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), tuple(operands))
-    return jax.jit(partial(getattr(blocked, mode), band=problem(shape).band))(*wide)
+def _exact(shape: Shape, operands: Operands) -> Results:
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
+    return jax.jit(partial(evaluate, Blocked(), problem=problem(shape)))(wide)
 
 
 # ------------------------------------------------------------------ the table in configs.py

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import events, measure, models, observables, phase, solvers, training, viz
+    from ._cache import enable_compilation_cache
     from .fields import (
         NGPT,
         AbstractField,
@@ -99,6 +100,7 @@ __all__ = [
     "UnitNorm",
     "Unnormalised",
     "divergence",
+    "enable_compilation_cache",
     "events",
     "flow",
     "lyapunov_exponents",
@@ -116,7 +118,7 @@ __all__ = [
 ]
 
 # Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
-_HOMES = "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "phase"
+_HOMES = "_cache", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "phase"
 
 
 def __getattr__(name: str) -> Any:

@@ -27,14 +27,6 @@ def enable_compilation_cache(folder: str | os.PathLike | None = None) -> Path | 
     in an illegal instruction), or `None`.
 
     **Raises:** `OSError` where a folder that was asked for cannot be made or written to.
-
-    !!! example
-
-        ```python
-        import jaxflow as jf
-
-        jf.enable_compilation_cache()
-        ```
     """
     named = os.environ.get(FOLDER) if folder is None else os.fspath(folder)
     if named == "":

@@ -145,15 +145,15 @@ def _is_sub(x: Any) -> bool:
 
 def check_number(name: str, value: Any):
     """Real numbers: no truth value, text or complex number."""
-    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    dtype = getattr(value, "dtype", None) or np.asarray(value).dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
 
 
 def _check_time(name: str, t: Any):
     check_number(name, t)
-    if jnp.shape(t) != ():
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}.")
+    if np.shape(t) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(t)}.")
     if is_concrete(t) and not np.isfinite(t):
         raise ValueError(f"{name} must be finite, got {t}.")
 

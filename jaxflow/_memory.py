@@ -66,10 +66,14 @@ def _process() -> int | None:
         import resource  # not on Windows
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return None if limit == resource.RLIM_INFINITY else limit - _address_space()
     except (ImportError, OSError):
         return None
-    return None if limit == resource.RLIM_INFINITY else limit - pages * resource.getpagesize()
+
+
+def _address_space() -> int:
+    """The bytes of address space that this process has taken."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _table(path: str | Path) -> dict[str, int]:

@@ -104,7 +104,7 @@ def finite(name: str, values: Array) -> Array:
     return values
 
 
-def known(values: Array | np.ndarray) -> np.ndarray | None:
+def known(values: Any) -> np.ndarray | None:
     """The array on the host; None where it is traced."""
     return np.asarray(values) if is_concrete(values) else None
 

@@ -7,47 +7,55 @@ and each step is retracted, so repulsive fields keep the space to rounding as at
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import diffrax
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optimistix
 from jax.interpreters import ad
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ._flow_input import (
     Observables,
     check_kinds,
     check_measure,
-    check_number,
     check_tolerances,
     times,
     times_checked,
 )
 from ._functions import compared_by_code
 from ._memory import check_fits
-from ._types import LogWeights, Points, ScalarLike, accumulation_dtype, is_concrete
+from ._saving import (
+    FlowArgs,
+    Saved,
+    is_sub,
+    looking,
+    observe_saved,
+    over_systems,
+    save_points,
+    saving,
+)
+from ._solution import FlowSolution, measures_at
+from ._types import Points, ScalarLike, accumulation_dtype, is_concrete
 from .explicit import evaluations_per_step
-from .fields import AbstractField
+from .fields import AbstractField, token_velocities
 from .fields.time import breakpoints, jumps
-from .geometry import AbstractGeometry, Euclidean
+from .geometry import Euclidean
 from .measure import Measure
 from .solvers import (
     AbstractSplitting,
-    Frozen,
     Geodesic,
     PiecewiseSteps,
-    Retracted,
+    along,
     default_adjoint,
     step_times,
 )
 
-_save_points = diffrax.SubSaveAt(t1=True).fn  # diffrax's default: save the state
 # diffrax's default root finder, and the one that takes its place.
 _CHORD = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)()
 _NEWTON = diffrax.with_stepsize_controller_tols(optimistix.Newton)()
@@ -55,101 +63,6 @@ _NEWTON = diffrax.with_stepsize_controller_tols(optimistix.Newton)()
 
 class FlowError(RuntimeError):
     """A solve that failed; the message says how far it came and what to change."""
-
-
-class FlowArgs(NamedTuple):
-    """What a user's own `SaveAt(fn=...)` or event receives as `args`."""
-
-    field: AbstractField
-    log_weights: LogWeights | None
-    observe: dict[str, Callable]
-
-
-class FlowSolution(eqx.Module):
-    """What a flow returns.
-
-    - `ts`: the saved times, shape `(times,)`; padded with inf where nothing was saved (after an
-      event, or past the last step of `SaveAt(steps=True)`), as diffrax does.
-    - `measures`: the measures at those times, points `(times, *batch, n, d)`; `measures[-1]` is
-      the last one, and `last` the last one that was reached. `None` if `SaveAt(fn=...)` saved
-      something else.
-    - `observed`: `{name: values}` of `observe`, one entry a saved time, in floating point (counts
-      too, so that a time that was not reached can hold inf).
-    - `ys`: what a `SaveAt(fn=...)` of the user's own saved, else `None`.
-    - `t0`, `end`: where the flow began and how far it came, t1 or the time of an event.
-    - `stats`: `num_steps`, `num_accepted_steps`, `num_rejected_steps`, `max_steps`, and
-      `num_evaluations` of the field (of its first part, for a splitting method; `None` for
-      implicit solvers, where it is not known).
-    - `result`: a `diffrax.RESULTS`; `event_mask`: which event stopped the flow.
-
-    With `SaveAt(subs=...)` these hold trees like `subs`.
-    """
-
-    ts: Any
-    measures: Any
-    observed: Any
-    ys: Any
-    t0: Array
-    end: Array
-    stats: dict[str, Any]
-    result: diffrax.RESULTS
-    event_mask: Any
-    interpolation: diffrax.DenseInterpolation | None
-    geometry: AbstractGeometry
-    log_weights: LogWeights | None
-
-    @property
-    def last(self) -> Measure:
-        """The measure at the last time that was saved, before the padding that an event leaves."""
-        if not isinstance(self.measures, Measure):
-            raise ValueError(
-                "last needs saved points: neither SaveAt(fn=...) nor SaveAt(subs=...)."
-            )
-        if self.ts.ndim != 1:
-            raise ValueError(
-                f"last is of one flow, got times of shape {self.ts.shape}: jax.vmap it, too."
-            )
-        return self.measures[jnp.isfinite(self.ts).sum() - 1]
-
-    def evaluate(self, t: ScalarLike | Float[Array, " times"]) -> Measure:
-        """The measure at any time between t0 and `end`, for a flow with `SaveAt(dense=True)`.
-
-        **Arguments:** `t`, one time, or several of shape `(times,)`, which become the leading axis
-        of the points.
-
-        **Raises:** `ValueError` where the solution is not dense, and for times outside of the
-        interval that was solved (under `jit`, an error when the program runs).
-        """
-        if self.interpolation is None:
-            raise ValueError("evaluate needs a dense solution: pass saveat=SaveAt(dense=True).")
-        if self.t0.ndim:
-            raise ValueError(
-                f"evaluate is of one flow, got {self.t0.shape} flows: jax.vmap it, too."
-            )
-        check_number("t", t)
-        if jnp.ndim(t) > 1:
-            raise ValueError(f"t must be one time or a list of times, got shape {jnp.shape(t)}.")
-        known = is_concrete(t, self.t0, self.end)
-        outside = f"t must lie in the interval that was solved, [{self.t0}, {self.end}]; got {t}."
-        if known and not _inside(np.asarray(t), np.asarray(self.t0), np.asarray(self.end)).all():
-            raise ValueError(outside)
-        ts = jnp.asarray(t, self.t0.dtype)
-        if not known:
-            out = ~_inside(ts, self.t0, self.end)
-            ts = eqx.error_if(ts, out, "t must lie in the interval that was solved, [t0, end].")
-        return _evaluate(self, jnp.clip(ts, self.t0, self.end))
-
-
-def _inside(t, t0, end):
-    slack = 1e-6 * (end - t0)  # of times rounded to float32
-    return (t >= t0 - slack) & (t <= end + slack)
-
-
-@eqx.filter_jit
-def _evaluate(sol: FlowSolution, ts: Array) -> Measure:
-    at = cast(diffrax.DenseInterpolation, sol.interpolation).evaluate
-    ys = jax.vmap(at)(ts) if ts.ndim else at(ts)
-    return _measures(sol.geometry.retract(ys), sol.log_weights)
 
 
 def flow(
@@ -232,7 +145,7 @@ def flow(
         field,
         mu0,
         when._replace(
-            saveat=compared_by_code(when.saveat, keep=(_save_points,)),
+            saveat=compared_by_code(when.saveat, keep=(save_points,)),
             controller=_traced_tolerances(controller, dtype),
         ),
     )
@@ -263,8 +176,7 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
     y0 = mu0.points
     # These two run the same solver on an augmented state, or save nothing but the state.
     plain = isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint)
-    if jumps(field):
-        solver = solver if plain else Frozen(solver, jumps(field))
+    solver = solver if plain else along(solver, field)
     if not isinstance(geometry, Euclidean):
         if not on_geometry:
             # Points that are not finite make a solve that fails, which is the caller's to see.
@@ -275,7 +187,6 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
             )
         # In 16 bits no step would be near enough.
         y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
-        solver = solver if plain else Retracted(solver, geometry)
     with times_checked(times.checked):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(particle_velocity),
@@ -285,28 +196,30 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
             times.dt0,
             y0,
             FlowArgs(field, log_weights, observe),
-            saveat=times.saveat if plain else _saving(times.saveat, geometry),
+            saveat=times.saveat if plain else saving(times.saveat, geometry),
             stepsize_controller=times.controller,
             adjoint=adjoint,
-            event=event and _looking(event, geometry),
+            event=event and looking(event, geometry),
             max_steps=max_steps,
             throw=False,
             progress_meter=meter,
         )
     if plain:
-        saved, last, ts = _observe_saved(sol, geometry, log_weights, observe), None, sol.ts
+        saved, last, ts = observe_saved(sol, geometry, log_weights, observe), None, sol.ts
+        end, final = cast(Array, ts)[-1], cast(Array, saved.points)[-1]
     else:
         (saved, last_y), (ts, last_t) = cast(tuple, sol.ys), cast(tuple, sol.ts)
-        last = last_t[-1], last_y[-1]
-    unpack = lambda fn: jtu.tree_map(fn, saved, is_leaf=lambda x: isinstance(x, _Saved))
+        last = end, final = last_t[-1], last_y[-1]
+    unpack = lambda fn: jtu.tree_map(fn, saved, is_leaf=lambda x: isinstance(x, Saved))
     evaluations = _evaluations(sol.stats, field, times, solver)
     out = FlowSolution(
         ts=ts,
-        measures=unpack(lambda s: _measures(s.points, log_weights)),
+        measures=unpack(lambda s: measures_at(s.points, log_weights)),
         observed=unpack(lambda s: s.observed),
         ys=unpack(lambda s: s.value),
         t0=times.t0,
-        end=times.t1 if last is None else last[0],
+        end=end,
+        final=Measure(geometry.retract(final), log_weights),
         stats=sol.stats | {"num_evaluations": evaluations},
         result=sol.result,
         event_mask=sol.event_mask,
@@ -318,100 +231,9 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
 
 
 def particle_velocity(t: ScalarLike, y: Points, args: FlowArgs) -> Points:
-    """X_t[mu](x) at x = mu.points: the one place where the flow becomes self-consistent."""
-    y = args.field.geometry.retract(y)
-
-    def one(y, log_weights):
-        velocity = args.field(t, y, Measure(y, log_weights))
-        if velocity.shape != y.shape:
-            raise ValueError(
-                f"the field must map points {y.shape} to velocities of that shape, got "
-                f"{velocity.shape}."
-            )
-        return velocity
-
-    return over_systems(one, y, args.log_weights)
-
-
-def over_systems(fn: Callable, y: Points, log_weights: Array | None):
-    """fn(points, log_weights) over the leading axes of the points."""
-    shared = log_weights is None or log_weights.ndim == 1
-    for _ in range(y.ndim - 2):
-        fn = jax.vmap(fn, in_axes=(0, None if shared else 0))
-    return fn(y, log_weights)
-
-
-# ------------------------------------------------------------------ saving
-
-
-class _Looking(eqx.Module):
-    """The condition of an event, which sees the points as they are saved."""
-
-    condition: Callable
-    geometry: AbstractGeometry
-
-    def __call__(self, t: Any, y: Points, args: FlowArgs, **about: Any) -> Array:
-        return self.condition(t, self.geometry.retract(y), args, **about)
-
-
-def _looking(event: diffrax.Event, geometry: AbstractGeometry) -> diffrax.Event:
-    wrap = lambda condition: _Looking(condition, geometry)
-    conditions = jtu.tree_map(wrap, event.cond_fn, is_leaf=callable)
-    return diffrax.Event(conditions, event.root_finder, event.direction)
-
-
-class _Saved(eqx.Module):
-    points: Points | None
-    value: Any
-    observed: dict[str, Any]
-
-
-def _is_sub(x: Any) -> bool:
-    return isinstance(x, diffrax.SubSaveAt)
-
-
-def _saving(saveat: diffrax.SaveAt, geometry: AbstractGeometry) -> diffrax.SaveAt:
-    """Saves retracted points and the observables; and the last state, to report failures."""
-
-    def wrap(sub):
-        def fn(t, y, args):
-            y = geometry.retract(y)
-            observed = _observe(t, y, args.log_weights, args.observe)
-            if sub.fn is _save_points:
-                return _Saved(y, None, observed)
-            return _Saved(None, sub.fn(t, y, args), observed)
-
-        return eqx.tree_at(lambda s: s.fn, sub, fn)
-
-    subs = jtu.tree_map(wrap, saveat.subs, is_leaf=_is_sub)
-    last = diffrax.SubSaveAt(t1=True)
-    return eqx.tree_at(lambda s: s.subs, saveat, (subs, last), is_leaf=lambda x: x is None)
-
-
-def _observe(t, y, log_weights, observe):
-    def all_of(y, log_weights):
-        mu = Measure(y, log_weights)
-        return {name: fn(t, mu) for name, fn in observe.items()}
-
-    def as_float(value):
-        value = jnp.asarray(value)
-        return value if eqx.is_inexact_array(value) else value.astype(y.dtype)
-
-    return jtu.tree_map(as_float, over_systems(all_of, y, log_weights))
-
-
-def _observe_saved(sol, geometry, log_weights, observe):
-    points = geometry.retract(sol.ys)
-    one = lambda saved: _observe(saved[0], saved[1], log_weights, observe)
-    return _Saved(points, None, jax.lax.map(one, (sol.ts, points)))
-
-
-def _measures(points, log_weights):
-    if points is None:
-        return None
-    if log_weights is not None and log_weights.ndim > 1:
-        log_weights = jnp.broadcast_to(log_weights, points.shape[:-1])
-    return Measure(points, log_weights)
+    """X_t[mu](x_i) of the tokens of each system, at the retracted points."""
+    one = lambda y, log_weights: token_velocities(args.field, t, Measure(y, log_weights))
+    return over_systems(one, args.field.geometry.retract(y), args.log_weights)
 
 
 def _evaluations(stats, field, times, solver):
@@ -641,8 +463,8 @@ def memory_estimate(
     tableau = getattr(solver, "tableau", None)
     stages = tableau.num_stages if isinstance(tableau, diffrax.ButcherTableau) else 16
     saves = 0
-    for sub in jtu.tree_leaves(saveat.subs, is_leaf=_is_sub):
-        if sub.fn is _save_points:
+    for sub in jtu.tree_leaves(saveat.subs, is_leaf=is_sub):
+        if sub.fn is save_points:
             at_times = 0 if sub.ts is None else len(sub.ts)
             steps = 0 if not sub.steps or max_steps is None else max_steps // sub.steps
             saves += sub.t0 + sub.t1 + at_times + steps

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._types import ScalarLike
-from .fields import AbstractField
+from .fields import AbstractField, token_velocities
 from .flow import flow
 from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
@@ -69,7 +69,16 @@ def lyapunov_exponents(
 
     **Returns:** a [`jaxflow.lyapunov.LyapunovExponents`][].
 
-    **Raises:** `ValueError` where k is not between 1 and n times the dimension.
+    **Raises:** `ValueError` where k is not between 1 and n times the dimension, for fewer than one
+    interval and several systems; what [`jaxflow.flow`][] raises for bad input.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(4, 3, key=jax.random.key(0))
+    >>> found = jaxflow.lyapunov_exponents(jaxflow.SelfAttention(), mu0, t1=2.0, intervals=4)
+    >>> found.exponents.shape
+    (1,)
+
+    ```
     """
     if mu0.points.ndim != 2:
         raise ValueError(
@@ -154,7 +163,7 @@ class _Variational(AbstractField):
 
         def move(y):
             y = self.field.geometry.retract(y)
-            return self.field(t, y, Measure(y, mu.log_weights))
+            return token_velocities(self.field, t, Measure(y, mu.log_weights))
 
         velocity, push = jax.linearize(move, mu.points[:, :d])
         pushed = jax.vmap(push, 1, 1)(tangents)

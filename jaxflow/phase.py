@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._memory import PAIRS_AT_ONCE, check_fits
+from ._rules import constant, count, positive
 from ._types import ArrayLike, Points, Scalar, ScalarLike
 from .fields import SelfAttention, Softmax, Unnormalised
 from .fields.interactions import AbstractInteraction
@@ -150,24 +151,22 @@ def phase_diagram(
     beta that is damaged; `MemoryError` where the systems would not fit; `FlowError` where a solve
     fails.
 
-    !!! example
+    ```python
+    >>> diagram = jaxflow.phase_diagram(
+    ...     [1.0, 4.0], [0.0, 5.0, 10.0], n=8, d=3, systems=4, key=jax.random.key(0)
+    ... )
+    >>> diagram.probability.shape
+    (2, 3)
 
-        ```python
-        import jax, jaxflow as jf
-
-        diagram = jf.phase_diagram(
-            [1.0, 4.0], [0.0, 5.0, 10.0], n=8, d=3, systems=4, key=jax.random.key(0)
-        )
-        assert diagram.probability.shape == (2, 3)
-        ```
+    ```
     """
     problem = _Problem(
-        n=whole("n", n, 2),
-        d=whole("d", d, 2),
-        systems=whole("systems", systems, 1),
+        n=count("n", n, 2),
+        d=count("d", d, 2),
+        systems=count("systems", systems, 1),
         threshold=checked_threshold(threshold, float(jnp.finfo(jnp.result_type(float)).eps)),
         interaction=known_interaction(interaction),
-        tolerance=positive("tolerance", tolerance),
+        tolerance=constant("tolerance", tolerance, "positive and finite", positive),
         betas=numbers("betas", betas),
         ts=increasing_times(ts),
     )
@@ -332,7 +331,7 @@ def equiangular_time(
 
     **Raises:** `ValueError` for numbers out of these ranges and for another interaction.
     """
-    n, betas = whole("n", n, 2), numbers("betas", betas)
+    n, betas = count("n", n, 2), numbers("betas", betas)
     level = checked_threshold(threshold)
     slowness = SLOWNESS[type(known_interaction(interaction))]
     end = np.log(((n - 1) * level + 1) / (1 - level))
@@ -360,19 +359,6 @@ def known_interaction(interaction: AbstractInteraction) -> AbstractInteraction:
 
 
 # ------------------------------------------------------------------ checks
-
-
-def whole(name: str, value: ScalarLike, least: int) -> int:
-    number = float(value)
-    if not (number.is_integer() and number >= least):
-        raise ValueError(f"{name} must be a whole number from {least} on, got {value}.")
-    return int(number)
-
-
-def positive(name: str, value: ScalarLike) -> float:
-    if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive, got {value}.")
-    return float(value)
 
 
 def checked_threshold(threshold: ScalarLike, eps: float = 0.0) -> float:

@@ -1,6 +1,15 @@
 """Every test runs with shapes checked, strict dtypes, no implicit broadcasting of ranks."""
 
 import importlib.util
+import os
+from pathlib import Path
+
+# Programs that one worker or one run has compiled are read by the others, subprocesses included.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 if importlib.util.find_spec("beartype"):
     import jaxtyping
@@ -11,7 +20,6 @@ import contextlib
 import gc
 import inspect
 import re
-from pathlib import Path
 
 import jax
 import pytest

@@ -129,6 +129,7 @@ def test_rows_are_checked_then_timed(report):
         assert row["mode"] != "forward" or row["vs_forward"] == 1
 
 
+@pytest.mark.slow
 def test_narrow_dtypes_and_windows_are_checked_too():
     window = shapes.language(2, 24, 4, "gradient", window=3, dtype="bfloat16")
     half = shapes.heads(40, 4, dtype="float16")
@@ -248,6 +249,7 @@ def test_each_rival_takes_its_cheapest_setting_within_the_target():
     assert missed["value"] == 0.1 and missed["note"] == "the target is out of reach"
 
 
+@pytest.mark.slow
 def test_a_flow_at_equal_error(monkeypatch):
     monkeypatch.setattr(flow, "T1", 1.0)
     monkeypatch.setattr(flow, "exact", flow.exact.__wrapped__)
@@ -275,7 +277,9 @@ def test_blocks_of_rows_agree_with_the_definition():
         np.testing.assert_allclose(a, b, atol=512 * 6e-8 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("mode", derivatives.MODES)
+@pytest.mark.parametrize(
+    "mode", ["gradient", "tangent", pytest.param("hessian", marks=pytest.mark.slow)]
+)
 def test_derivatives_of_the_operation(mode):
     case = derivatives.Case("operation", 32, mode)
     rows = derivatives.contest(case, tuple(derivatives.RIVALS), (1, 1))
@@ -285,6 +289,7 @@ def test_derivatives_of_the_operation(mode):
     assert refused == (mode == "tangent")
 
 
+@pytest.mark.slow
 def test_derivative_of_a_flow():
     case = derivatives.Case("flow", 16, "tangent")
     (row,) = derivatives.contest(case, ("jaxflow",), (1, 1))
@@ -318,7 +323,9 @@ def test_scaling_measures_every_size(monkeypatch):
 # ------------------------------------------------------------------ compile
 
 
-@pytest.mark.parametrize("fn", (compile.operation, compile.flow))
+@pytest.mark.parametrize(
+    "fn", [compile.operation, pytest.param(compile.flow, marks=pytest.mark.slow)]
+)
 def test_new_numbers_are_no_new_program(fn, monkeypatch):
     monkeypatch.setattr(compile, "N", 16)
     row = compile.stages(fn)
@@ -440,6 +447,7 @@ def test_a_phase_diagram_at_equal_error(monkeypatch):
 # ------------------------------------------------------------------ solvers
 
 
+@pytest.mark.slow
 def test_solvers_wait_for_clusters(monkeypatch):
     """The quadrature gives the published times; a solver that stops short says how far it came."""
     for beta, time in ((1.0, 1.917028), (4.0, 8.390296), (8.0, 194.134994)):

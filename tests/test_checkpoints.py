@@ -138,7 +138,7 @@ def test_a_config_that_is_no_json_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(TypeError, match="must be JSON: .*complex"):
         save(tmp_path / "run", {}, step=1, config={"z": 1j}, cursor={})
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="keep >= 1; got 1 and 0"):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         put(tmp_path, {}, step=1, keep=0)
 
 

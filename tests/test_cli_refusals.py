@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jaxflow import FlowError, models
 from jaxflow._folder import write_settings
-from jaxflow.cli import app, choices, console, learning, main, phase, reading, settings, systems
+from jaxflow.cli import app, choices, console, learning, phase, reading, settings, systems
 from jaxflow.cli.boundary import Stopped, interruptible
 
 # fmt: off
@@ -56,7 +56,7 @@ TRAIN = """
     lm --batch 0 | lm --batch 1.5 | lm --steps 0 | lm --steps 99999999999 | lm --learning-rate nan
     lm --learning-rate -1 | lm --weight-decay -1 | lm --kinetic nan | lm --entropy -1
     lm --accumulate 0 | lm --evaluate-every 0 | lm --patience 0 | lm --budget 0 | lm --seed -1
-    lm --context 0 | lm --context 1000000000 | lm --tokens bpe --vocabulary 1000000000
+    lm --context 0 | lm --tokens bpe --vocabulary 1000000000
     lm --text absent | lm --text empty | lm --text latin.txt | lm --text pipe | lm --text /dev/zero
     lm --text folder | lm --text prose.txt --context 4000
     lm --resume absent | lm --resume folder | lm --resume simulated | lm --resume edited
@@ -86,7 +86,7 @@ MEMORY = """
     phase-diagram --n 100000000 --d 10000 | phase-diagram --systems 2000000000
     phase-diagram --betas 2000000000 | phase-diagram --times 2000000000
     train lm --layers 100000000 | train lm --dim 1000000 | train lm --width 2147483647
-    train lm --batch 1000000000 | train lm --accumulate 1000000000
+    train lm --context 1000000000 | train lm --batch 1000000000 | train lm --accumulate 1000000000
 """
 # fmt: on
 
@@ -102,6 +102,12 @@ REFUSED = [
     *cases("train", TRAIN),
     *cases("", READ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """Tests leave nothing in the user's cache folder."""
+    monkeypatch.setenv("JAXFLOW_CACHE", "")
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +176,8 @@ def refused(command, place, monkeypatch):
 @pytest.mark.parametrize("command", REFUSED)
 def test_refused(command, bad, monkeypatch):
     told = refused(command, bad, monkeypatch)
-    words = [word.strip("-'") for word in command.split()[1:]]
-    assert not words or any(word in told for word in words)  # it names the flag or the file
+    words = [word.strip("-'") for word in command.split()]
+    assert any(word in told.lower() for word in [*words, "argument"])
 
 
 @pytest.mark.parametrize("command", cases("", MEMORY))
@@ -208,7 +214,7 @@ def test_a_signal_is_the_exit_code(number, code, bad, monkeypatch):
     monkeypatch.chdir(bad)
     before = contents(bad)
     result = invoke("simulate")
-    assert result.exit_code == code and result.output.startswith("error: ")
+    assert result.exit_code == code and not result.output
     assert contents(bad) == before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -289,8 +295,8 @@ def test_help_and_completion_import_no_jax():
         "assert run('--help').exit_code == 0 and run('train', 'lm', '--help').exit_code == 0; "
         "assert 'kvaerno5' in run('simulate', '--help').output.replace(chr(10), ''); "
         "assert run('simulate', '--n', '0').exit_code == 2; "
-        "words = {'_JAXFLOW_COMPLETE': 'complete_bash', 'COMP_WORDS': 'jaxflow simulate --solver k',"
-        " 'COMP_CWORD': '3'}; "
+        "words = {'_JAXFLOW_COMPLETE': 'complete_bash', 'COMP_CWORD': '3', "
+        "'COMP_WORDS': 'jaxflow simulate --solver k'}; "
         "print(*run(env=words, prog_name='jaxflow').output.split()); "
         "print({'jax', 'diffrax', 'equinox', 'numpy', 'rich.progress'} & set(sys.modules))"
     )

@@ -17,9 +17,9 @@ FIXED = diffrax.ConstantStepSize()
 ORDERS = [
     (RK4(), 4),
     (Geodesic(diffrax.Heun()), 2),
-    (Geodesic(diffrax.Bosh3()), 3),
+    pytest.param(Geodesic(diffrax.Bosh3()), 3, marks=pytest.mark.slow),
     (Geodesic(), 4),
-    (Geodesic(diffrax.Tsit5()), 5),
+    pytest.param(Geodesic(diffrax.Tsit5()), 5, marks=pytest.mark.slow),
 ]
 names = lambda p: type(getattr(p, "solver", p)).__name__ if not isinstance(p, int) else str(p)
 
@@ -104,6 +104,7 @@ def test_evaluations_are_counted():
         assert len(calls) == expected
 
 
+@pytest.mark.slow
 def test_gradients_and_saving():
     """Reverse mode is forward mode; a saved time between steps is right to the interpolation."""
 

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,20 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxflow.kernels import blocked
+from jaxflow.kernels.base import (
+    MODES,
+    Cotangent,
+    Forward,
+    Problem,
+    Shapes,
+    Tangent,
+    evaluate,
+    on_one_batch_axis,
+)
+from jaxflow.kernels.blocked import Blocked
 from jaxflow.kernels.pallas_gpu import hopper
-from jaxflow.kernels.pallas_gpu.hopper import Config
+from jaxflow.kernels.pallas_gpu.hopper import Config, Hopper
 
-MODES = ("forward", "tangent", "cotangent")
 PUBLIC = getattr(plgpu, "InterpretGPUParams", None)
 # Each warpgroup of the interpreter holds a thread of XLA's pool while it waits at a barrier; with
 # few threads nobody is left to compute. NPROC sets their number before JAX starts.
@@ -59,14 +69,18 @@ class Case:
         b = jnp.where(self.weighted, normal(n), 0).astype(f)
         b = b.at[..., jnp.array(self.masked, int)].set(-jnp.inf)
         scale = jnp.full(self.batch, self.sign * 0.2, f)
-        primal = low(m, p), low(n, p), low(n, r), b, scale
+        primal = Forward(low(m, p), low(n, p), low(n, r), b, scale)
         if mode == "forward":
             return primal
-        residuals = *primal, *blocked.forward(*primal, band=self.band)
+        mean, lse = Blocked().forward(primal, self.problem)
         if mode == "cotangent":
-            return *residuals, low(m, r), normal(m)
+            return Cotangent(*primal, mean, lse, low(m, r), normal(m))
         db = jnp.where(self.weighted, normal(n), 0).astype(f)
-        return *residuals, normal(m, p), low(n, p), low(n, r), db
+        return Tangent(*primal, mean, lse, normal(m, p), low(n, p), low(n, r), db)
+
+    @property
+    def problem(self):
+        return Problem(self.band, self.weighted)
 
 
 CASES = [
@@ -79,14 +93,19 @@ CASES = [
 ]
 
 
-def check(case, mode, dtype, interpret, config):
+def kernels(operands, problem, **settings):
+    run = partial(evaluate, Hopper(**settings))
+    return on_one_batch_axis(run, operands, problem)
+
+
+def check(case, mode, dtype, **settings):
     operands = case.operands(mode, dtype)
-    kernel = partial(getattr(hopper, mode), weighted=case.weighted, config=config)
-    actual = jax.jit(partial(kernel, band=case.band, interpret=interpret))(*operands)
+    actual = jax.jit(partial(kernels, problem=case.problem, **settings))(operands)
     exact = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
     if mode != "forward":
-        exact = *exact[:5], *blocked.forward(*exact[:5], band=case.band), *exact[7:]
-    expected = getattr(blocked, mode)(*exact, band=case.band)
+        mean, lse = Blocked().forward(Forward(*exact[:5]), case.problem)
+        exact = exact._replace(mean=mean, lse=lse)
+    expected = evaluate(Blocked(), exact, case.problem)
     if mode == "cotangent" and not case.weighted:
         actual, expected = actual[:3], expected[:3]
     # Products of factors rounded to 8 bits, relative to the largest entry: a few 2^-8.
@@ -103,12 +122,12 @@ def check(case, mode, dtype, interpret, config):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreter(case, mode):
     config = (case.config, case.config) if mode == "cotangent" else case.config
-    check(case, mode, jnp.bfloat16, interpreter(), config)
+    check(case, mode, jnp.bfloat16, interpret=interpreter(), config=config)
 
 
 @enough_threads
 def test_interpreter_of_one_case():
-    check(CASES[0], "forward", jnp.bfloat16, interpreter(), CASES[0].config)
+    check(CASES[0], "forward", jnp.bfloat16, interpret=interpreter(), config=CASES[0].config)
 
 
 @pytest.mark.slow
@@ -134,42 +153,47 @@ def test_interpreter_in_a_process_with_threads():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_device(case, width, mode, dtype):
     case = dataclasses.replace(case, m=3 * case.m, n=3 * case.n, p=width, r=width)
-    check(case, mode, jnp.dtype(dtype), False, None)
+    check(case, mode, jnp.dtype(dtype))
 
 
-def shapes(mode, width, dtype, n=4096, batch=(8,)):
-    matrix = jax.ShapeDtypeStruct((*batch, n, width), dtype)
-    vector = jax.ShapeDtypeStruct((*batch, n), jnp.float32)
-    primal = [matrix] * 3 + [vector, jax.ShapeDtypeStruct(batch, jnp.float32)]
+def abstract(mode, width, dtype, n=4096, batch=8):
+    matrix: Any = jax.ShapeDtypeStruct((batch, n, width), dtype)
+    vector: Any = jax.ShapeDtypeStruct((batch, n), jnp.float32)
+    scale: Any = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    primal = Forward(matrix, matrix, matrix, vector, scale)
+    if mode == "forward":
+        return primal
+    if mode == "cotangent":
+        return Cotangent(*primal, matrix, vector, matrix, vector)
     du = matrix.update(dtype=jnp.float32)
-    rest = {"forward": [], "tangent": [du, matrix, matrix, vector], "cotangent": [matrix, vector]}
-    return primal + ([matrix, vector] if mode != "forward" else []) + rest[mode]
+    return Tangent(*primal, matrix, vector, du, matrix, matrix, vector)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("width", [64, 128])
-def test_lowers_for_cuda(width, mode, dtype):
-    kernel = jax.jit(partial(getattr(hopper, mode), band=(None, 0), weighted=True))
-    traced = kernel.trace(*shapes(mode, width, jnp.dtype(dtype)))
+# Every width and dtype with one mode at least, every mode with one of each.
+@pytest.mark.parametrize(
+    "mode, width, dtype",
+    [("forward", 64, "bfloat16"), ("tangent", 128, "float16"), ("cotangent", 128, "bfloat16")],
+)
+def test_lowers_for_cuda(mode, width, dtype):
+    run = jax.jit(partial(evaluate, Hopper(), problem=Problem((None, 0))))
+    traced = run.trace(abstract(mode, width, jnp.dtype(dtype)))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_refusal():
-    refusal = partial(hopper.refusal, band=(None, None), weighted=False, mode="forward")
     good, bad, odd = (
         jax.ShapeDtypeStruct((64, width), dtype)
         for width, dtype in ((128, jnp.bfloat16), (128, jnp.float32), (24, jnp.bfloat16))
     )
-    assert refusal(good, good, good) is None
-    assert "float32" in (refusal(bad, bad, bad) or "")
-    assert "24" in (refusal(odd, odd, good) or "")
+    assert hopper.refusal(Shapes(good, good, good)) is None
+    assert "float32" in (hopper.refusal(Shapes(bad, bad, bad)) or "")
+    assert "24" in (hopper.refusal(Shapes(odd, odd, good)) or "")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_candidates_begin_with_the_default(mode):
     q = jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)
-    options = hopper.candidates(mode, q, q, q)
+    options = Hopper().candidates(mode, Shapes(q, q, q))
     kernels = {"cotangent": ("gu", "gk")}.get(mode, (mode,))
     first = tuple(hopper.default(kernel, q, q) for kernel in kernels)
     assert options[0] == (first if mode == "cotangent" else first[0])

@@ -14,6 +14,7 @@ import jaxflow as jf
 from jaxflow import models
 from jaxflow.fields import time
 from jaxflow.models import Depth, ImageClassifier, LanguageModel, ResidualNetwork, generation
+from jaxflow.models.blocks import small
 from jaxflow.models.generation import Chooser
 from jaxflow.solvers import LieTrotter, Strang
 
@@ -76,38 +77,40 @@ FIELDS = {
     "heads, window": lambda: attention(window=(1, 3), rotary=100.0),
     "feed-forward": forward,
     "drift": lambda: jf.LinearDrift(np.arange(16.0).reshape(4, 4)),
-    "sum": lambda: attention() + forward(),
-    "multiple": lambda: -2.0 * attention(),
-    "pre": lambda: jf.PreNorm(attention(rotary=10.0), jf.LayerNorm(4)),
-    "peri": lambda: jf.PeriNorm(jf.PreNorm(attention(), jf.RMSNorm(4)), jf.LayerNorm(4)),
-    "in time": lambda: jf.TimeDependent(jf.PiecewiseLinear([attention(), attention()], [0.0, 1.0])),
+    "pre": lambda: jf.PreNorm(attention(rotary=10.0) + forward(), jf.LayerNorm(4)),
 }
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", FIELDS)
-def test_token_by_token_is_the_causal_field(name):
-    """Each query from what is kept of the tokens up to it, kept one by one, with room for more."""
-    field, n, t = FIELDS[name](), 5, 0.4
+def token_by_token(field):
+    """Each query from what is kept of the tokens up to it, kept one by one, with room for more; and
+    the field."""
+    n, t = 5, 0.4
     x = field.geometry.retract(jnp.asarray(np.random.default_rng(6).normal(size=(n, 4))))
+    kept = jax.tree.map(
+        lambda a: jnp.pad(a, [(0, n + 2)] + [(0, 0)] * (a.ndim - 1)),
+        field.keys_values(t, x[:1], 0),
+    )
 
-    @eqx.filter_jit
-    def run(field, x):
-        kept = jax.tree.map(
-            lambda a: jnp.pad(a, [(0, n + 2)] + [(0, 0)] * (a.ndim - 1)),
-            field.keys_values(t, x[:1], 0),
-        )
+    def step(kept, index):
+        token = jax.lax.dynamic_slice_in_dim(x, index, 1)
+        put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, index, axis=0)
+        kept = jax.tree.map(put, kept, field.keys_values(t, token, index))
+        return kept, field.attend(t, token, kept, index)[0]
 
-        def step(kept, index):
-            token = jax.lax.dynamic_slice_in_dim(x, index, 1)
-            put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, index, axis=0)
-            kept = jax.tree.map(put, kept, field.keys_values(t, token, index))
-            return kept, field.attend(t, token, kept, index)[0]
+    return jax.lax.scan(step, kept, jnp.arange(n))[1], field(t, x, jf.Measure(x))
 
-        rows = jax.lax.scan(step, kept, jnp.arange(n))[1]
-        return rows, field(t, x, jf.Measure(x))
 
-    rows, whole = run(field, x)
+@pytest.fixture(scope="module")
+def continued():
+    """Of all fields, as one program."""
+    with jax.enable_x64(True):
+        run = eqx.filter_jit(lambda fields: {k: token_by_token(f) for k, f in fields.items()})
+        return run({name: make() for name, make in FIELDS.items()})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_token_by_token_is_the_causal_field(name, continued):
+    rows, whole = continued[name]
     assert np.abs(whole).max() > 1e-3
     np.testing.assert_allclose(rows, whole, rtol=1e-11, atol=1e-12)
 
@@ -173,7 +176,8 @@ def test_language_models_are_causal(options):
     assert logits.shape == (2, 6, 11) and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits[0, :3], logits[1, :3], atol=1e-5)
     assert (np.abs(logits[0] - logits[1]).max(axis=-1)[3:] > 1e-3).all()
-    np.testing.assert_allclose(call(model, jnp.asarray(other[1])), logits[1], atol=1e-5)
+    if not options:
+        np.testing.assert_allclose(call(model, jnp.asarray(other[1])), logits[1], atol=1e-5)
     assert (model.output is None) == options.get("tied", True)
     assert (model.positions is None) == options.get("rotary", False)
 
@@ -195,16 +199,17 @@ def test_the_default_is_the_transformer():
     np.testing.assert_allclose(call(model, tokens), by_hand(model, tokens), rtol=1e-11)
 
 
-@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     """Parameters, state and gradients stay float32; 8 bits of the products are left, and errors of
-    2^-8 a product add up to a few of the spread of the logits in a hundred."""
+    2^-8 a product add up to a few of the spread of the logits in a hundred. One step of one block,
+    which is where the dtype is."""
     wide, narrow = language_model(), language_model(dtype=jnp.bfloat16)
 
     @eqx.filter_jit
     @eqx.filter_value_and_grad(has_aux=True)
     def loss(model, tokens):
-        logits = model(tokens)
+        x = model.embed(tokens).points
+        logits = model.read_out(jf.Measure(x + model.field(0.5, x, jf.Measure(x))))
         return (logits**2).mean(), logits
 
     (_, logits), gradient = loss(wide, jnp.asarray(TOKENS[0]))
@@ -228,15 +233,21 @@ def test_context_and_options_are_checked():
         filled(lambda: LanguageModel(11, 8, 2, 1, 12, curve=models.interpolated, key=KEY))
 
 
-@pytest.mark.slow
 def test_initial_weights():
     """N(0, 0.02^2), those that end a block over sqrt(2 L); width 0 leaves attention alone."""
-    model: Any = LanguageModel(11, 16, 2, 3, 12, width=0, key=KEY)
-    attention = model.field.at(0.0).field
-    assert isinstance(model.field.at(0.0), jf.PreNorm)
-    rms = lambda a: float(jnp.sqrt(jnp.mean(a**2)))
-    np.testing.assert_allclose([rms(attention.query), rms(attention.value)], 0.02, rtol=1e-5)
-    np.testing.assert_allclose(rms(attention.output), 0.02 / np.sqrt(6), rtol=1e-5)
+    make = lambda width: LanguageModel(11, 4, 2, 1, 12, width=width, key=KEY).field.at(0.0)
+    network = lambda: ResidualNetwork(3, 2, 4, 1, width=5, key=KEY).field.at(0.0)
+    block, other = eqx.filter_jit(lambda: (make(5), network()))()
+    attention, forward = (part.field for part in block.fields)
+    rms = lambda a: float(np.sqrt(np.mean(np.asarray(a) ** 2)))
+    for matrix in (attention.query, attention.value, forward.weight_in, other.weight_in):
+        np.testing.assert_allclose(rms(matrix), 0.02, rtol=1e-5)
+    for matrix in (attention.output, forward.weight_out, other.weight_out):
+        np.testing.assert_allclose(rms(matrix), 0.02 / np.sqrt(2), rtol=1e-5)
+    third = small(other, lambda field: field.weight_out, 3)
+    np.testing.assert_allclose(rms(third.weight_out), 0.02 / np.sqrt(6), rtol=1e-5)
+    alone: Any = eqx.filter_eval_shape(lambda: make(0))
+    assert isinstance(alone, jf.PreNorm) and isinstance(alone.field, jf.MultiHeadAttention)
 
 
 # ------------------------------------------------------------------ depth
@@ -258,22 +269,6 @@ def test_curves_of_models():
     assert time.jumps(layers) == (1.0,)
 
 
-def test_a_shared_block_is_split():
-    """x += attention; x += feed-forward, with one block at both layers."""
-    model = language_model(curve=models.shared)
-    tokens = jnp.asarray(TOKENS[0])
-
-    @eqx.filter_jit
-    def by_hand(model):
-        x = model.embed(tokens).points
-        for _ in range(2):
-            for part in model.field.at(0.0).fields:
-                x = x + part(0.0, x, jf.Measure(x))
-        return model.read_out(jf.Measure(x))
-
-    np.testing.assert_allclose(call(model, tokens), by_hand(model), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_adaptive_depth():
@@ -291,8 +286,6 @@ def test_adaptive_depth():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     solved = eqx.filter_jit(lambda m: m.solve(x))(adaptive)
     assert solved.ok and 2 < solved.stats["num_steps"] < 200
-    short = with_depth(model, Depth(t1=1.0, tolerance=1e-8, solver=diffrax.Tsit5(), max_steps=2))
-    assert not eqx.filter_jit(lambda m: m.solve(x))(short).ok
 
 
 @pytest.mark.slow
@@ -337,7 +330,7 @@ def test_costs_see_both_sides_of_a_jump(count):
     x = jnp.ones((1, 3))
     cost = {"kinetic": jf.observables.KineticEnergy(model.field)}
     found = eqx.filter_jit(lambda m, x: m.solve(x, cost))(model, x)
-    start = float(found.observed["kinetic"][-1, 0]) / (2.0 if count == 2 else 1.5**2) ** 2
+    start = float(found.observed["kinetic"].after[-1, 0]) / (2.0 if count == 2 else 1.5**2) ** 2
     # |x| doubles over one step of length 1, or grows by 3/2 twice.
     sizes = np.array([1.0, 4.0]) if count == 2 else np.array([1.0, 2.25, 5.0625])
     expected = np.trapezoid(sizes, dx=2.0 / count) * start
@@ -400,25 +393,24 @@ def test_depth_errors(options, message):
 
 # ------------------------------------------------------------------ generation
 
-SOLVERS: list[tuple[str, dict[str, Any], Any]] = [
-    ("layers", {}, LieTrotter()),
-    ("post", {"placement": "post"}, LieTrotter()),
-    ("strang", {"curve": models.interpolated, "rotary": True}, Strang()),
-    ("heun", {}, diffrax.Heun()),
-    ("tsit5", {"curve": models.interpolated}, diffrax.Tsit5()),
-    ("euler", {"placement": "post"}, diffrax.Euler()),
+slow = pytest.mark.slow
+SOLVERS: list[Any] = [
+    pytest.param({}, LieTrotter(), id="layers"),
+    pytest.param({"placement": "post"}, diffrax.Heun(), id="heun on a sphere", marks=slow),
+    pytest.param({"curve": models.interpolated, "rotary": True}, Strang(), id="strang", marks=slow),
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name, options, solver", SOLVERS, ids=[s[0] for s in SOLVERS])
-def test_a_cache_changes_no_token(name, options, solver):
-    """One text from one key, with and without keys and values kept; past the context too."""
+@pytest.mark.parametrize("options, solver", SOLVERS)
+def test_a_cache_changes_no_token(options, solver):
+    """One text from one key, with and without keys and values kept; with layers, past the context
+    too."""
     model = filled(lambda: LanguageModel(11, 8, 2, 2, 8, width=12, key=KEY, **options))
     model = with_depth(model, Depth(t1=2.0, steps=2, solver=solver))
+    assert generation.can_be_cached(model)
     prompt = jnp.asarray(TOKENS[0][:3], jnp.int32)
-    added = 7 if name == "layers" else 5
+    added = 5 if options else 7
     draw = functools.partial(model.generate, prompt, added, temperature=4.0, top_p=0.95, key=KEY)
     texts = [draw(cache=cache) for cache in (True, False)]
     assert texts[0].shape == (3 + added,) and (texts[0][:3] == prompt).all()
@@ -426,19 +418,17 @@ def test_a_cache_changes_no_token(name, options, solver):
     assert len(set(np.asarray(texts[0][3:]).tolist())) > 1
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_greedy_text_is_the_argmax_of_the_logits():
-    """Also with one candidate at any temperature, and past the context."""
+    """Past the context too, where the last 6 tokens are seen."""
     model = filled(lambda: LanguageModel(11, 8, 2, 2, 6, width=12, key=KEY))
     text = np.asarray(TOKENS[0][:4])
     for _ in range(5):
-        seen = jnp.asarray(text[-6:])
-        text = np.append(text, int(call(model, seen)[-1].argmax()))
+        seen = np.zeros(6, int)  # What follows a token does not move its logits.
+        seen[: len(text[-6:])] = text[-6:]
+        text = np.append(text, int(call(model, jnp.asarray(seen))[min(len(text), 6) - 1].argmax()))
     prompt = jnp.asarray(TOKENS[0][:4], jnp.int32)
     np.testing.assert_array_equal(model.generate(prompt, 5, temperature=0.0), text)
-    one = model.generate(prompt, 5, temperature=2.0, top_k=1, key=KEY)
-    np.testing.assert_array_equal(one, text)
     assert model.generate(prompt, 0, key=KEY).shape == (4,)
 
 
@@ -451,6 +441,7 @@ LOGITS = np.array([0.3, 2.0, -1.0, 1.1, 0.0])
         (1.0, None, None, [0, 1, 2, 3, 4]),
         (0.5, None, None, [0, 1, 2, 3, 4]),
         (1.0, 3, None, [0, 1, 3]),
+        (2.0, 1, None, [1]),
         (1.0, 99, 1.0, [0, 1, 2, 3, 4]),
         (1.0, None, 0.7, [1, 3]),  # 0.56 + 0.23
         (1.0, None, 0.5, [1]),
@@ -482,7 +473,7 @@ def test_ties_at_the_border_are_kept():
         ([[1, 2]], 3, {}, "at least one token"),
         ([1, 11], 3, {}, r"tokens must be in 0, ..., 10, got 1 to 11"),
         ([1, -1], 3, {}, "tokens must be in 0"),
-        ([1], -1, {}, "length, .* must be at least 0, got -1"),
+        ([1], -1, {}, "must be at least 0, got -1"),
         ([1], 3, {"top_k": 0}, "top_k must be at least 1"),
         ([1], 3, {"top_p": 0.0}, "top_p must be in"),
         ([1], 3, {"top_p": 1.5}, "top_p must be in"),
@@ -517,10 +508,10 @@ def test_a_field_that_keeps_nothing_generates_without_a_cache(monkeypatch):
         with_depth(model, Depth(t1=2.0, tolerance=1e-3, solver=diffrax.Tsit5())),
     ]
     assert not any(generation.can_be_cached(other) for other in others)
-    monkeypatch.setattr(
-        generation, "plainly", lambda model, tokens, length, *_: ("plainly", length)
-    )
-    assert others[0].generate(jnp.asarray([1, 2], jnp.int32), 3, temperature=0) == ("plainly", 3)
+    added = lambda model, tokens, length, *_: jnp.append(tokens, jnp.full(length, 7, tokens.dtype))
+    monkeypatch.setattr(generation, "plainly", added)
+    text = others[0].generate(jnp.asarray([1, 2], jnp.int32), 3, temperature=0)
+    assert text.tolist() == [1, 2, 7, 7, 7]
 
 
 def test_generation_checks_the_steps():
@@ -545,7 +536,8 @@ def test_image_classifiers(class_token):
     images = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 6, 2)), jnp.float32)
     logits = call(model, images)
     assert logits.shape == (2, 3)
-    np.testing.assert_allclose(call(model, images[0]), logits[0], atol=1e-5)
+    if class_token:
+        np.testing.assert_allclose(call(model, images[0]), logits[0], atol=1e-5)
     tokens = model.embed(images).points
     assert tokens.shape == (2, 6 + class_token, 8)
     patch = np.asarray(images[1, 2:4, 4:6]).reshape(-1)  # the last one

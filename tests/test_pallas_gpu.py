@@ -16,9 +16,18 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxflow import Measure, MultiHeadAttention
-from jaxflow.kernels import blocked, cudnn, pallas_gpu, select_backend, softmax_expectation
+from jaxflow.kernels import (
+    cudnn,
+    describe_backend,
+    pallas_gpu,
+    select_backend,
+    softmax_expectation,
+)
+from jaxflow.kernels.base import MODES, Cotangent, Forward, Problem, Shapes, Tangent, evaluate
+from jaxflow.kernels.blocked import Blocked
+from jaxflow.kernels.cudnn import CuDNN
 from jaxflow.kernels.pallas_gpu import particles, tensor_cores
-from jaxflow.kernels.reference import Problem
+from jaxflow.kernels.pallas_gpu.particles import Particles
 
 CAUSAL = (None, 0)
 
@@ -93,11 +102,10 @@ def test_lowers_for_cuda(case, abstract_device):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_family(case):
-    q, k, v, _ = case.operands()
     problem = Problem(band=CAUSAL if case.causal else (None, None), weighted=case.weighted)
     capability = (9, 0) if "H100" in case.device else (8, 0)
-    for mode in ("forward", "tangent", "cotangent"):
-        assert pallas_gpu.family(mode, q, k, v, problem, capability) == case.family
+    shapes = Shapes(*[jax.ShapeDtypeStruct((case.n, case.d), case.dtype)] * 3)
+    assert pallas_gpu.family(shapes, problem, capability).name == case.family
 
 
 def test_selection_by_platform():
@@ -107,6 +115,9 @@ def test_selection_by_platform():
     assert select_backend(heads, heads, heads, platform="cuda", mode="tangent") != "blocked"
     assert select_backend(double, double, double, platform="cuda") == "blocked"
     assert select_backend(few, few, few, platform="cpu") == "blocked"
+    assert describe_backend(few, few, few, platform="cuda") == "pallas_gpu (particles)"
+    assert describe_backend(heads, heads, heads, platform="gpu") == "pallas_gpu (hopper)"
+    assert describe_backend(few, few, few, platform="tpu") == "pallas_tpu (on Mosaic TPU)"
     with pytest.raises(NotImplementedError, match=r"'pallas_gpu'.*float32.*got float64.*None"):
         select_backend(double, double, double, platform="cuda", backend="pallas_gpu")
 
@@ -172,20 +183,12 @@ def test_without_triton_it_falls_back(abstract_device, monkeypatch):
             select_backend(heads, heads, heads, platform="cuda", backend="pallas_gpu")
 
 
-@pytest.mark.parametrize("kind, rows", [(A100, 64), ("NVIDIA GeForce RTX 4090", 32)])
-def test_tiles_of_a_small_shared_memory(kind, rows, abstract_device, monkeypatch):
-    found = []
-
-    def cotangent(q, k, v, b, scale, *rest, config, **options):
-        found.append(config or tensor_cores.default_config("cotangent", 512, 512, 256, q.dtype))
-        return q.astype(b.dtype), k, v, b
-
-    monkeypatch.setattr(tensor_cores, "cotangent", cotangent)
-    x = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)
-    with abstract_device(kind):
-        gradient = jax.grad(lambda x: softmax_expectation(x, x, x)[1].sum())
-        jax.jit(gradient).trace(x).lower(lowering_platforms=("cuda",))
-    assert [config.rows for config in found] == [rows]
+@pytest.mark.parametrize("capability, rows", [((8, 0), 64), ((8, 9), 32)], ids=str)
+def test_tiles_of_a_small_shared_memory(capability, rows):
+    shapes = Shapes(*[jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)] * 3)
+    family = pallas_gpu.family(shapes, Problem(), capability)
+    assert isinstance(family, tensor_cores.TensorCores)
+    assert family.candidates("cotangent", shapes)[0].rows == rows
 
 
 # ------------------------------------------------------------------ Mosaic GPU, interpreted
@@ -211,18 +214,19 @@ def test_particles_on_mosaic(weighted, interpreter):
     b = b.at[0, 5].set(-jnp.inf) if weighted else b
     # The bound on the scores is safe for the first system, not for the second.
     scale = jnp.array([0.7, 40.0])
-    options = {"weighted": weighted, "interpret": interpreter, "config": particles.Config(64)}
-    mean, lse = blocked.forward(q, k, v, b, scale, band=(None, None))
-    found = particles.forward(q, k, v, b, scale, **options)
-    # Scores reach 400, where a float32 is known to 400 * 2^-24 = 2e-5, and so is its exponential.
-    _assert_close(found, (mean, lse), 1e-4)
-    linear = draw(m, p), draw(n, p), draw(n, r), draw(n)
-    operands = q, k, v, b, scale, mean, lse
-    found = particles.tangent(*operands, *linear, **options)
-    _assert_close(found, blocked.tangent(*operands, *linear, band=(None, None)), 1e-4)
-    linear = draw(m, r), draw(m)
-    found = particles.cotangent(*operands, *linear, **options)
-    _assert_close(found, blocked.cotangent(*operands, *linear, band=(None, None)), 1e-4)
+    problem = Problem(weighted=weighted)
+    kernels = Particles(config=particles.Config(64), interpret=interpreter)
+    primal = Forward(q, k, v, b, scale)
+    mean, lse = Blocked().forward(primal, problem)
+    du, dk, dv, db = draw(m, p), draw(n, p), draw(n, r), draw(n)
+    for operands in (
+        primal,
+        Tangent(*primal, mean, lse, du, dk, dv, db),
+        Cotangent(*primal, mean, lse, draw(m, r), draw(m)),
+    ):
+        expected = evaluate(Blocked(), operands, problem)
+        # Scores reach 400: a float32 is known to 400 * 2^-24 = 2e-5, and so is its exponential.
+        _assert_close(evaluate(kernels, operands, problem), expected, 1e-4)
 
 
 def _assert_close(found, expected, tolerance):
@@ -287,10 +291,27 @@ HEADS = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16)
 )
 def test_cudnn_refuses_by_name(shapes, problem, reason, monkeypatch):
     monkeypatch.setattr(cudnn, "_absent", lambda head_dimension: None)
-    q, k, v = shapes
-    for mode in ("forward", "tangent", "cotangent"):
-        found = cudnn.refusal(mode, q, k, v, problem)
+    for mode in MODES:
+        found = CuDNN().refusal(mode, Shapes(*shapes), problem)
         assert found is None if reason is None else reason in found
+
+
+def test_what_cudnn_has_not_is_what_the_other_kernels_have(abstract_device, monkeypatch):
+    """The tangent, and the cotangent of a log-partition: refused where they need a lost Triton."""
+    monkeypatch.setattr(cudnn, "_absent", lambda head_dimension: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    problem = Problem(weighted=False, constant_scale=0.1)
+    mean_only = dataclasses.replace(problem, mean_only=True)
+    with abstract_device(A100):
+        refusal = lambda mode, problem: CuDNN().refusal(mode, Shapes(*[HEADS] * 3), problem)
+        assert refusal("forward", problem) is None
+        assert refusal("cotangent", mean_only) is None
+        assert "Triton" in (refusal("tangent", problem) or "")
+        assert "Triton" in (refusal("cotangent", problem) or "")
+        options = {"scale": 0.1, "platform": "cuda"}
+        assert select_backend(*[HEADS] * 3, **options) == "cudnn"
+        assert describe_backend(*[HEADS] * 3, **options) == "cudnn (its fused attention)"
+        assert select_backend(*[HEADS] * 3, mode="tangent", **options) == "blocked"
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a device")
@@ -303,12 +324,12 @@ def test_cudnn_runs_the_attention_of_models(monkeypatch):
     """Its scale is a Python number where beta is not a parameter."""
     scales = []
 
-    def forward(*operands, problem):
+    def forward(self, operands, problem):
         scales.append(problem.constant_scale)
-        return blocked.forward(*operands, band=problem.band)
+        return Blocked().forward(operands, problem)
 
     monkeypatch.setattr(cudnn, "_absent", lambda head_dimension: None)
-    monkeypatch.setattr(cudnn, "forward", forward)
+    monkeypatch.setattr(CuDNN, "forward", forward)
     field = MultiHeadAttention(128, 2, causal=True, key=jax.random.key(0))
     x = jnp.zeros((32, 128), jnp.bfloat16)
     traced = jax.jit(lambda x: field(0.0, x, Measure(x))).trace(x)

@@ -185,12 +185,31 @@ def test_an_interrupted_diagram_goes_on(tmp_path, diagram):
     assert [row.kept for row in seen] == [True, True, False]
     for name in ("probability", "standard_error", "curve"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(diagram, name))
-    # A file that is not whole, by a disk that was full or a copy that was cut, is made again.
-    damaged = tmp_path / "a" / "b" / "beta-00001.npy"
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    again = phase_diagram(BETAS, TS, path=str(tmp_path / "a" / "b"), **SMALL)
-    np.testing.assert_array_equal(again.probability, diagram.probability)
-    assert not list(tmp_path.rglob("*.part"))
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "beta-00000.json",
+        "beta-00001.json",
+        "beta-00002.json",
+        "settings.json",
+    ]
+
+
+def test_a_damaged_row_is_named_and_made_again_once_it_is_deleted(tmp_path):
+    whole = phase_diagram(BETAS[:1], TS, path=tmp_path, **SMALL)
+    row = tmp_path / "beta-00000.json"
+    text = row.read_text()
+    other = text.replace("[[0.", "[[1.", 1)
+    assert other != text
+    for damaged in (text[:-9], other, "", "[]", text.replace('"row"', '"rows"')):
+        row.write_text(damaged)
+        with pytest.raises(ValueError, match="beta-00000.json"):
+            phase_diagram(BETAS[:1], TS, path=tmp_path, **SMALL)
+        assert row.read_text() == damaged
+    row.unlink()
+    again = phase_diagram(BETAS[:1], TS, path=str(tmp_path), **SMALL)
+    np.testing.assert_array_equal(again.probability, whole.probability)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="has rows of a diagram"):
+        phase_diagram(BETAS[:1], TS, path=tmp_path, **SMALL)
 
 
 def test_a_folder_with_another_diagram_is_refused(tmp_path):
@@ -211,10 +230,10 @@ def test_a_folder_with_another_diagram_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "betas, ts, numbers, told",
     [
-        ([1.0], [1.0], {"n": 1}, "n must be a whole number from 2 on, got 1"),
+        ([1.0], [1.0], {"n": 1}, "n must be at least 2, got 1"),
         ([1.0], [1.0], {"n": 6.5}, "n must be a whole number"),
-        ([1.0], [1.0], {"d": 1}, "d must be a whole number from 2 on"),
-        ([1.0], [1.0], {"systems": 0}, "systems must be a whole number from 1 on"),
+        ([1.0], [1.0], {"d": 1}, "d must be at least 2"),
+        ([1.0], [1.0], {"systems": 0}, "systems must be at least 1"),
         ([1.0], [1.0], {"threshold": 1.0}, "threshold must lie between 0 and 1"),
         ([1.0], [1.0], {"threshold": 1 - 1e-6}, "float64"),
         ([1.0], [1.0], {"tolerance": 0.0}, "tolerance must be positive"),
@@ -227,7 +246,7 @@ def test_a_folder_with_another_diagram_is_refused(tmp_path):
     ],
 )
 def test_bad_input_is_refused(betas, ts, numbers, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises((ValueError, TypeError), match=told):
         phase_diagram(betas, ts, **SMALL | numbers)
 
 

@@ -146,7 +146,13 @@ def test_the_order_is_kept_over_discontinuities(solver, order):
     assert order - 0.3 < slope < order + 1
 
 
-@pytest.mark.parametrize("geometry", [jf.Euclidean(), jf.Sphere()], ids=["plane", "sphere"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        pytest.param(jf.Euclidean(), id="plane", marks=pytest.mark.slow),
+        pytest.param(jf.Sphere(), id="sphere"),
+    ],
+)
 def test_adaptive_steps_stop_at_breakpoints(geometry):
     """The projected flow of x' = A x is the flow projected. Without the breakpoints a hundred steps
     are rejected; with them, some at the start of each of three pieces."""
@@ -475,6 +481,10 @@ def test_curves_inside_of_curves():
     )
     field = jf.TimeDependent(jf.PiecewiseConstant([inner(1.0), inner(10.0)], [0.5]))
     assert time.breakpoints(field) == (0.25, 0.5)
+    assert time.jumps(jf.TimeDependent(jf.PiecewiseLinear(drifts(), [0.1, 0.25, 1.0])) + field) == (
+        0.25,
+        0.5,
+    )
     frozen = time.frozen(field, 0.3)
     assert isinstance(frozen, jf.LinearDrift) and frozen.matrix == 2.0
     assert time.frozen(jf.TimeDependent(jf.Constant(field)) + frozen, 0.7).fields[0].matrix == 20.0

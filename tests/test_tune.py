@@ -54,7 +54,14 @@ def test_families_by_device():
 # ------------------------------------------------------------------ one case
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "forward",
+        pytest.param("tangent", marks=pytest.mark.slow),
+        pytest.param("cotangent", marks=pytest.mark.slow),
+    ],
+)
 def test_right_candidates_are_timed_and_others_have_a_note(mode):
     case = tuned_case(PARTICLES, mode, particles.Config(64, 16), particles.Config(0))
     assert case.key == ("particles", mode, 4, 4)

@@ -6,7 +6,7 @@ memory that is free, a reader stops at the length that was declared, and what ca
 error that names the file.
 """
 
-from .arrays import Stored, idx, npy, npz, npz_names
+from .arrays import Stored, idx, is_npz, npy, npz, npz_names
 from .images import check_pixels, read_image, white
 from .ranges import first_outside
 from .text import decoded, file_status, read_text, regular
@@ -18,6 +18,7 @@ __all__ = [
     "file_status",
     "first_outside",
     "idx",
+    "is_npz",
     "npy",
     "npz",
     "npz_names",

@@ -9,18 +9,23 @@ import gzip
 import io
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .._memory import check_fits
 
 _CHUNK = 1 << 20
+# What gzip, zipfile and NumPy raise for bytes that they do not expect.
+_DAMAGE = (OSError, EOFError, ValueError, RuntimeError, OverflowError)
+_DAMAGE += (zipfile.BadZipFile, zlib.error, struct.error)
 _LONGEST_HEADER = 10_000  # bytes; those of numbers take some hundred
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
@@ -52,7 +57,7 @@ class Stored:
         """
         check_fits(2 * self.nbytes, f"reading {self.name}", "Take a part of it.", host=True)
         values = np.empty(math.prod(self.shape), self.dtype)
-        room = memoryview(values.view(np.uint8))
+        room = values.view(np.uint8).data
         with damaged(self.name), self.data() as stream:
             position = 0
             while found := stream.read(min(_CHUNK, self.nbytes - position)):
@@ -74,22 +79,21 @@ def damaged(name: str) -> Iterator[None]:
     """What goes wrong while a format is taken apart is damage of the file."""
     try:
         yield
-    except MemoryError:
-        raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-        OverflowError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{name} is damaged: {error}. Get it again.") from error
 
 
+def _start(path: Path) -> bytes:
+    with damaged(str(path)), path.open("rb") as file:
+        return file.read(2)
+
+
 # ------------------------------------------------------------------ NumPy's formats
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a file is an archive of arrays, or its name says so."""
+    return path.suffix.lower() == ".npz" or _start(path) == b"PK"
 
 
 def npy(path: Path) -> Stored:
@@ -117,7 +121,7 @@ def npz(path: Path, name: str) -> Stored:
             raise NotImplementedError(f"{info.filename} is compressed as NumPy never does")
 
     @contextlib.contextmanager
-    def opened() -> Iterator[io.BufferedIOBase]:
+    def opened() -> Iterator[Any]:
         with zipfile.ZipFile(path) as archive, archive.open(info) as stream:
             yield stream
 
@@ -127,11 +131,14 @@ def npz(path: Path, name: str) -> Stored:
 def _stored(name: str, size: int, opened: Callable[[], AbstractContextManager[io.BufferedIOBase]]):
     with damaged(name), opened() as stream:
         shape, fortran, dtype, start = _header(stream)
-        if dtype.kind not in "biuf":
-            raise ValueError(f"it holds {dtype}, not numbers (a pickle is never opened)")
-        expected = start + math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or expected != size:
-            raise ValueError(f"shape {shape} of {dtype.name} takes {expected} bytes, it has {size}")
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} must hold numbers, not {dtype} (a pickle is never opened).")
+    expected = start + math.prod(shape) * dtype.itemsize
+    if expected != size:
+        raise ValueError(
+            f"{name} is damaged: shape {shape} of {dtype.name} takes {expected} bytes, it has "
+            f"{size}. Get it again."
+        )
 
     @contextlib.contextmanager
     def data() -> Iterator[io.BufferedIOBase]:
@@ -157,7 +164,12 @@ def _header(stream: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype,
     length = int.from_bytes(prefix, "little")
     if length > _LONGEST_HEADER:
         raise ValueError(f"its header would take {length} bytes")
-    shape, fortran, dtype = read(io.BytesIO(prefix + stream.read(length)))
+    try:
+        shape, fortran, dtype = read(io.BytesIO(prefix + stream.read(length)))
+    except Exception as error:  # of the parser of Python, which may raise many
+        raise ValueError(f"its header cannot be parsed: {error}") from error
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"its header has the shape {shape}")
     return shape, fortran, dtype, len(magic) + width + length
 
 
@@ -170,8 +182,7 @@ def idx(path: Path) -> Stored:
     **Raises:** ValueError if the file is of another format, or its size is not what the header
     declares. The size of a gzipped one is found when it is read.
     """
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
+    zipped = _start(path) == b"\x1f\x8b"
 
     def opened() -> io.BufferedIOBase:
         return gzip.open(path) if zipped else path.open("rb")
@@ -183,7 +194,8 @@ def idx(path: Path) -> Stored:
     if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_DTYPES:
         raise ValueError(
             f"{path} must be a .npz or an idx file (zero, zero, type, axes); it starts with "
-            f"{head.hex(' ') or 'nothing'}."
+            f"{head.hex(' ') or 'nothing'}. A .npz comes from "
+            "np.savez(path, images=..., labels=...)."
         )
     shape = tuple(np.frombuffer(sizes, ">u4").tolist())
     dtype, start = np.dtype(_IDX_DTYPES[head[2]]), 4 + 4 * axes

@@ -19,7 +19,7 @@ _KINDS = {
 }
 
 
-def regular(path: str | Path, what: str = "the file") -> Path:
+def regular(path: Any, what: str = "the file") -> Path:
     """The path of a file that has an end, and that this user may read.
 
     `what` names the argument in the error.
@@ -45,38 +45,52 @@ def file_status(path: Any, what: str) -> os.stat_result:
     try:
         return os.stat(path)
     except FileNotFoundError:
-        raise ValueError(f"{what} must be a path that exists; {path} does not.") from None
+        raise ValueError(
+            f"{what} must be a path that exists; {str(path) or repr(path)} does not."
+        ) from None
     except (OSError, ValueError) as error:  # a loop of links, too long a name, a zero byte
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{what} must be a path that exists; {path!r}: {reason}.") from None
 
 
-def decoded(path: Path) -> Iterator[str]:
-    """The text of a regular file, a piece a MiB, up to the length that the file has at the start.
+def decoded(path: str | Path, what: str = "the text") -> Iterator[str]:
+    """The text of a file, a piece a MiB; `what` names the argument in an error.
 
-    **Raises:** ValueError if it is not UTF-8, with the first byte that is not, or if its length
-    changes while it is read.
+    **Raises:** ValueError if the file does not exist or is not regular, if it is not UTF-8, with
+    the first byte that is not, or if it cannot be read, or its length changes meanwhile.
     """
+    path = regular(path, what)
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
-        size, start = os.fstat(file.fileno()).st_size, 0
-        while start < size:
-            block, pending = file.read(min(_CHUNK, size - start)), len(decoder.getstate()[0])
-            end = start + len(block)
-            if not block or (end == size and file.read(1)):
-                raise ValueError(
-                    f"{path} does not have the {size} bytes that the file system states: it "
-                    "changed while it was read, or is no ordinary file. Copy it first."
-                )
-            try:
-                text = decoder.decode(block, final=end == size)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8: {error.reason} at byte {start - pending + error.start}. "
-                    "Convert it, for example with iconv, or leave it out."
-                ) from None
-            yield text if start else text.removeprefix("\ufeff")
-            start = end
+    start = 0
+    for block, last in _blocks(path):
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=last)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8: {error.reason} at byte {start - pending + error.start}. "
+                "Convert it, for example with iconv, or leave it out."
+            ) from None
+        yield text if start else text.removeprefix("\ufeff")
+        start += len(block)
+
+
+def _blocks(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """The bytes up to the length that the file has at the start, and which block is the last."""
+    try:
+        with path.open("rb") as file:
+            size, start = os.fstat(file.fileno()).st_size, 0
+            while block := file.read(min(_CHUNK, size - start)):
+                start += len(block)
+                yield block, start == size
+            unchanged = start == size and not file.read(1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    if not unchanged:
+        raise ValueError(
+            f"{path} does not have the {size} bytes that the file system states: it changed while "
+            "it was read, or is no ordinary file. Copy it first."
+        )
 
 
 def read_text(path: str | Path, what: str = "the text") -> str:
@@ -88,4 +102,4 @@ def read_text(path: str | Path, what: str = "the text") -> str:
     file = regular(path, what)
     # Up to four bytes a character, in pieces and joined.
     check_fits(8 * file.stat().st_size, f"the text of {path}", "Take a part of it.", host=True)
-    return "".join(decoded(file))
+    return "".join(decoded(file, what))

@@ -44,10 +44,8 @@ class Boundary(TyperGroup):
                 typer.echo(text, err=True)
                 sys.exit(REFUSED)
             code = _say(text, REFUSED)
-        except (KeyboardInterrupt, typer.Abort):
-            code = _say("interrupted", 128 + signal.SIGINT)
         except Stopped as stopped:
-            code = _say("terminated", stopped.exit_code)
+            code = stopped.exit_code
         except BrokenPipeError:  # whoever read the output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = FAILED
@@ -120,7 +118,7 @@ def _sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-_working: list[threading.Thread] = []
+_unfinished: list[threading.Event] = []
 
 
 def interruptible(work: Callable[..., Result], *args: Any) -> Result:
@@ -131,6 +129,7 @@ def interruptible(work: Callable[..., Result], *args: Any) -> Result:
     import jax.numpy as jnp
 
     outcome: list[Any] = []
+    done = threading.Event()  # of a join that a signal cut off, Python takes the thread for ended
     double = jnp.result_type(float) == jnp.float64
 
     def run():
@@ -139,13 +138,13 @@ def interruptible(work: Callable[..., Result], *args: Any) -> Result:
                 outcome.append((jax.block_until_ready(work(*args)), None))
         except BaseException as error:
             outcome.append((None, error))
+        done.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    _working.append(thread)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    _working.remove(thread)
+    _unfinished.append(done)
+    threading.Thread(target=run, daemon=True).start()
+    while not done.wait(0.2):
+        pass
+    _unfinished.remove(done)
     result, error = outcome[0]
     if error is not None:
         raise error
@@ -154,7 +153,7 @@ def interruptible(work: Callable[..., Result], *args: Any) -> Result:
 
 def leave(code: int | str | None):
     """Ends the process, without waiting for a solve that was interrupted."""
-    if any(thread.is_alive() for thread in _working):
+    if not all(done.is_set() for done in _unfinished):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0)

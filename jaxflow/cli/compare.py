@@ -1,5 +1,6 @@
 """`jaxflow compare RUN RUN ...`: what differs between runs, in their settings and their results."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ def compare(s: Comparison):
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """The last part of each path, the whole of it where that is not enough, and a number where that
-    is not either."""
-    short = [run.resolve().name for run in runs]
-    names = short if len(set(short)) == len(runs) else [str(run) for run in runs]
+    """As many of the last parts of each path as tell them apart; a number for one that is there
+    twice."""
+    paths = [run.resolve() for run in runs]
+    tails = (["/".join(p.parts[-k:]) for p in paths] for k in itertools.count(1))
+    names = next(tail for tail in tails if len(set(tail)) == len(set(paths)))
     return [
         name if (earlier := names[:k].count(name)) == 0 else f"{name} ({earlier + 1})"
         for k, name in enumerate(names)
@@ -73,9 +75,10 @@ def _is_number(value: Any) -> bool:
 
 def _shared_metrics(read: dict[str, Run], wanted: list[str] | None) -> list[str]:
     """The metrics to show: those that are numbers in every run."""
-    axes = sorted({run["axis"] for run in read.values()})
+    axes = {run["axis"] for run in read.values()}
     if len(axes) > 1:
-        raise ValueError(f"the runs are of different commands: measured over {', '.join(axes)}.")
+        told = ", ".join(f"{name} over {run['axis']}" for name, run in read.items())
+        raise ValueError(f"the runs are of different commands: {told}.")
     measured = [
         {k: 0 for row in run["rows"] for k in row if _is_number(row[k])} for run in read.values()
     ]
@@ -99,7 +102,7 @@ def _settings(read: dict[str, Run]) -> list[tuple[str, ...]]:
 
 def _values(run: Run, metric: str) -> tuple[list[float], list[float]]:
     rows = [row for row in run["rows"] if _is_number(row.get(metric))]
-    return [row[run["axis"]] for row in rows], [row[metric] for row in rows]
+    return [float(row[run["axis"]]) for row in rows], [float(row[metric]) for row in rows]
 
 
 def _results(read: dict[str, Run], metrics: list[str]) -> list[tuple[str, ...]]:

@@ -34,7 +34,7 @@ def table(title: str, rows: Iterable[Sequence[Any]]):
 
 
 @contextmanager
-def progress(what: str, total: float | None = None):
+def progress(what: str, total: float | int | None = None):
     """A bar on the terminal; `show(completed, text)` moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +44,7 @@ def progress(what: str, total: float | None = None):
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)
 
-        def show(completed: float, text: str = what):
+        def show(completed: float | int, text: str = what):
             bar.update(task, completed=completed, description=plain(text))
 
         yield show

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import __version__
-from ..kernels import select_backend
+from ..kernels import describe_backend
 from .console import table
 from .reading import Information
 
@@ -26,5 +26,5 @@ def info(s: Information):
         rows.append((f"device {device.id}", f"{device.platform}: {device.device_kind}"))
     with jax.enable_x64(s.dtype == "float64"):
         x = jax.ShapeDtypeStruct((s.n, s.d), jnp.dtype(str(s.dtype)))
-        rows.append((f"backend for n = {s.n}, d = {s.d}, {s.dtype}", select_backend(x, x, x)))
+        rows.append((f"backend for n = {s.n}, d = {s.d}, {s.dtype}", describe_backend(x, x, x)))
     table("jaxflow", rows)

@@ -99,6 +99,8 @@ class AbstractTraining:
                 "--curve fourier is a constant and pairs of sine and cosine, so --layers must be "
                 f"odd, got {self.layers}."
             )
+        if isinstance(self, AbstractTransformer):
+            self.check_attention()
         if self.curve is Curve.layers and (self.solver_steps or 0) % self.layers:
             raise ValueError(
                 f"--solver-steps must be a multiple of --layers, as each layer takes whole steps; "
@@ -118,9 +120,8 @@ class AbstractTransformer(AbstractTraining):
     entropy: float = flag(0.0, "Weight of the entropy of attention.", NOT_NEGATIVE)
     bf16: bool = flag(False, "Attention and feed-forward in bfloat16.")
 
-    def check(self):
-        """Raises ValueError for settings that do not go together."""
-        AbstractTraining.check(self)
+    def check_attention(self):
+        """Raises ValueError for settings of attention that do not go together."""
         if self.dim % self.heads:
             raise ValueError(
                 f"--dim must be a multiple of --heads, got {self.dim} and {self.heads}."

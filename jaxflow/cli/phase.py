@@ -18,7 +18,7 @@ import numpy as np
 from .. import __version__, fields, viz
 from .._cache import enable_compilation_cache
 from .._folder import CONFIG, claim, write_bytes, write_settings, write_text
-from .._memory import check_fits
+from .._memory import PAIRS_AT_ONCE, check_fits
 from ..phase import PhaseDiagram, PhaseRow, crossing, phase_diagram
 from ..viz.style import require
 from .boundary import interruptible
@@ -54,7 +54,7 @@ def _check(s: Phase):
             f"{1 - s.threshold:.1e}: take a lower one."
         )
     tokens = s.systems * s.n
-    states = tokens * (3 * s.d + 24 * min(s.n, s.d)) + min(tokens * s.n, 2**22)
+    states = tokens * (3 * s.d + 24 * min(s.n, s.d)) + min(tokens * s.n, PAIRS_AT_ONCE)
     check_fits(
         states * number.bits // 8 + 16 * s.times * (s.betas + s.systems),
         f"a diagram of {s.systems} systems of {s.n} tokens in R^{s.d}",

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import models, training
 from .._cache import enable_compilation_cache
@@ -23,7 +24,7 @@ def sample(s: Sampling):
             raise ValueError(f"{s.run} holds a {type(run.model).__name__}, not a language model.")
         model = run.model.with_depth(depth_like(run.model.depth, s.solver, s.steps, s.tolerance))
         tokenizer = training.tokenizer(s.run)
-        tokens = jnp.asarray(_encoded(tokenizer, s.prompt), jnp.int32)
+        tokens = jnp.asarray(encoded(tokenizer, s.prompt), jnp.int32)
         draw = partial(
             model.generate,
             tokens,
@@ -38,10 +39,11 @@ def sample(s: Sampling):
             say(tokenizer.decode(interruptible(partial(draw, key=key))))
 
 
-def _encoded(tokenizer, prompt: str | None):
+def encoded(tokenizer, prompt: str | None) -> np.ndarray:
+    """The tokens of a prompt; of none, those of a space."""
     if prompt is not None:
         return tokenizer.encode(prompt)
     try:
         return tokenizer.encode(" ")
     except ValueError:  # an alphabet without it: its first character
-        return [0]
+        return np.zeros(1, np.int32)

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import diffrax
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import events, fields, geometry, measure, observables
+from .._files import decoded, read_image
 from .._memory import check_fits
 from ..geometry import AbstractGeometry
 from ..measure import Measure
-from ..training import sources
 from .simulation import SCHEMES, Simulation
 
 MEGABYTES = 64  # of a text, at most: words enough for any flow
@@ -61,13 +60,13 @@ def initial_measure(s: Simulation) -> tuple[Measure, list[str] | None]:
     """mu_0, and the word of each token if it comes from a text."""
     key = jax.random.key(s.seed)
     if s.image is not None:
-        image = read_image(s.image, s.patch)
+        image = whole_patches(read_image(s.image), s.patch)
         check_size(s, image.size // (size := image[0, 0].size * s.patch**2), size)
         return measure.from_image(image, s.patch), None
     if s.text is None:
         check_size(s, s.n, s.d)
         return LAWS[s.law](s, key), None
-    text = "".join(itertools.islice(sources.chunks([s.text]), MEGABYTES))
+    text = "".join(itertools.islice(decoded(s.text), MEGABYTES))
     if not text.strip():
         raise ValueError(f"{s.text} has no word that could be a token.")
     check_size(s, min(s.max_tokens, len(text)), s.d)
@@ -86,27 +85,15 @@ def check_size(s: Simulation, n: int, d: int):
     )
 
 
-def read_image(path: Path, patch: int) -> np.ndarray:
-    """An image in [0, 1], cropped at the right and the bottom to whole patches."""
-    if path.suffix == ".npy":
-        pixels = np.load(path)
-    else:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError('images need pillow: pip install "jaxflow[viz]".') from error
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
-    if pixels.ndim not in (2, 3):
-        raise ValueError(f"an image has shape (height, width[, channels]), {path} {pixels.shape}.")
+def whole_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """An image cropped at the right and the bottom to whole patches."""
     height, width = (side - side % patch for side in pixels.shape[:2])
     if not height or not width:
         raise ValueError(f"the image {pixels.shape[:2]} is smaller than --patch {patch}.")
-    scale = np.iinfo(pixels.dtype).max if np.issubdtype(pixels.dtype, np.integer) else 1
-    return pixels[:height, :width].astype(np.float32) / np.float32(scale)
+    return pixels[:height, :width]
 
 
-def make_field(s: Simulation, d: int) -> fields.AbstractField:
+def make_field(s: Any, d: int) -> fields.AbstractField:
     """X, and with it the geometry."""
     place = s.geometry or SCHEMES[s.normalisation][0]
     flat, unit = _self_attention(s, d, geometry.Euclidean()), fields.UnitNorm()

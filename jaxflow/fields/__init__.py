@@ -10,6 +10,7 @@ from .base import (
     Scaled,
     Sum,
     divergence,
+    token_velocities,
 )
 from .feedforward import FeedForward, LinearDrift
 from .interactions import (
@@ -80,4 +81,5 @@ __all__ = [
     "UnitNorm",
     "Unnormalised",
     "divergence",
+    "token_velocities",
 ]

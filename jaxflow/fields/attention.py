@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._rules import array, constant, count, finite, flag, instance, positive, prng_key, real
 from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean, Sphere
-from ..kernels.expectation import Window, band
+from ..kernels.base import Window, band
 from ..measure import Measure
 from .base import (
     AbstractCausalField,

@@ -56,6 +56,20 @@ class AbstractField(eqx.Module):
         return Scaled(-1.0, self)
 
 
+def token_velocities(field: AbstractField, t: ScalarLike, mu: Measure) -> Float[Array, "n d"]:
+    """X_t[mu](x_i) at the tokens x_i of mu: where the equation of the flow closes on itself.
+
+    **Raises:** `ValueError` where the field gives velocities of another shape.
+    """
+    velocity = field(t, mu.points, mu)
+    if velocity.shape != mu.points.shape:
+        raise ValueError(
+            f"the field must map points {mu.points.shape} to velocities of that shape, got "
+            f"{velocity.shape}."
+        )
+    return velocity
+
+
 def is_field(value: Any) -> AbstractField:
     """The value, which is a field.
 

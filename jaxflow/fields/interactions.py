@@ -24,9 +24,8 @@ from .._memory import PAIRS_AT_ONCE
 from .._rules import constant, count, not_negative, positive, real
 from .._types import Keys, LogWeights, Queries, ScalarLike, Values, accumulation_dtype
 from ..kernels import softmax_expectation
-from ..kernels.expectation import Window
-from ..kernels.expectation import band as _band
-from ..kernels.reference import visible
+from ..kernels.base import Window, visible
+from ..kernels.base import band as _band
 
 
 class Tokens(NamedTuple):

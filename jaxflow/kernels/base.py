@@ -38,7 +38,8 @@ MASKED = -1e30
 
 # Keys j with i - left <= j <= i + right are visible to query i; None is no limit.
 Band = tuple[int | None, int | None]
-Window = int | tuple[int, int] | None
+Distance = int | np.integer
+Window = Distance | tuple[Distance, Distance] | None
 Mode = Literal["forward", "tangent", "cotangent"]
 MODES: tuple[Mode, ...] = ("forward", "tangent", "cotangent")
 
@@ -127,11 +128,8 @@ Results = tuple[Array, ...]
 # ------------------------------------------------------------------ the contract
 
 
-class AbstractBackend(abc.ABC):
-    """A way to compute the three functions.
-
-    A backend serves every band, weights or none, and any batch, or refuses.
-    """
+class AbstractFunctions(abc.ABC):
+    """The three functions."""
 
     @abc.abstractmethod
     def forward(self, operands: Forward, problem: Problem) -> Results:
@@ -143,7 +141,14 @@ class AbstractBackend(abc.ABC):
 
     @abc.abstractmethod
     def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
-        """(gu, gk, gv, gb)."""
+        """(gu, gk, gv, gb); gb may be anything where the problem has no weights."""
+
+
+class AbstractBackend(AbstractFunctions):
+    """A way to compute the three functions.
+
+    A backend serves every band, weights or none, and any batch, or refuses.
+    """
 
     @abc.abstractmethod
     def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
@@ -154,19 +159,19 @@ class AbstractBackend(abc.ABC):
         """What runs one of the functions on these operands, in words."""
 
 
-def evaluate(backend: AbstractBackend, operands: Operands, problem: Problem) -> Results:
+def evaluate(functions: AbstractFunctions, operands: Operands, problem: Problem) -> Results:
     """The function that takes these operands."""
     if isinstance(operands, Forward):
-        return backend.forward(operands, problem)
+        return functions.forward(operands, problem)
     if isinstance(operands, Tangent):
-        return backend.tangent(operands, problem)
-    return backend.cotangent(operands, problem)
+        return functions.tangent(operands, problem)
+    return functions.cotangent(operands, problem)
 
 
 # ------------------------------------------------------------------ which pairs count
 
 
-def band(causal: bool, window: Window) -> Band:
+def band(causal, window) -> Band:
     """The band of visible keys that the two options of a user mean.
 
     **Raises:** `TypeError` for a `causal` that is not a Boolean, `ValueError` for a window that is
@@ -188,7 +193,7 @@ def band(causal: bool, window: Window) -> Band:
 
 
 def _distance(w) -> bool:
-    return isinstance(w, int | np.integer) and not isinstance(w, bool) and w >= 0
+    return isinstance(w, int | np.integer) and not isinstance(w, bool) and int(w) >= 0
 
 
 def visible(
@@ -238,7 +243,7 @@ def known_bound(u: Array, k: Array, b: Array, log: Callable[[float], float]) -> 
     return bound, jnp.isfinite(top) & (span < -0.9 * log(float(jnp.finfo(b.dtype).tiny)))
 
 
-def pad(a: Array, length: int, fill: float = 0.0, *, axis: int) -> Array:
+def pad(a: Array, length: int, fill: float | int = 0.0, *, axis: int) -> Array:
     """Up to this length along an axis."""
     if a.shape[axis] == length:
         return a

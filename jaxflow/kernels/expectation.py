@@ -17,8 +17,8 @@ from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
 from .primitives import forward_p
 from .registry import check_named, choose, default_platform, load
 
-# As programs are compiled for them; "gpu" is JAX's own word for the first.
-PLATFORMS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "cpu": "cpu", "tpu": "tpu"}
+# By the names that programs are compiled for; "gpu" is JAX's own word for CUDA's.
+PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda", "rocm": "rocm", "tpu": "tpu"}
 Described = ArrayLike | jax.ShapeDtypeStruct
 
 
@@ -88,12 +88,13 @@ def softmax_expectation(
     shapes = Shapes(_array("q", q), _array("k", k), _array("v", v))
     b = None if log_weights is None else _array("log_weights", log_weights)
     _check(shapes, b, batched=False)
+    dtype = accumulation_dtype(shapes.q.dtype)
+    scale = _scale(scale, dtype)
     problem = _problem(shapes, b, scale, causal, window)
     if backend is not None:
         check_named(backend, shapes, problem)
-    dtype = accumulation_dtype(shapes.q.dtype)
     b = jnp.zeros(len(shapes.k), dtype) if b is None else _log_weights(b, dtype)
-    operands = Forward(*shapes, b, jnp.asarray(scale).astype(dtype))
+    operands = Forward(*shapes, b, jnp.asarray(scale, dtype))
     mean, log_partition = forward_p.bind(*operands, problem=problem, backend=backend)
     return mean, log_partition
 
@@ -167,6 +168,7 @@ def _described(q, k, v, log_weights, scale, causal, window) -> tuple[Shapes, Pro
     shapes = Shapes(describe("q", q), describe("k", k), describe("v", v))
     b = None if log_weights is None else describe("log_weights", log_weights)
     _check(shapes, b, batched=True)
+    scale = _scale(scale, accumulation_dtype(shapes.q.dtype))
     return shapes, _problem(shapes, b, scale, causal, window)
 
 
@@ -191,14 +193,11 @@ def _mode(name: str) -> Mode:
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {name!r}.")
 
 
-def _problem(shapes: Shapes, log_weights, scale, causal, window) -> Problem:
-    limits = band(causal, window)
-    _check_scale(scale, accumulation_dtype(shapes.q.dtype))
+def _problem(shapes: Shapes, log_weights, scale: float | jax.Array, causal, window) -> Problem:
     # Each constant is a program of its own, so it is one only where cuDNN can take it.
-    constant = (
-        isinstance(scale, int | float | np.number) and jnp.dtype(shapes.q.dtype).itemsize == 2
-    )
-    return Problem(limits, log_weights is not None, float(scale) if constant else None)
+    narrow = jnp.dtype(shapes.q.dtype).itemsize == 2
+    constant = scale if isinstance(scale, float) and narrow else None
+    return Problem(band(causal, window), log_weights is not None, constant)
 
 
 # ------------------------------------------------------------------ checks
@@ -209,8 +208,8 @@ def _array(name: str, value) -> jax.Array:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as e:
         raise TypeError(
-            f"{name} must be an array of numbers, got {type(value).__name__} ({e}). "
-            "Make it an array of floating-point numbers first."
+            f"{name} must be an array of floating-point numbers, which this {type(value).__name__} "
+            "is not. Pass it through jnp.asarray to see why."
         ) from e
 
 
@@ -263,16 +262,30 @@ def _log_weights(b: jax.Array, dtype) -> Float[Array, " n"]:
     return jnp.where(b < 1e-5 * MASKED, -jnp.inf, b)
 
 
-def _check_scale(scale, dtype):
+def _scale(scale, dtype) -> float | jax.Array:
+    """A number as a float, anything else as an array."""
+    if isinstance(scale, int | float | np.integer | np.floating) and not isinstance(scale, bool):
+        _check_finite(scale, dtype)
+        return float(scale)
+    if not isinstance(scale, jax.Array | np.ndarray):
+        raise TypeError(f"scale must be a real number or a scalar array, got {scale!r}.")
     array = _array("scale", scale)
-    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(
-        array.dtype, jnp.integer
-    ):
-        raise TypeError(f"scale must be a real number, got {scale!r} of {array.dtype}.")
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"scale must be a real number, got an array of {array.dtype}.")
     if array.shape != ():
         raise ValueError(
             f"scale must be a scalar, got shape {array.shape}. One scale a head goes through "
             "jax.vmap."
         )
-    if is_concrete(array) and not abs(float(array)) <= float(jnp.finfo(dtype).max):
-        raise ValueError(f"scale (the inverse temperature) must be finite in {dtype}, got {scale}.")
+    if is_concrete(array):
+        _check_finite(array, dtype)
+    return array
+
+
+def _check_finite(scale, dtype):
+    # By comparison: an integer may be too large for a float.
+    if not abs(scale) <= float(jnp.finfo(dtype).max):
+        raise ValueError(
+            f"scale (the inverse temperature) must be finite, got {scale!s:.24} in {dtype}. "
+            "The limit of infinite scale is the interaction jaxflow.Hardmax()."
+        )

@@ -59,7 +59,7 @@ def load(name: str) -> AbstractBackend:
     return REGISTRY[name].load()
 
 
-def check_named(name: str, shapes: Shapes, problem: Problem):
+def check_named(name, shapes: Shapes, problem: Problem):
     """Whether a backend asked for by name can run these operands on its platform.
 
     **Raises:** `TypeError` for what is no name, `ValueError` for an unknown one,

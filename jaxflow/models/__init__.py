@@ -11,7 +11,8 @@ method and one step a layer a model is the plain transformer or ResNet; with ano
 step count or tolerance it is a continuous one, and the same parameters run under either.
 """
 
-from .base import AbstractModel, Depth, Solved
+from ..flow import FlowSolution as Solved  # the name that solutions of models had
+from .base import AbstractModel, Depth
 from .blocks import Block, fourier, hypernetwork, interpolated, layered, shared, smooth
 from .config import CURVES, SOLVERS, build, depth
 from .image import ImageClassifier

@@ -2,21 +2,22 @@
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from .._memory import check_fits
 from .._rules import constant, count, instance, positive
+from .._solution import FlowSolution, Sides
 from .._types import ArrayLike
 from ..fields import AbstractCurve, AbstractField, TimeDependent
 from ..fields.time import jumps
-from ..flow import FlowSolution, Observables, flow, memory_estimate
+from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
 from ..solvers import LieTrotter, default_adjoint
 
@@ -95,8 +96,8 @@ class Depth(eqx.Module):
     ) -> FlowSolution:
         """The flow of mu0 along the field over [0, t1].
 
-        The solution has the measure at t1; with `observe` it holds pairs, of what is there and of
-        what is observed at each step.
+        The solution has the measure at t1 as its `final` one; with `observe`, what is observed at
+        each step.
         `throw`: raise if it fails, as in [`jaxflow.flow`][].
         """
         if self.steps is not None:
@@ -112,8 +113,7 @@ class Depth(eqx.Module):
                     "BacksolveAdjoint keeps no path to observe along: take "
                     "diffrax.RecursiveCheckpointAdjoint(), or no costs along the flow."
                 )
-            path = diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, y, args: None)
-            saveat = diffrax.SaveAt(subs=[diffrax.SubSaveAt(t1=True), path])
+            saveat = diffrax.SaveAt(t0=True, steps=True, fn=lambda t, y, args: None)
         return flow(
             field,
             mu0,
@@ -133,37 +133,6 @@ def depth_or_steps(depth: Depth | None, t1: float, steps: int) -> Depth:
     if depth is None:
         return Depth(t1=t1, steps=steps)
     return instance("depth", depth, Depth, "jaxflow.models.Depth(t1=1.0, steps=4)")
-
-
-class Solved(eqx.Module):
-    """A solve inside a model.
-
-    - `final`: the measure at time T. `ok`: whether the solve succeeded and is finite.
-    - `stats`: as in [`jaxflow.FlowSolution`][].
-    - `ts`, `observed`: with `observe`, the ends of the steps (inf where there was none) and the
-      observed values there.
-    - `before`: the same just before, where parameters of the field jump.
-    """
-
-    final: Measure
-    ok: Bool[Array, ""]
-    stats: dict[str, Any]
-    ts: Float[Array, " times"] | None = None
-    observed: Any = None
-    before: Any = None
-
-    def integral(self, name: str) -> Array:
-        """int_0^T of what was observed by that name, by the trapezoidal rule over the steps."""
-        if self.ts is None:
-            raise ValueError(f"nothing was observed: pass observe={{{name!r}: fn}} to solve.")
-        if name not in self.observed:
-            raise ValueError(f"{name!r} was not observed, but {', '.join(self.observed)}.")
-        reached = jnp.isfinite(self.ts)
-        shape = (-1, *[1] * (self.observed[name].ndim - 1))
-        gaps = jnp.where(reached[1:], self.ts[1:] - jnp.where(reached[:-1], self.ts[:-1], 0), 0)
-        there = lambda values: jnp.where(reached.reshape(shape), values[name], 0)
-        ends = there(self.observed)[:-1] + there(self.before)[1:]
-        return (gaps.reshape(shape) * ends / 2).sum(axis=0)
 
 
 class AbstractModel(eqx.Module):
@@ -194,22 +163,17 @@ class AbstractModel(eqx.Module):
         [`jaxflow.fields.time.sample`][] takes from its own."""
         return eqx.tree_at(lambda model: model.field, self, TimeDependent(curve))
 
-    def solve(self, inputs: ArrayLike, observe: Observables | None = None) -> Solved:
-        """The flow of the embedded inputs; `observe` is evaluated at each step, and on both sides
-        of it where parameters of the field jump."""
+    def solve(self, inputs: ArrayLike, observe: Observables | None = None) -> FlowSolution:
+        """The flow of the embedded inputs; its `final` measure is what `read_out` takes.
+
+        `observe` is evaluated at each step, and on both sides of it where parameters of the field
+        jump: `observed` then holds [`jaxflow.flow.Sides`][]. Look at `ok`: a solve that fails
+        raises nothing.
+        """
         watched = dict(instance("observe", observe or {}, Mapping, "{name: fn}"))
         if jumps(self.field):
-            watched |= {_before(name): _just_before(fn) for name, fn in watched.items()}
-        sol = self.depth.flow(self.field, self.embed(inputs), watched)
-        final = (sol.measures[0] if watched else sol.measures)[-1]
-        ok = diffrax.is_okay(sol.result) & jnp.isfinite(final.points).all()
-        solved = Solved(final, ok, sol.stats)
-        if not observe:
-            return solved
-        values = sol.observed[1]
-        observed = {name: values[name] for name in observe}
-        before = {name: values.get(_before(name), values[name]) for name in observe}
-        return Solved(final, ok, sol.stats, sol.ts[1], observed, before)
+            watched = {name: _on_both_sides(fn) for name, fn in watched.items()}
+        return self.depth.flow(self.field, self.embed(inputs), watched)
 
     def __call__(self, inputs: ArrayLike) -> Array:
         """read_out(flow(embed(inputs))).
@@ -224,10 +188,7 @@ class AbstractModel(eqx.Module):
         return self.read_out(solved.final)
 
 
-def _before(name: str) -> str:
-    return f"{name}, just before"
-
-
-def _just_before(fn: Callable) -> Callable:
-    """The observable at the left limit of its time."""
-    return lambda t, mu: fn(jax.lax.stop_gradient(jnp.nextafter(t, -jnp.inf)), mu)
+def _on_both_sides(fn: Callable) -> Callable:
+    """The observable at the left limit of its time and at the time itself."""
+    before = lambda t: jax.lax.stop_gradient(jnp.nextafter(t, -jnp.inf))
+    return lambda t, mu: Sides(fn(before(t), mu), fn(t, mu))

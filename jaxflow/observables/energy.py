@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from .._rules import real
 from .._types import Scalar, ScalarLike
-from ..fields import AbstractField
+from ..fields import AbstractField, token_velocities
 from ..kernels import softmax_expectation
 from ..measure import Measure, check_measure
 from .base import AbstractObservable, or_nan, over_leading
@@ -82,5 +82,5 @@ class KineticEnergy(AbstractObservable):
             raise TypeError(f"field must be a function of (t, x, mu), got {self.field!r}.")
 
     def __call__(self, t, mu):
-        velocity = self.field(t, mu.points, mu)
+        velocity = token_velocities(self.field, t, mu)
         return ((velocity**2).sum(axis=1) * mu.weights.astype(velocity.dtype)).sum()

@@ -73,7 +73,7 @@ class _DamagedError(Exception):
 def _read(entry: Path, made_of: dict[str, Any]) -> Tokens:
     record = entry / "entry.json"
     try:
-        written = json.loads(record.read_bytes())
+        written = _json(record)
         found = {name: _sha256(regular(entry / name)) for name in _FILES}
     except (OSError, ValueError) as error:
         raise _DamagedError(f"the tokens in {entry} cannot be read: {error}") from error
@@ -86,11 +86,10 @@ def _read(entry: Path, made_of: dict[str, Any]) -> Tokens:
             if wrong
             else f"{record} is damaged: it does not tell what these tokens are made of."
         )
-    saved = json.loads((entry / "tokenizer.json").read_bytes())
     return Tokens(
         np.load(entry / "training.npy", mmap_mode="r"),
         np.load(entry / "validation.npy", mmap_mode="r"),
-        tokenizer_from_dict(saved),
+        tokenizer_from_dict(_json(entry / "tokenizer.json")),
     )
 
 
@@ -153,6 +152,13 @@ def _write(path: Path, tokenizer: Tokenizer, pieces: Iterable[str]):
             count += len(tokens)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(regular(path).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
 
 
 def _sha256(path: Path) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 
 from .. import __version__
 from .._folder import locked, read_json, sealed, sync
+from .._rules import count
 from .leaves import digest, from_host, is_stored, layout, named, to_host, top
 
 _TEMPORARY = re.compile(r"\.saving-\w{8}")
@@ -68,11 +69,8 @@ def save(
     process writes to the folder; OSError if the disk is full. What was there before is then as it
     was.
     """
-    for name, number, least in (("step", step, 0), ("keep", keep, 1)):
-        if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise TypeError(f"{name} must be a whole number, got {number!r}.")
-        if number < least:
-            raise ValueError(f"step must be >= 0 and keep >= 1; got {step} and {keep}.")
+    count("step", step, least=0)
+    count("keep", keep)
     about = {"config": config, "cursor": cursor, "metrics": metrics or {}}
     _check_json(about)
     leaves = named(state)

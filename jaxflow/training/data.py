@@ -39,8 +39,7 @@ _SPLIT = 2**64 - 1
 
 def _bits(seed: int, counter: int, count: int) -> UInt[np.ndarray, " count"]:
     """`count` 64-bit words of the Philox stream keyed by (seed, counter)."""
-    key = np.array([word("seed", seed), word("step", counter)], np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
+    return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
 
 
 @functools.lru_cache(maxsize=2)
@@ -49,7 +48,7 @@ def _permutation(n: int, seed: int, counter: int) -> Integer[np.ndarray, " n"]:
 
 
 def _check_batch(numbers: int):
-    check_fits(16 * numbers, "a batch", "Take a smaller batch_size.", host=True)
+    check_fits(16 * numbers, "a batch", "Take a smaller batch_size or context.", host=True)
 
 
 def _first(batches: Iterator[Any], count: int | None) -> Iterator[Any]:
@@ -100,7 +99,7 @@ class Text:
         """
         starts = len(self.training) - self.context
         # The remainder of 64 bits is uniform up to tokens / 2^64.
-        words = _bits(self.seed, step, self.batch_size) % np.uint64(starts)
+        words = _bits(self.seed, word("step", step), self.batch_size) % np.uint64(starts)
         return self._windows(self.training, words.astype(np.int64))
 
     def validation_batches(self, count: int | None = None) -> Iterator[TokenBatch]:
@@ -338,7 +337,7 @@ def image_data(
         validation = fraction("validation", validation)
     train, test = read_images(source, labels)
     if isinstance(validation, str | Path):
-        test, _ = read_images(validation)
+        test, _ = read_images(validation, what="validation")
     elif test is None:
         train, test = _split(train, validation)
     if train.images.shape[1:] != test.images.shape[1:] or train.white != test.white:

@@ -23,10 +23,11 @@ from jaxtyping import Array, PRNGKeyArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .._rules import count
 from ..models import AbstractModel
 from . import checkpoints, record
 from .losses import AbstractLoss, FlowLoss, cross_entropy
-from .optimisers import adamw, whole_number
+from .optimisers import adamw
 from .record import Place, Record
 from .step import State, Step, TrainingError, diagnosis, evaluated, update
 
@@ -63,7 +64,7 @@ class Fitted:
 
 
 def fit(
-    model: AbstractModel,
+    model: eqx.Module,
     data: Data,
     *,
     steps: int,
@@ -141,7 +142,7 @@ def fit(
         patience=patience,
         budget=budget,
     )
-    keep = whole_number("keep", keep)
+    keep = count("keep", keep)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
     if run is not None:
@@ -149,9 +150,10 @@ def fit(
     about = _about(data, config, accumulate)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimiser = adamw(steps) if optimiser is None else optimiser
+    key = jax.random.key(0) if key is None else key
+    _check_parts(optimiser, loss, key)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     step = Step(static, optimiser, loss)
-    key = jax.random.key(0) if key is None else key
     # The step gives its state's memory to the next one, and the caller keeps the model.
     state = jax.tree.map(jnp.copy, State(params, optimiser.init(params), key))
     first = _batches(data, 0, accumulate)
@@ -166,6 +168,7 @@ def fit(
         with _Display(steps, place.step, progress, cost) as display:
             loop = _Loop(step, data, schedule, kept, signals, display, state, best, place)
             reason = loop.run()
+        reason = signals.caught or reason  # one that came with the last step counts too
     best = loop.state.params if loop.best is None else loop.best
     whole = lambda params: eqx.combine(params, static)
     return Fitted(
@@ -197,7 +200,7 @@ class _Schedule:
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if value is not None:
-                whole_number(name, value)
+                count(name, value)
 
     def spent(self, place: Place) -> bool:
         return self.budget is not None and place.spent >= self.budget
@@ -254,8 +257,8 @@ class _Loop:
 
     def advance(self):
         """Makes a step; its numbers are pending until they are logged."""
-        count, number = self.schedule.accumulate, self.place.step
-        batch, start = _batches(self.data, number, count), time.perf_counter()
+        batches, number = self.schedule.accumulate, self.place.step
+        batch, start = _batches(self.data, number, batches), time.perf_counter()
         self.state, ok, metrics = update((self.step, batch, np.int32(number)), self.state)
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not ok:
@@ -263,7 +266,7 @@ class _Loop:
             failed = f"step {number + 1} failed (loss {numbers['loss']:.6g}): "
             raise TrainingError(failed + diagnosis(self.step, self.state, batch, number))
         numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
-        self.place = self.place.after(numbers.get("num_evaluations", 0.0) * count, numbers)
+        self.place = self.place.after(numbers.get("num_evaluations", 0.0) * batches, numbers)
 
     def evaluated(self) -> dict[str, float] | None:
         """The validation losses; None where a signal cut the evaluation off."""
@@ -322,6 +325,19 @@ def _about(data: Data, config: Mapping[str, Any] | None, accumulate: int) -> dic
         return json.loads(json.dumps(about))
     except TypeError as error:
         raise TypeError(f"config and data.describe() must be JSON: {error}.") from error
+
+
+def _check_parts(optimiser: Any, loss: Any, key: Any):
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise TypeError(f"optimiser must be an Optax optimiser, got {optimiser!r}.")
+    if not callable(loss):
+        raise TypeError(f"loss must be a function (outputs, targets) -> number, got {loss!r}.")
+    try:
+        jax.eval_shape(lambda k: jax.random.fold_in(k, 0), key)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"key must be one PRNG key, got {key!r}: pass jax.random.key(...)."
+        ) from None
 
 
 def _check_step(step: Step, state: State, batch, budget: int | None):

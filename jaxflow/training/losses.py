@@ -16,7 +16,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..fields import AbstractField
-from ..models import AbstractModel
 from .data import IGNORED
 
 # Makes the observable (t, mu) -> number of a field, such as `jaxflow.observables.KineticEnergy`.
@@ -35,9 +34,7 @@ class AbstractLoss(eqx.Module):
     """A loss of a model on a batch."""
 
     @abc.abstractmethod
-    def __call__(
-        self, model: AbstractModel, inputs: Array, targets: Array, key: PRNGKeyArray
-    ) -> Valued:
+    def __call__(self, model: Any, inputs: Array, targets: Array, key: PRNGKeyArray) -> Valued:
         """The value on a batch; the key is of this step alone."""
 
 
@@ -96,7 +93,7 @@ def squared_error(outputs: Float[Array, "*shape"], targets: Float[Array, "*shape
 
 
 def evaluate(
-    model: AbstractModel,
+    model: eqx.Module,
     batches: Iterable[tuple[Any, Any]],
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     *,
@@ -141,7 +138,7 @@ def _valued(loss, model, inputs, targets, key):
     return loss(model, inputs, targets, key)
 
 
-def accuracy(model: AbstractModel, batches) -> float:
+def accuracy(model: eqx.Module, batches) -> float:
     """The part of the targets that is the most likely class."""
     right, total = 0, 0
     predict = eqx.filter_jit(lambda m, x: jnp.argmax(m(x), axis=-1))

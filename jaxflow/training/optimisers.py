@@ -1,13 +1,12 @@
 """The usual optimiser of transformers, with weight decay on matrices only."""
 
-import math
 from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 import optax
 
+from .._rules import count, not_negative, positive, real
 from ..fields.time import AbstractLinearCurve
 
 
@@ -37,19 +36,18 @@ def adamw(
     **Raises:** TypeError for a number of steps that is not whole, ValueError for any number that is
     not finite or not in its range.
     """
-    whole_number("steps", steps)
-    whole_number("warmup", warmup, least=0)
+    count("steps", steps)
+    count("warmup", warmup, least=0)
     for name, value in {
         "learning_rate": learning_rate,
         "final": final,
         "weight_decay": weight_decay,
-        "clip": 1.0 if clip is None else clip,
-        "b1": b1,
-        "b2": b2,
     }.items():
-        _check_number(name, value, least=0.0, below=1.0 if name in ("b1", "b2") else math.inf)
-    if clip is not None and not isinstance(clip, jax.core.Tracer) and clip == 0:
-        raise ValueError("clip must be greater than 0, got 0; None is no limit.")
+        real(name, value, "finite and at least 0", not_negative)
+    for name, value in {"b1": b1, "b2": b2}.items():
+        real(name, value, "at least 0 and below 1", lambda b: 0 <= b < 1)
+    if clip is not None:
+        real("clip", clip, "finite and greater than 0, or None for no limit", positive)
     warmup = min(warmup, steps // 10)
     cosine = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup, max(steps, warmup + 1), final * learning_rate
@@ -65,28 +63,6 @@ def matrices(model: Any) -> Any:
     The coefficients of a curve are stacked along a first axis, which does not count.
     """
     return _matrices([model], axes=2)[0]
-
-
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """The value, once it is known to be a whole number that is not too small.
-
-    **Raises:** TypeError if it is no whole number, ValueError if it is less than `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    return int(value)
-
-
-def _check_number(name: str, value: Any, least: float, below: float):
-    if isinstance(value, jax.core.Tracer):
-        return
-    if isinstance(value, bool | str) or np.ndim(value) or not np.isrealobj(value):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not least <= value < below:
-        most = "finite" if below == math.inf else f"below {below:g}"
-        raise ValueError(f"{name} must be at least {least:g} and {most}, got {value}.")
 
 
 def _matrices(tree, axes: int):

@@ -118,12 +118,14 @@ class Record:
         return found
 
     def _restored(self, state, last: Path, good: dict[Path, dict]) -> tuple[Any, Any, Place]:
-        cursor = {k: v for k, v in good[last]["cursor"].items() if k not in ("log", "failed")}
+        sealed_cursor = good[last]["cursor"]
+        cursor: dict[str, Any] = {name: sealed_cursor[name] for name in Place._fields}
         best = checkpoints.smallest(good, "loss")
         params = None if best is None else checkpoints.restore(best, state)[0].params
         state, _ = checkpoints.restore(last, state)
-        self.history = self.log_file.verify(good[last]["cursor"]["log"])
-        place = Place(**cursor | {"best": math.inf if cursor["best"] is None else cursor["best"]})
+        self.history = self.log_file.verify(sealed_cursor["log"])
+        cursor["best"] = math.inf if cursor["best"] is None else cursor["best"]
+        place = Place(**cursor)
         self.saved, self.loss = place.step, good[last]["metrics"].get("loss")
         return state, jax.tree.map(jnp.copy, params), place
 
@@ -162,8 +164,8 @@ class Record:
                 f"{path} was not written by `fit` of this version, so it cannot be resumed; "
                 "load(run) still reads its model."
             )
-        both = ({"accumulate": c["accumulate"]} | c["data"] for c in (before, now))
-        if difference := _difference(*both, {"source"}):
+        data = lambda about: {"accumulate": about["accumulate"]} | about["data"]
+        if difference := _difference(data(before), data(now), {"source"}):
             raise ValueError(
                 f"the run was trained on other data: {difference}. Pass the same data, batch size "
                 "and accumulation to resume it."

@@ -89,9 +89,11 @@ class Labelled(NamedTuple):
 
 
 def read_images(
-    source: str | Path | None, labels: str | Path | None = None
+    source: str | Path | None, labels: str | Path | None = None, *, what: str = "source"
 ) -> tuple[Labelled, Labelled | None]:
     """The images of a source and, where it has a part of its own for it, those to validate on.
+
+    `what` names the argument in an error.
 
     **Raises:** ValueError for a path that does not exist, a file that is damaged or of another
     format, and for pixels or labels out of their range; MemoryError for images that do not fit the
@@ -101,10 +103,8 @@ def read_images(
         if labels is not None:
             raise ValueError(f"the built-in images have labels; leave out labels={str(labels)!r}.")
         return _digits(), None
-    path = _files.regular(source, "source")
-    with path.open("rb") as file:
-        archive = path.suffix.lower() == ".npz" or file.read(2) == b"PK"
-    if archive:
+    path = _files.regular(source, what)
+    if _files.is_npz(path):
         if labels is not None:
             raise ValueError(f"{path} holds its own labels; leave out labels={str(labels)!r}.")
         return _read_npz(path)
@@ -166,7 +166,8 @@ def _check_shapes(images: Any, labels: Any, name: str, labels_name: str):
     n = images.shape[0]
     if labels.shape not in ((n,), (n, 1)):
         raise ValueError(
-            f"labels must be one number an image: {n}; {labels_name} has shape {labels.shape}."
+            f"labels must be one number an image: {n}; {labels_name} has shape {labels.shape}, and "
+            f"{name} {images.shape}."
         )
     if labels.dtype.kind not in "iu":
         raise ValueError(f"labels must be 0, 1, 2, ...; {labels_name} has {labels.dtype}.")
@@ -184,7 +185,8 @@ def _labelled(
             "largest possible is 2^31 - 2."
         )
     images = images[..., None] if images.ndim == 3 else images
-    images = images.astype(np.float32, copy=False) if images.dtype.kind == "f" else images
+    if images.dtype.kind in "bf":
+        images = images.astype({"b": np.uint8, "f": np.float32}[images.dtype.kind], copy=False)
     return Labelled(images, labels.astype(np.int32), float(white))
 
 

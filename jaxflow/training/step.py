@@ -129,7 +129,7 @@ def diagnosis(step: Step, state: State, batch, number: int) -> str:
             sol = model.depth.flow(model.field, model.embed(inputs), throw=True)
         except (FlowError, ValueError) as error:  # a ValueError for x(0) itself
             return str(error)
-        if not np.isfinite(np.asarray(model.read_out(sol.measures[-1]))).all():
+        if not np.isfinite(np.asarray(model.read_out(sol.final))).all():
             return f"the outputs at t = {model.depth.t1:g} are not finite." + remedy
     gradient, value, *_ = eqx.filter_jit(step.gradient)(state, batch, np.int32(number))
     if leaf := _infinite(gradient):

@@ -28,9 +28,6 @@ LARGEST = 2**20
 _RUN = 2**10
 _RUNS = re.compile(rf"(?:[^\W_]{{{_RUN}}}|(?:[^\w\s]|_){{{_RUN}}}|\s{{{_RUN}}})")
 
-# What a tokenizer of byte pairs has to give back before it is used.
-_PROBE = "It's Aa é, 東京 🙂:\r\n\t  1²\0"
-
 
 @dataclass(frozen=True)
 class Bytes:
@@ -92,6 +89,7 @@ class Chars:
     def encode(self, text: str) -> UInt[np.ndarray, " tokens"]:
         """The characters' places in the alphabet; ValueError for one that is not in it."""
         alphabet = self._codes
+        _check_string(text)
         if foreign := set(text).difference(self.alphabet):
             raise ValueError(
                 f"the alphabet of {self.vocab_size} characters has no {min(foreign)!r}: leave it "
@@ -127,12 +125,10 @@ class BPE:
     model: str = ""
 
     def __post_init__(self):
-        size = whole("the size of BPE", self.size, least=-(2**63), most=LARGEST)
-        if size < 256:
-            raise ValueError(f"BPE starts from the 256 bytes: size must be >= 256, got {size}")
-        object.__setattr__(self, "size", size)
+        # It starts from the 256 bytes. As an int of Python it is JSON.
+        object.__setattr__(self, "size", whole("the size of BPE", self.size, 256, LARGEST))
         if self.model:
-            self._check_model()
+            _ = self._backend
 
     @functools.cached_property
     def _backend(self) -> Any:
@@ -140,35 +136,7 @@ class BPE:
             raise ValueError(
                 f"BPE({self.size}) has no symbols before BPE({self.size}).fit([text])."
             )
-        library = _library()
-        try:
-            return library.Tokenizer.from_str(self.model)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(
-                f"the model of BPE is not JSON of the tokenizers library: {error}. Take it from "
-                "to_dict() of a fitted one."
-            ) from None
-
-    def _check_model(self):
-        """Whether the model gives back every text: it has all bytes, and changes nothing before."""
-        vocabulary, parts = self._backend.get_vocab(), json.loads(self.model)
-        bytes_ = set(_library().pre_tokenizers.ByteLevel.alphabet())
-        kinds = [(parts[name] or {}).get("type") for name in ("model", "pre_tokenizer", "decoder")]
-        extra = ("normalizer", "post_processor", "truncation", "padding", "added_tokens")
-        if not (
-            bytes_ <= vocabulary.keys()
-            and sorted(vocabulary.values()) == list(range(len(vocabulary)))
-            and len(vocabulary) <= self.size
-            and kinds == ["BPE", "ByteLevel", "ByteLevel"]
-            and not any(parts.get(name) for name in extra)
-            and not parts["model"].get("dropout")
-            and self.decode(self.encode(_PROBE)) == _PROBE
-        ):
-            raise ValueError(
-                f"the model of BPE is not one of the 256 bytes and their pairs, at most {self.size}"
-                f" symbols, as BPE({self.size}).fit([text]) makes it, so it would not give a text "
-                "back. Take it from to_dict() of a fitted one."
-            )
+        return _assembled(*_symbols(self.model, self.size))
 
     @property
     def vocab_size(self) -> int:
@@ -178,13 +146,9 @@ class BPE:
         """The tokenizer of the most frequent pairs in these pieces of a text."""
         if self.model:
             return self
-        hf = _library()
-        backend = hf.Tokenizer(hf.models.BPE())
-        backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = hf.decoders.ByteLevel()
-        alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-        trainer = hf.trainers.BpeTrainer(
-            vocab_size=self.size, initial_alphabet=alphabet, show_progress=False
+        backend = _assembled({}, [])
+        trainer = _library().trainers.BpeTrainer(
+            vocab_size=self.size, initial_alphabet=_alphabet(), show_progress=False
         )
         backend.train_from_iterator((part for piece in text for part in _cut(piece)), trainer)
         return BPE(self.size, backend.to_str())
@@ -231,9 +195,13 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
     return _TOKENIZERS[kind](**entries)
 
 
-def _utf8(text: str) -> bytes:
+def _check_string(text: Any):
     if not isinstance(text, str):
-        raise TypeError(f"a text must be a string, got a {type(text).__name__}.")
+        raise TypeError(f"a text must be a string, got {text!r:.80}.")
+
+
+def _utf8(text: Any) -> bytes:
+    _check_string(text)
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -245,7 +213,10 @@ def _utf8(text: str) -> bytes:
 
 def _checked(tokens: Any, vocab_size: int) -> Integer[np.ndarray, " tokens"]:
     """Tokens as int64, if all of them are some of this vocabulary."""
-    found = np.asarray(tokens)
+    try:
+        found = np.asarray(tokens)
+    except ValueError:  # lists of several lengths
+        found = np.asarray(None)
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise TypeError(
             f"tokens must be a sequence of whole numbers, got {found.dtype} of shape {found.shape}."
@@ -266,6 +237,45 @@ def _cut(text: str) -> Iterator[str]:
         start = run.end()
     if start < len(text):
         yield text[start:]
+
+
+def _symbols(model: str, size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The symbols of a model in JSON and its pairs; the rest of it is known.
+
+    All that the library relies on is looked at here: it does not end in an error but in a panic.
+    """
+    try:
+        parts = json.loads(model)["model"]
+        vocabulary, merges = parts["vocab"], [(left, right) for left, right in parts["merges"]]
+        sound = (
+            sorted(vocabulary.values()) == list(range(len(vocabulary)))
+            and not any(isinstance(number, bool) for number in vocabulary.values())
+            and len(vocabulary) <= size
+            and vocabulary.keys() >= {*_alphabet()}
+            and all({left, right, left + right} <= vocabulary.keys() for left, right in merges)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"the model of BPE({size}) must be JSON of the tokenizers library, with the 256 bytes "
+            f"and their pairs, at most {size} symbols; this one is damaged, or of another kind. "
+            "Take it from to_dict() of a fitted one."
+        )
+    return vocabulary, merges
+
+
+def _assembled(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    hf = _library()
+    backend = hf.Tokenizer(hf.models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = hf.decoders.ByteLevel()
+    return backend
+
+
+def _alphabet() -> list[str]:
+    """The characters that stand for the 256 bytes."""
+    return _library().pre_tokenizers.ByteLevel.alphabet()
 
 
 def _library() -> Any:

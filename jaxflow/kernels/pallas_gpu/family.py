@@ -9,29 +9,17 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from ..base import Cotangent, Forward, Mode, Problem, Results, Shapes, Tangent
+from ..base import AbstractFunctions, Mode, Shapes
 
 # Before jax 0.11, plgpu.load requires an index beside the reference; later it deprecates one.
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 NO_INDEX = ((),) if _INDEX is not None and _INDEX.default is _INDEX.empty else ()
 
 
-class AbstractFamily(abc.ABC):
+class AbstractFamily(AbstractFunctions):
     """The three functions for a kind of operands, with exactly one batch axis."""
 
     name: ClassVar[str]
-
-    @abc.abstractmethod
-    def forward(self, operands: Forward, problem: Problem) -> Results:
-        """(mean, lse)."""
-
-    @abc.abstractmethod
-    def tangent(self, operands: Tangent, problem: Problem) -> Results:
-        """(dmean, dlse)."""
-
-    @abc.abstractmethod
-    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
-        """(gu, gk, gv, gb); gb may be anything where the problem has no weights."""
 
     @abc.abstractmethod
     def candidates(self, mode: Mode, shapes: Shapes) -> Sequence[Any]:

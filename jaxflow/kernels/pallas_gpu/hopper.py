@@ -76,11 +76,11 @@ class Config:
 class Hopper(AbstractFamily):
     """The kernels of this file.
 
-    A cotangent is two kernels with a `config` each: the one that streams keys (gu), then the one
-    that streams queries.
+    `config` is a `Config`, or None for the default. A cotangent is two kernels with one each: it
+    takes a pair, of the kernel that streams keys (gu) and of the one that streams queries.
     """
 
-    config: Config | tuple[Config, Config] | None = None
+    config: Any = None
     interpret: Any = False
 
     name: ClassVar[str] = "hopper"

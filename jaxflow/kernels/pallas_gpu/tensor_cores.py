@@ -268,8 +268,11 @@ class TensorCores(AbstractFamily):
         keys = {"k": (k, 0), "v": (v, 0)} | _weights(problem, b)
         call = partial(self._call, "cotangent", problem.band)
         (gu,) = call(_rows_kernel, rows, keys, scale, {"gu": ("m", q.shape[-1], dtype)})
-        outs = {"gk": ("n", *k.shape[-1:], k.dtype), "gv": ("n", *v.shape[-1:], v.dtype)}
-        outs["gb"] = "n", None, dtype
+        outs = {
+            "gk": ("n", k.shape[-1], k.dtype),
+            "gv": ("n", v.shape[-1], v.dtype),
+            "gb": ("n", None, dtype),
+        }
         gk, gv, gb = call(_columns_kernel, rows | {"lse": (away, jnp.inf)}, keys, scale, outs)
         return gu, gk, gv, gb
 
