@@ -41,6 +41,17 @@ class FlowSolution(eqx.Module):
     - `result`: a `diffrax.RESULTS`; `event_mask`: which event stopped the flow.
 
     With `SaveAt(subs=...)` these hold trees like `subs`.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> sol = jaxflow.flow(
+    ...     jaxflow.SelfAttention(), mu0, t1=2.0, saveat=diffrax.SaveAt(ts=jnp.linspace(0, 2, 5)),
+    ...     observe={"order": lambda t, mu: jaxflow.observables.order_parameter(mu)},
+    ... )
+    >>> sol.measures.points.shape, sol.observed["order"].shape
+    ((5, 8, 3), (5,))
+
+    ```
     """
 
     ts: Any

@@ -39,6 +39,8 @@ class Crossing(eqx.Module):
 
     **Arguments:** `observable`, any function of (t, mu); `level`; `sign`, 1 to stop below the level
     and -1 above it.
+
+    **Raises:** `ValueError`, when it is called, for an observable that is no scalar.
     """
 
     observable: Callable[[Any, Measure], Any]
@@ -100,6 +102,17 @@ def until_clustered(
 
     **Arguments:** `count`; `threshold`, the least cosine of linked tokens, or `radius`, their
     largest distance ([`jaxflow.observables.cluster_labels`][]).
+
+    **Raises:** `ValueError` or `TypeError` for a count below 1 and what links no tokens.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> stop = jaxflow.events.until_clustered()
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(), mu0, t1=100.0, event=stop)
+    >>> int(jaxflow.observables.cluster_count(sol.last))
+    1
+
+    ```
     """
     if count < 1:
         raise ValueError(f"tokens have at least one cluster, got count={count}.")
@@ -111,6 +124,8 @@ def until_steady(speed: ScalarLike = 1e-6) -> diffrax.Event:
 
     One evaluation of the field a step. A metastable state moves exponentially slowly: a small
     speed tells it from a steady state no better than the eye does.
+
+    **Raises:** `ValueError` where the speed is not positive.
     """
     if is_concrete(speed) and not speed > 0:
         raise ValueError(f"the speed of a steady state must be positive, got {speed}.")
@@ -123,6 +138,8 @@ def log_times(
     """t0, and then `count` times from t0 + first to t1, evenly spread in log (t - t0).
 
     For `SaveAt(ts=log_times(...))`: each decade of time is seen equally well.
+
+    **Raises:** `ValueError` where `first` is not between 0 and t1 - t0, and for fewer than 2 times.
     """
     if not 0 < first < t1 - t0:
         raise ValueError(f"log_times needs 0 < first < t1 - t0; got {first} and {t1 - t0}.")

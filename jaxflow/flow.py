@@ -120,6 +120,14 @@ def flow(
     **Raises:** `ValueError` or `TypeError` for bad input, `MemoryError` where what is saved would
     not fit, `FlowError` where the solve fails or is not finite (under `jit`, the run-time error of
     `equinox.error_if`).
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=20.0)
+    >>> int(jaxflow.observables.cluster_count(sol.last))
+    1
+
+    ```
     """
     check_kinds(
         field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,

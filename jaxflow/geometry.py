@@ -119,6 +119,12 @@ class Sphere(AbstractGeometry):
     radius sqrt(d)).
 
     **Raises:** `ValueError` or `TypeError` where the radius is not positive and finite.
+
+    ```python
+    >>> jaxflow.Sphere(10.0).retract(jnp.array([3.0, 4.0])).tolist()
+    [6.0, 8.0]
+
+    ```
     """
 
     radius: float = 1.0

@@ -195,7 +195,10 @@ def _check_mass(log_weights: np.ndarray | None):
 
 
 def check_measure(name: str, value: Any):
-    """A measure, as functions of a measure ask for one."""
+    """A measure, as functions of a measure ask for one.
+
+    **Raises:** `TypeError` for anything else.
+    """
     if not isinstance(value, Measure):
         raise TypeError(
             f"{name} must be a jaxflow.Measure, got {type(value).__name__}. Wrap points (n, d) in "

@@ -46,6 +46,8 @@ class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
     then it reads, and sets by `equinox.tree_at`, attributes of that kind on the wrapping one: the
     tolerances of `root_finder`, and the `scan_kind` that an adjoint can pass. They are redirected
     to the innermost method.
+
+    **Raises:** `TypeError` where what is wrapped is no diffrax solver.
     """
 
     wrapped: eqx.AbstractVar[diffrax.AbstractSolver]
@@ -257,6 +259,8 @@ class AbstractSplitting(AbstractComposition):
     """A composition of steps, each with one of the parts X_1 + ... + X_K of a field.
 
     The parts of a sum are those of its terms; a multiple or a curve of sums has parts too.
+
+    **Raises:** `TypeError` where what steps is no diffrax solver.
     """
 
     solver: eqx.AbstractVar[diffrax.AbstractSolver]
@@ -410,6 +414,8 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
 
     Each state is kept for up to 64 steps, where a gradient then costs what it does for a
     rematerialised `jax.lax.scan`; of more, 8 sqrt(steps) are, and memory grows as the square root.
+
+    **Raises:** `ValueError` or `TypeError` for fewer than one step.
     """
     if count("steps", steps, 0) < 1:
         raise ValueError(f"a solve has at least one step, got {steps}.")

@@ -340,6 +340,14 @@ def divergence(
     **Returns:** shape `(m,)`.
 
     **Raises:** `ValueError` or `TypeError` for points of another shape, or no samples.
+
+    ```python
+    >>> mu = jaxflow.measure.gaussian(5, 3, key=jax.random.key(0))
+    >>> field = jaxflow.LinearDrift(jnp.eye(3), geometry=jaxflow.Euclidean())  # X(x) = x
+    >>> jaxflow.divergence(field, 0.0, mu.points, mu).tolist()
+    [3.0, 3.0, 3.0, 3.0, 3.0]
+
+    ```
     """
     is_field(field)
     instance("mu", mu, Measure, "jaxflow.Measure(points)")

@@ -98,6 +98,14 @@ class PiecewiseConstant(AbstractLinearCurve):
 
     **Raises:** `ValueError` for fields of different structures, or times that do not fit them;
     `TypeError` for what is no field, and for traced times.
+
+    ```python
+    >>> layers = [jaxflow.SelfAttention(beta=b) for b in (1.0, 4.0)]
+    >>> field = jaxflow.TimeDependent(jaxflow.PiecewiseConstant(layers, [0.0, 1.0, 2.0]))
+    >>> float(field.at(0.5).beta), float(field.at(1.0).beta)
+    (1.0, 4.0)
+
+    ```
     """
 
     coefficients: AbstractField

@@ -27,6 +27,14 @@ class FeedForward(AbstractCausalField):
     `geometry`; `key`, PRNG key of W1 ~ N(0, 1/d) and W2 ~ N(0, 1/width) (the biases start at 0).
 
     **Raises:** `ValueError` for sizes below 1, `TypeError` for what is of another kind than these.
+
+    ```python
+    >>> field = jaxflow.FeedForward(8, 16, key=jax.random.key(0))
+    >>> mu = jaxflow.measure.gaussian(5, 8, key=jax.random.key(1))
+    >>> (jaxflow.MultiHeadAttention(8, 2, key=jax.random.key(2)) + field)(0.0, mu.points, mu).shape
+    (5, 8)
+
+    ```
     """
 
     weight_in: Float[Array, "width d"]

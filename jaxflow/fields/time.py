@@ -73,6 +73,14 @@ class TimeDependent(AbstractDivergenceField, AbstractCompositeField):
     **Arguments:** `curve`, such as `PiecewiseConstant(fields, ts)`.
 
     **Raises:** `TypeError` for what is no curve of fields.
+
+    ```python
+    >>> cold, hot = jaxflow.SelfAttention(beta=4.0), jaxflow.SelfAttention(beta=1.0)
+    >>> field = jaxflow.TimeDependent(jaxflow.PiecewiseLinear([cold, hot], [0.0, 2.0]))
+    >>> float(field.at(1.0).beta)
+    2.5
+
+    ```
     """
 
     curve: AbstractCurve

@@ -51,7 +51,10 @@ def shared(blocks: list[AbstractField], t1: float) -> Constant:
 
 
 def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
-    """The blocks at equal distances, and what is linear between them."""
+    """The blocks at equal distances, and what is linear between them.
+
+    **Raises:** `ValueError` for fewer than two blocks.
+    """
     if len(blocks) < 2:
         raise ValueError("interpolation needs at least two blocks.")
     return PiecewiseLinear(blocks, np.linspace(0, t1, len(blocks)))

@@ -131,6 +131,17 @@ def fit(
       solve fails, in a step or an evaluation, naming the step, the time and the tensor. The last
       finite parameters are then the latest checkpoint in `run`; `resume` goes on from the one
       before, which made a good step, so that another learning rate can help.
+
+    ```python
+    >>> digits = jaxflow.training.image_data(batch_size=8)
+    >>> model = jaxflow.models.ResidualNetwork(64, 10, 4, 1, width=4, key=jax.random.key(0))
+    >>> fitted = jaxflow.training.fit(
+    ...     model, digits, steps=1, evaluation_batches=1, progress=False
+    ... )
+    >>> fitted.model(jnp.zeros(64)).shape
+    (10,)
+
+    ```
     """
     schedule = _Schedule(
         steps=steps,

@@ -84,7 +84,10 @@ def cross_entropy(logits: Float[Array, "*batch classes"], targets: Int[Array, "*
 
 
 def squared_error(outputs: Float[Array, "*shape"], targets: Float[Array, "*shape"]) -> Array:
-    """mean |output - target|^2 over all entries."""
+    """mean |output - target|^2 over all entries.
+
+    **Raises:** `ValueError` where outputs and targets differ in shape.
+    """
     if outputs.shape != targets.shape:
         raise ValueError(
             f"outputs and targets must have one shape, got {outputs.shape} and {targets.shape}."
@@ -139,7 +142,10 @@ def _valued(loss, model, inputs, targets, key):
 
 
 def accuracy(model: eqx.Module, batches) -> float:
-    """The part of the targets that is the most likely class."""
+    """The part of the targets that is the most likely class.
+
+    **Raises:** `ValueError` where there is no batch.
+    """
     right, total = 0, 0
     predict = eqx.filter_jit(lambda m, x: jnp.argmax(m(x), axis=-1))
     for inputs, targets in batches:
