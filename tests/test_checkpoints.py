@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint")
 
+from jaxflow.training import checkpoints  # noqa: E402
 from jaxflow.training.checkpoints import (  # noqa: E402
     best,
     latest,
@@ -328,6 +329,22 @@ def write_until_killed(run: Path, seconds: float) -> int:
         writer.send_signal(signal.SIGKILL)
         announced += writer.stdout
     return int(announced[-1])
+
+
+def test_arrays_that_cannot_be_written_leave_the_checkpoint_before(stored, monkeypatch):
+    path, tree = stored
+
+    class Full:
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *error: None
+
+        def save(self, *args):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpoints.require(), "StandardCheckpointer", Full)
+    with pytest.raises(OSError, match="step-00002000 could not be written: .*No space left"):
+        put(path.parent, tree, step=2000)
+    assert steps(path.parent) == [1000] and attempt(path, tree)
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):

@@ -284,8 +284,14 @@ def require() -> Any:
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]):
     # Orbax takes neither an array without an element nor a tree without an array.
     if filled := {name: array for name, array in arrays.items() if array.size}:
-        with require().StandardCheckpointer() as checkpointer:
-            checkpointer.save(path / "arrays", filled)
+        orbax = require()
+        try:
+            with orbax.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path / "arrays", filled)
+        except (OSError, ValueError) as error:  # tensorstore's error of a full disk is the latter
+            raise OSError(
+                f"{path.name} could not be written: {error}. Those before are as they were."
+            ) from error
 
 
 def _read_arrays(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
