@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from ._functions import by_code
 from ._memory import PAIRS_AT_ONCE
+from ._rules import count as whole
 from ._types import Points, Scalar, ScalarLike, accumulation_dtype, is_concrete
 from .fields import AbstractField
 from .flow import FlowArgs, FlowError, flow, over_systems, particle_velocity
@@ -96,14 +97,20 @@ def until_above(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
 
 
 def until_clustered(
-    count: int = 1, threshold: ScalarLike = 0.999, *, radius: ScalarLike | None = None
+    count: int = 1,
+    threshold: ScalarLike = 0.999,
+    *,
+    radius: ScalarLike | None = None,
+    min_mass: ScalarLike = 0.0,
 ) -> diffrax.Event:
-    """Stops at the first time with at most `count` clusters, in every system.
+    """Stops at the first time with at most `count` clusters, and at least one, in every system.
 
     **Arguments:** `count`; `threshold`, the least cosine of linked tokens, or `radius`, their
-    largest distance ([`jaxflow.observables.cluster_labels`][]).
+    largest distance; `min_mass`, the share of all mass from which on a component is a cluster: of
+    very many tokens a few stragglers then do not count ([`jaxflow.observables.cluster_labels`][]).
 
-    **Raises:** `ValueError` or `TypeError` for a count below 1 and what links no tokens.
+    **Raises:** `ValueError` or `TypeError` for a count below 1, a share outside of [0, 1] and what
+    links no tokens.
 
     ```python
     >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
@@ -114,9 +121,20 @@ def until_clustered(
 
     ```
     """
-    if count < 1:
+    if whole("count", count, 0) < 1:
         raise ValueError(f"tokens have at least one cluster, got count={count}.")
-    return until_below(ClusterCount(threshold, radius=radius), count + 0.5)
+    clusters = ClusterCount(threshold, radius=radius, min_mass=min_mass)
+    return until_below(_Formed(clusters), count + 0.5)
+
+
+class _Formed(eqx.Module):
+    """The number of clusters; of tokens where none has the least mass yet."""
+
+    clusters: ClusterCount
+
+    def __call__(self, t: Any, mu: Measure) -> Array:
+        found = self.clusters(t, mu)
+        return jnp.where(found == 0, mu.n, found)
 
 
 def until_steady(speed: ScalarLike = 1e-6) -> diffrax.Event:

@@ -114,7 +114,7 @@ def test_tokens_at_one_point_are_one_cluster():
     assert int(observables.cluster_count(mu, radius=0.0)) == 1
 
 
-@pytest.mark.parametrize("copies", [1, 400])
+@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
 def test_clusters_ignore_length_and_tokens_without_mass(copies):
     x = jnp.array([[1.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     logs = jnp.array([0.0, -jnp.inf, 0.0, 0.0, 0.0])
@@ -124,7 +124,7 @@ def test_clusters_ignore_length_and_tokens_without_mass(copies):
     assert int(observables.cluster_count(mu)) == 3
 
 
-@pytest.mark.parametrize("copies", [1, 400])
+@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_token_without_direction_is_alone(copies):
     x = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0], [2.0, 0.0]])
     mu = jf.Measure(jnp.tile(x, (copies, 1)))
@@ -136,7 +136,7 @@ def test_a_token_without_direction_is_alone(copies):
     assert (labels[0::4] == 0).all()
 
 
-@pytest.mark.parametrize("copies", [1, 400])
+@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
 def test_points_that_are_not_finite_have_no_clusters(copies):
     """Without mass they do not matter; the systems beside them have theirs."""
     x = jnp.tile(jnp.array([[0.0, 1.0], [jnp.nan, 1.0], [1.0, 0.0]]), (copies, 1))
@@ -150,7 +150,7 @@ def test_points_that_are_not_finite_have_no_clusters(copies):
         observables.merge_tree([3.0], bad[:1])
 
 
-@pytest.mark.parametrize("copies", [1, 400])
+@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
 def test_light_components_are_no_clusters_from_a_least_mass_on(copies):
     """Masses 0.6, 0.3 and 0.1, exactly at the level too; numbered among those that count."""
     angles = jnp.array([2.0] + [0.0] * 3 + [1.0] * 6)

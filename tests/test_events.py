@@ -99,6 +99,22 @@ def test_equiangular_tokens_cluster_on_time():
         np.testing.assert_allclose(sol.ts[-1], 6.95350, rtol=0, atol=tolerance)
 
 
+def test_stragglers_do_not_keep_a_flow():
+    """Two tokens meet fast and a third of weight 1e-3, opposite to them, stays."""
+    mu0 = jf.Measure(
+        jf.measure.from_angles(jnp.array([-0.5, 0.5, jnp.pi])).points,
+        jnp.log(jnp.array([1, 1, 2e-3])),
+    )
+    options: dict[str, Any] = {"t1": 50.0, "saveat": diffrax.SaveAt(t1=True)}
+    field = jf.SelfAttention(beta=8.0)
+    counted = jf.flow(field, mu0, event=events.until_clustered(min_mass=0.01), **options)
+    assert bool(counted.event_mask) and float(counted.end) < 20
+    assert observables.cluster_count(counted.last) == 2
+    # No token alone has 60 % of the mass: that there is no cluster yet does not end the flow.
+    late = jf.flow(field, mu0, event=events.until_clustered(min_mass=0.6), **options)
+    np.testing.assert_allclose(late.end, counted.end, rtol=1e-9)
+
+
 def test_a_flow_that_starts_clustered_stops_at_once():
     mu0 = jf.Measure(jnp.tile(jnp.array([[1.0, 0.0]]), (3, 1)))
     sol = jf.flow(jf.SelfAttention(), mu0, t1=5.0, event=events.until_clustered())
