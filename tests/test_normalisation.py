@@ -119,6 +119,7 @@ def test_a_scheme_takes_a_field_on_flat_space(scheme):
 # ------------------------------------------------------------------ LayerNorm as geometry
 
 
+@pytest.mark.slow
 def test_an_ellipsoid_is_a_sphere_in_other_coordinates(key):
     """x = g z: attention with Q, K, V on the ellipsoid is attention with Q G, K G, G^-1 V G on the
     sphere of radius sqrt(d), G = diag(g)."""
