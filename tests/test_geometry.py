@@ -288,5 +288,7 @@ def test_bad_ellipsoids(arguments, message):
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_radius_must_be_positive(radius):
-    with pytest.raises(ValueError, match=f"radius of a sphere must be positive and finite, got {radius}"):
+    with pytest.raises(
+        ValueError, match=f"radius of a sphere must be positive and finite, got {radius}"
+    ):
         Sphere(radius)

@@ -221,7 +221,6 @@ def test_what_a_user_wrote_is_shown_as_it_is_written(sol):
 @pytest.mark.parametrize(
     "draw, error, message",
     [
-        (lambda sol: viz.summary(None), TypeError, "sol must be"),
         (lambda sol: viz.summary(sol, system=0), ValueError, "drop system"),
         (lambda sol: viz.trajectories(sol, max_points=1), ValueError, "at least 2"),
         (lambda sol: viz.inner_product_histogram(sol, bins=10**9), MemoryError, "fewer bins"),

@@ -48,7 +48,7 @@ def film(
         real(name, value, rule, lambda v: (0 < v) & (v <= 1000))
     real("seconds", seconds, "positive", positive)
     function("progress", progress)
-    path = Path(instance("path", path, str | os.PathLike, "'flow.gif'"))
+    path = Path(instance("path", path, (str, os.PathLike), "'flow.gif'"))
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"a film is a file in a folder that exists, got {path}.")
     path, writer = _writer(path, float(fps))
