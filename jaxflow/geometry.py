@@ -12,6 +12,7 @@ import abc
 import math
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -139,7 +140,8 @@ class Sphere(AbstractGeometry):
         return v - _dot(x, v)[..., None] * x / self.radius**2
 
     def retract(self, x: Vectors) -> Vectors:
-        return self.radius * x / _norm(x)[..., None]
+        length = _norm(x)[..., None]
+        return self.radius * x / length
 
     def exp(self, x: Vectors, v: Vectors) -> Vectors:
         angle = (_norm(v) / self.radius)[..., None]
@@ -168,6 +170,7 @@ class Sphere(AbstractGeometry):
         return -(x.shape[-1] - 1) * _dot(x, f) / self.radius**2
 
     def contains(self, x: AnyVectors) -> AnyBools:
+        _check_array(x)
         wide = x.astype(accumulation_dtype(x.dtype))  # 16 bits hold no squares beyond 256.
         radius = _array_library(x, self.radius).asarray(self.radius, wide.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -289,6 +292,7 @@ def _normal_coordinates(square):
 
 def _rows(vector, x):
     """The vector, for each token of x."""
+    _check_array(x)
     if x.shape[-1:] != vector.shape:
         raise ValueError(
             f"tokens on this ellipsoid have d = {len(vector)} coordinates, got shape {x.shape}."
@@ -308,7 +312,14 @@ def _slack(dtype) -> float:
     return 10 * math.sqrt(jnp.finfo(dtype).eps)
 
 
+def _check_array(x):
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(f"points and vectors must be arrays, got {type(x).__name__}.")
+
+
 def _check_shapes(x, y):
+    _check_array(x)
+    _check_array(y)
     if x.shape != y.shape:
         raise ValueError(
             f"points and vectors must have one shape (..., d), got {x.shape} and {y.shape}."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxflow as jf
-from jaxflow import measure, models, observables
+from jaxflow import measure, models, observables, viz
 
 KEY = jax.random.key(0)
 MU = jf.Measure(np.eye(4, 3, dtype=np.float32))
@@ -31,6 +31,11 @@ def build(**changed):
 
 
 CALLS = {
+    # pictures
+    "a picture of nothing": (lambda: viz.summary(None), TypeError, "sol must be"),
+    "a number for a path": (lambda: viz.film(None, 3), TypeError, "path must be"),
+    "a tree of nothing": (lambda: viz.merge_tree(None), TypeError, "tree must be"),
+    "a list for a point": (lambda: jf.Sphere().retract([1.0, 0.0]), TypeError, "must be arrays"),
     # measures
     "points of text": (lambda: jf.Measure("abc"), TypeError, "points must be an array"),
     "rows of unequal lengths": (lambda: jf.Measure([[1.0, 2.0], [3.0]]), TypeError, "points must"),

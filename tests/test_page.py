@@ -148,6 +148,10 @@ def test_labels_are_under_the_pointer(sol):
     words = [f"<w{j}>" for j in range(N)]
     text = moving(sphere(sol, labels=words))[0].text
     assert text[3].startswith("&lt;w3&gt;<br>cluster ")
+    formula = moving(sphere(sol, labels=["$x^2$"] * N))[0].text
+    assert formula[0].startswith("&#36;x^2&#36;<br>")  # which MathJax would typeset
+    with pytest.raises(TypeError, match="list of strings"):
+        sphere(sol, labels="x" * N)
     with pytest.raises(ValueError, match="one string a token: 24, got 23"):
         sphere(sol, labels=words[1:])
 
@@ -240,8 +244,10 @@ def test_page_holds_all_it_needs(sol, tmp_path):
 SPY = """<head><script>
     const seen = {errors: [], labels: []};
     onerror = message => { seen.errors.push(message) };
-    // plotly rejects the promise of a paused animation, for no reason.
-    onunhandledrejection = e => { if (e.reason !== undefined) seen.errors.push(String(e.reason)) };
+    // What a page catches on its own it has prevented when all listeners have run.
+    onunhandledrejection = e => setTimeout(() => {
+        if (!e.defaultPrevented) seen.errors.push(`uncaught: ${e.reason}`);
+    });
     console.error = (...words) => { seen.errors.push(words.join(" ")) };
     // Without a screen there is no frame to wait for.
     requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 40);

@@ -28,6 +28,9 @@ def solution(points, ts=LINEAR, geometry: Any = jf.Sphere(), **observed):
         measures=jf.Measure(points),
         observed=observed,
         ys=None,
+        t0=ts[0],
+        end=ts[-1],
+        final=jf.Measure(points[-1]),
         stats={},
         result=diffrax.RESULTS.successful,
         event_mask=None,
@@ -195,6 +198,45 @@ def test_needs_points(sol):
 
 
 # ------------------------------------------------------------------ diagrams
+
+
+def test_what_a_user_wrote_is_shown_as_it_is_written(sol):
+    """Matplotlib leaves out names in _, and takes what stands between two $ for mathematics."""
+    names = ["_hidden", r"$\beta$ a_b", "$5 and $6", "$"]
+    ax = viz.curves({name: ([0, 1], [1, 2]) for name in names}, xlabel="$t$", ylabel="a_b $x^2$")
+    ax = viz.curves({"_more": ([0, 1], [2, 3])}, ax=ax)
+    shown = ax.get_legend().get_texts()
+    assert [text.get_text() for text in shown] == [*names, "_more"]
+    words = [*names, "x" * 50, *(f"$w_{j}$" for j in range(N - 5))]
+    attention = viz.attention(jf.SelfAttention(), sol.measures[0], labels=words)
+    ticks = attention.get_yticklabels()
+    assert [tick.get_text() for tick in ticks[:5]] == [*names, "x" * 19 + "…"]
+    beside = viz.points(sol.measures[0], labels=words).texts
+    title = viz.summary(sol, title=r"\frac $x$")._suptitle
+    assert title is not None and title.get_text() == r"\frac $x$"
+    for text in (*shown, *ticks, *beside, title, ax.yaxis.label):
+        assert not text.get_parse_math() and not text.get_usetex()
+
+
+@pytest.mark.parametrize(
+    "draw, error, message",
+    [
+        (lambda sol: viz.summary(sol, system=0), ValueError, "drop system"),
+        (lambda sol: viz.trajectories(sol, max_points=1), ValueError, "at least 2"),
+        (lambda sol: viz.inner_product_histogram(sol, bins=10**9), MemoryError, "fewer bins"),
+        (lambda sol: viz.points(sol.measures), ValueError, "one measure"),
+        (lambda sol: viz.points(sol.measures[0], clusters=[0]), ValueError, "clusters must"),
+        (lambda sol: viz.points(sol.measures[0], directions=np.eye(2)), ValueError, "columns"),
+        (lambda sol: viz.attention(jf.SelfAttention(), sol.measures), ValueError, "one measure"),
+        (lambda sol: viz.training_curve([{"step": 1}]), ValueError, "no logged step"),
+        (lambda sol: viz.curves({"a": ([1.0], [np.nan])}), ValueError, "'a' has no finite"),
+        (lambda sol: viz.film(sol, "flow.gif", fps=0), ValueError, "fps must be positive"),
+        (lambda sol: viz.film(sol, "none/flow.gif"), ValueError, "folder that exists"),
+    ],
+)
+def test_refused_before_anything_is_drawn(sol, draw, error, message):
+    with pytest.raises(error, match=message):
+        draw(sol)
 
 
 def test_attention(sol):

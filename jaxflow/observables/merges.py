@@ -158,6 +158,8 @@ def merge_tree(
             "merge_tree takes times (times,) and points (times, n, d), got "
             f"{ts.shape} and {measures.points.shape}."
         )
+    if not (np.diff(ts[np.isfinite(ts)]) >= 0).all():
+        raise ValueError(f"the times of a flow ascend, got {ts}.")
     parents = np.arange(measures.n)
     sizes = np.ones(measures.n, int)
     times, mergers, leaves = [], [], np.arange(measures.n)

@@ -192,6 +192,8 @@ def curves(
                 f"a curve needs as many values as times, in one dimension; {name!r} has "
                 f"{ts.shape} times and {values.shape} values."
             )
+        if not (np.isfinite(ts) & np.isfinite(values)).any():
+            raise ValueError(f"the curve {name!r} has no finite value to draw.")
     axes = new_axes(ax)
     looks = zip(cycle(COLOURS[:-1]), cycle(_DASHES), strict=False)
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_child")]

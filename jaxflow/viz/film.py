@@ -48,11 +48,10 @@ def film(
         real(name, value, rule, lambda v: (0 < v) & (v <= 1000))
     real("seconds", seconds, "positive", positive)
     function("progress", progress)
-    path, writer = _writer(
-        Path(instance("path", path, str | os.PathLike, "'flow.gif'")), float(fps)
-    )
+    path = Path(instance("path", path, (str, os.PathLike), "'flow.gif'"))
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"a film is a file in a folder that exists, got {path}.")
+    path, writer = _writer(path, float(fps))
     run = read_run(sol, system, max_frames=max(2, round(float(fps) * float(seconds))))
     shown, directions = evenly(run.n, max_points), run.directions()
     clusters = run.clusters(threshold)[shown]
