@@ -10,6 +10,7 @@ last axis and maps over all others.
 
 import abc
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -263,13 +264,13 @@ class Ellipsoid(AbstractGeometry):
     def _scaled(self, v):
         return v / _rows(self.gain, v)
 
-    def _stretched(self, v):
+    def _stretched(self, v) -> Any:
         return v * _rows(self.gain, v)
 
     def _z(self, x):
         return (x - _rows(self.bias, x)) / _rows(self.gain, x)
 
-    def _x(self, z):
+    def _x(self, z) -> Any:
         return _rows(self.gain, z) * z + _rows(self.bias, z)
 
     def _flat(self, z):
