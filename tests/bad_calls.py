@@ -4,6 +4,9 @@ Run as a program it writes the errors as JSON: users have no checks of types at 
 have, which would come first.
 """
 
+# pyright: reportArgumentType=false
+# The arguments are wrong on purpose.
+
 import json
 import sys
 
