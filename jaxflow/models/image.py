@@ -66,7 +66,7 @@ class ImageClassifier(AbstractModel):
     ):
         if not isinstance(shape, tuple | list) or len(shape) != 3:
             raise ValueError(f"shape must be (height, width, channels), got {shape!r}.")
-        height, wide, channels = shape = tuple(count("each of shape", side) for side in shape)
+        height, wide, channels = (count("each of shape", side) for side in shape)
         patch, classes = count("patch", patch), count("classes", classes)
         if height % patch or wide % patch:
             raise ValueError(f"patch must divide the image, got {patch} for {height} x {wide}.")
@@ -86,7 +86,7 @@ class ImageClassifier(AbstractModel):
         )
         self.norm = norm(dim)
         self.output = eqx.nn.Linear(dim, classes, key=keys[4])
-        self.shape = shape
+        self.shape = height, wide, channels
         self.patch = patch
 
     def embed(self, inputs: ArrayLike) -> Measure:

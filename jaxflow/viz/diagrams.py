@@ -55,7 +55,7 @@ def attention(
     if labels is not None:
         room = 0.8 * axes.bbox.height * 72 / axes.figure.dpi  # in points
         shown = evenly(mu.n, max(2, int(room / 5)))
-        named = [_short(words(labels, mu.n)[j]) for j in shown]
+        named = [_short(words(labels, mu.n)[int(j)]) for j in shown]
         look = dict(fontsize=min(10, room / len(shown)), **VERBATIM)
         axes.set_xticks(shown, named, rotation=90, **look)
         axes.set_yticks(shown, named, **look)
