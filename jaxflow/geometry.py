@@ -302,7 +302,7 @@ def _rows(vector, x):
     return library.broadcast_to(library.asarray(vector, x.dtype), x.shape)
 
 
-def _array_library(x, *parameters):
+def _array_library(x, *parameters) -> Any:
     """NumPy for points and parameters that are known on the host, where no program is compiled."""
     return np if isinstance(x, np.ndarray) and is_concrete(*parameters) else jnp
 
