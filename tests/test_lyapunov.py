@@ -52,12 +52,17 @@ def test_their_sum_is_the_divergence_of_the_particle_system():
     np.testing.assert_allclose(found.measure.points, sol.measures.points[-1], atol=1e-6)
 
 
-def test_weights_and_bad_input():
+@pytest.mark.slow
+def test_weights_count():
     field, mu = jf.SelfAttention(), jf.measure.uniform_sphere(3, 3, key=jax.random.key(1))
     heavy = jf.Measure(mu.points, jnp.array([0.0, 0.0, -jnp.inf]))
     light = jf.lyapunov_exponents(field, heavy, t1=1.0, k=2, intervals=2)
     assert not np.allclose(light.exponents, jf.lyapunov_exponents(
         field, mu, t1=1.0, k=2, intervals=2).exponents)  # fmt: skip
+
+
+def test_bad_input():
+    field, mu = jf.SelfAttention(), jf.measure.uniform_sphere(3, 3, key=jax.random.key(1))
     with pytest.raises(ValueError, match="have 6 exponents, got k=7"):
         jf.lyapunov_exponents(field, mu, t1=1.0, k=7)
     with pytest.raises(ValueError, match="intervals must be at least 1, got 0"):

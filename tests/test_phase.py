@@ -140,6 +140,7 @@ def test_systems_together_are_systems_one_by_one(d):
     assert 0 < met.mean() < 1
 
 
+@pytest.mark.slow
 def test_one_system_has_no_standard_error():
     one = phase_diagram([1.0], [0.0, 5.0], n=3, d=2, systems=1, key=jax.random.key(0))
     assert np.isnan(one.standard_error).all() and np.isfinite(one.probability).all()

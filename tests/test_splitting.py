@@ -68,6 +68,7 @@ def test_orders(solver, order, truth):
     assert solver.order(None) == order
 
 
+@pytest.mark.slow
 def test_strang_is_symmetric():
     """A step back along -X undoes a step along X, where the parts are solved to rounding; the
     steps of Lie and Trotter come back in the wrong order."""

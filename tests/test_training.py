@@ -454,6 +454,7 @@ def test_kinetic_energy_along_a_linear_flow():
     assert 0 < errors[1] < errors[0] and errors[0] / errors[1] == pytest.approx(4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_costs_enter_the_loss_and_the_log():
     data, weight = Points(), 0.3
     plain = training.FlowLoss(training.cross_entropy)

@@ -212,6 +212,7 @@ def test_sinkhorn_divergence_refuses():
         sinkhorn_divergence(mu, nu, epsilon=1e-3, max_iterations=3)
 
 
+@pytest.mark.slow
 def test_float32_agrees_with_float64(key):
     """To sums of 300 weights in float32; 0 stays 0."""
     a, b = 2 * jax.random.normal(key, (2, 300))
