@@ -20,6 +20,7 @@ import contextlib
 import gc
 import inspect
 import re
+import signal
 
 import jax
 import pytest
@@ -34,6 +35,11 @@ collect_ignore = [
     for file in Path(__file__).parent.glob("test_*.py")
     if any(re.search(rf"^(from|import) {name}\b", file.read_text(), re.M) for name in MISSING)
 ]
+
+
+# A suite that runs in the background is started with Ctrl-C ignored, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -62,6 +62,7 @@ CASES = [
 ]
 # Rounding does not depend on the masks: without weights, with them and in a batch.
 IN_BFLOAT16 = ("plain", "wide", "batched")
+LONG = ("padded", "wide", "lookahead", "empty-rows")
 
 
 def drawn(case, dtype):
@@ -119,7 +120,10 @@ def assert_close(actual, expected, tolerance, terms=0.0):
 @pytest.mark.parametrize(
     "case, dtype, tolerance",
     [
-        *((case, "float32", 4e-6) for case in CASES),
+        *(
+            pytest.param(c, "float32", 4e-6, marks=[pytest.mark.slow] * (c.name in LONG))
+            for c in CASES
+        ),
         *((case, "bfloat16", 4 * 2**-9) for case in CASES if case.name in IN_BFLOAT16),
     ],
     ids=str,

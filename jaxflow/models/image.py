@@ -1,6 +1,6 @@
 """The image classifier."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -46,7 +46,7 @@ class ImageClassifier(AbstractModel):
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         classes: int,
         dim: int,
         heads: int,
