@@ -440,7 +440,11 @@ MU = jf.Measure(np.eye(3, dtype=np.float32))
             "Sinkhorn attention has no causal",
         ),
         (lambda: jf.SelfAttention()(0.0, MU.points[:, :2], MU), ValueError, "query points"),
-        (lambda: jf.Sphere(radius=0.0), ValueError, "radius of a sphere must be positive and finite, got 0"),
+        (
+            lambda: jf.Sphere(radius=0.0),
+            ValueError,
+            "sphere must be positive and finite, got 0",
+        ),
     ],
 )
 def test_bad_input(call, error, message):
