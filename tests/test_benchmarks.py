@@ -109,6 +109,7 @@ def test_cases_over_the_budget_are_skipped():
 # ------------------------------------------------------------------ kernels
 
 
+@pytest.mark.slow
 def test_report_is_json(report):
     assert json.loads(json.dumps(report | device.provenance())).keys() >= {"rows", "versions"}
     measured = {"error", "compile_s", "ms", "ms_min", "vs_best", "vs_jnp", "of_floor", "floor"}

@@ -337,6 +337,7 @@ def test_a_signal_ends_training_with_a_checkpoint(tmp_path, prose, monkeypatch, 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_sample(trained):
     other = ["--solver", "heun", "--steps", 1]
     texts = [

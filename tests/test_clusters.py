@@ -93,6 +93,7 @@ def test_clusters_in_space_are_scipys(n, key):
     assert several >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [500, 3000])
 def test_a_long_chain_is_one_cluster(n):
     """Single linkage follows a chain on the circle, in any order of the tokens."""

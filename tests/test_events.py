@@ -208,6 +208,7 @@ def test_each_merge_has_its_time_and_pair():
     np.testing.assert_array_equal(on_grid.sizes, tree.sizes)
 
 
+@pytest.mark.slow
 def test_simultaneous_merges_are_all_found():
     """Equiangular tokens meet at one time; tokens without mass and clusters at t = 0 as well."""
     field = jf.SelfAttention(beta=1.0)

@@ -85,6 +85,7 @@ def test_normalisation_schemes(run):
     np.testing.assert_allclose(result["times"]["Pre-LN"], 115.758, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_image_as_a_measure(run):
     result = run("image_as_a_measure")
     assert result["labels"].max() == 2

@@ -89,6 +89,7 @@ def test_repulsive_fields_stay_on_the_sphere():
     assert np.abs(norms - 1).max() <= 4 * jnp.finfo(norms.dtype).eps
 
 
+@pytest.mark.slow
 def test_float32_default_reaches_its_tolerance():
     sol = jf.flow(jf.SelfAttention(beta=1.0), jf.measure.simplex(8, 8), t1=2.0)
     x = sol.measures.points[-1]
@@ -101,6 +102,7 @@ def test_float32_default_reaches_its_tolerance():
     np.testing.assert_allclose(jnp.linalg.norm(x, axis=1), 1, atol=3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_each_step_keeps_a_loose_tolerance():
     """The true error of a step, in the controller's norm; without the distance to the sphere in
@@ -196,6 +198,7 @@ def test_saving(key):
         sol.evaluate(1.0)
 
 
+@pytest.mark.slow
 def test_backsolve_saves_and_observes_too(key):
     mu0 = jf.measure.uniform_sphere(10, 3, key=key)
     options = {

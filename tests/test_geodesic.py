@@ -72,6 +72,7 @@ def test_adaptive_steps_keep_their_tolerance(inner, sign, truth):
     assert ends[1e-7] < 0.1 * ends[1e-4]
 
 
+@pytest.mark.slow
 def test_on_flat_space_it_is_the_method_itself(key):
     flat = jf.SelfAttention(beta=1.0, geometry=jf.Euclidean())
     mu = jf.measure.gaussian(5, 2, key=key)

@@ -199,6 +199,7 @@ def test_the_default_is_the_transformer():
     np.testing.assert_allclose(call(model, tokens), by_hand(model, tokens), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     """Parameters, state and gradients stay float32; 8 bits of the products are left, and errors of
     2^-8 a product add up to a few of the spread of the logits in a hundred. One step of one block,
@@ -419,6 +420,7 @@ def test_a_cache_changes_no_token(options, solver):
     assert len(set(np.asarray(texts[0][3:]).tolist())) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_greedy_text_is_the_argmax_of_the_logits():
     """Past the context too, where the last 6 tokens are seen."""

@@ -93,6 +93,7 @@ def test_f17_speeds_of_the_direction(scheme, key):
     np.testing.assert_allclose(along, radial * np.ones((9, 1)), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_curve_of_post_norms_has_their_ellipsoid(key):
     gain, bias = np.array([1.0, 2.0, 0.5, 1.5]), np.zeros(4)
     attention = jf.MultiHeadAttention(4, 2, key=key)

@@ -116,6 +116,7 @@ def test_spectrum_of_many_tokens_is_that_of_the_matrix(key):
     np.testing.assert_array_equal(mapped, [rank, rank])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_attention_on_the_line_tends_to_rank_two(key):
     """FACTS F14, observed in the solve: d = 1, V = QK = 1; rank 2 at last, full at first."""
@@ -157,8 +158,7 @@ def distances(x):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("n", [2, 50, 700])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n, weighted", [(2, True), (50, False), (700, True)])
 def test_pair_densities_are_numpys_histogram(n, weighted, key):
     """Products on the sphere and distances in space, of one tile and of four, some without mass."""
     logs = jnp.where(jnp.arange(n) % 5 == 3, -jnp.inf, jnp.sin(jnp.arange(n, dtype=float)))
@@ -220,8 +220,7 @@ def test_pair_densities_refuse(edges, queries, message):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("n", [1, 2, 40, 1500])
-@pytest.mark.parametrize("d", [1, 3, 16])
+@pytest.mark.parametrize("n, d", [(1, 3), (2, 1), (40, 1), (40, 16), (1500, 3), (1500, 16)])
 def test_diameter_is_the_largest_distance(n, d, key):
     x = jax.random.normal(key, (n, d)) + 100
     logs = jnp.where(jnp.arange(n) % 3 == 1, -jnp.inf, 0.0)
@@ -287,6 +286,7 @@ def test_hull_area_derivative_and_degenerate_hulls(key):
         area(jnp.ones((4, 3)))
 
 
+@pytest.mark.slow
 def test_hulls_of_a_flow_are_nested(key):
     """FACTS F14, observed in the solve: the hull of e^{-t} x shrinks for V = I in the plane."""
     rescaled = lambda t, mu: observables.hull_area(jf.Measure(jnp.exp(-t) * mu.points))
@@ -327,6 +327,7 @@ def test_fourier_modes_refuse():
         observables.fourier_modes(jf.measure.circle(3), [1.5])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_order_parameter_follows_kuramoto():
     """FACTS F5: r(t) = r0 e^{t/2} / sqrt(1 - r0^2 + r0^2 e^t) for beta = 0 on the circle."""

@@ -193,6 +193,7 @@ def test_euclidean_axes_hold_the_tokens(sol, d):
         assert (ranges[:, :1] <= x).all() and (x <= ranges[:, 1:]).all()
 
 
+@pytest.mark.slow
 def test_system_chooses_among_several(sol, batched):
     with pytest.raises(ValueError, match=r"shape \(2,\): choose one, such as system=\(0,\)"):
         sphere(batched)

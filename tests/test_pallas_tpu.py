@@ -62,7 +62,7 @@ CASES = [
 ]
 # Rounding does not depend on the masks: without weights, with them and in a batch.
 IN_BFLOAT16 = ("plain", "wide", "batched")
-LONG = ("padded", "wide", "lookahead", "empty-rows")
+LONG = ("padded", "wide", "lookahead", "empty-rows", "batched")
 
 
 def drawn(case, dtype):

@@ -312,6 +312,7 @@ def test_an_interrupted_command_goes_on(tmp_path, by_name):
         assert (cut / file).read_text() == (whole / file).read_text()
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_folder_of_other_settings(tmp_path):
     assert command("--out", tmp_path / "run").exit_code == 0
     other = command("--out", tmp_path / "run", "--seed", 1)

@@ -114,6 +114,7 @@ def test_rotations_carry_the_field_along(name, y, w, x, beta, seed):
     close(actual, np.asarray(expected) @ R.T)
 
 
+@pytest.mark.slow
 @examples
 @given(tokens, queries, seeds)
 def test_rotations_carry_other_fields_along(y, x, seed):
@@ -211,6 +212,7 @@ def test_a_masked_token_is_one_without_weight(name, mask, y, w, x, beta):
 # ------------------------------------------------------------------ batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["shared", "separate"])
 def test_a_batch_of_systems_flows_like_each_of_them(weights):
     """flow over a leading axis is a loop of flows: with fixed steps up to rounding."""

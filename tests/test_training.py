@@ -205,6 +205,7 @@ def test_the_key_is_in_the_checkpoint(tmp_path):
     assert losses(quick(**options)) != losses(whole)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_a_trained_one(tmp_path):
     """Where nothing was evaluated it is the last; a failed step leaves the best where it is."""
     stopped = fit(network(), Points(), steps=50, evaluate_every=50, budget=4)
@@ -440,6 +441,7 @@ def test_weight_decay_acts_on_matrices_alone():
     assert not moved.field.curve.coefficients.fields[0].norm.gain
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_kinetic_energy_along_a_linear_flow():
     """x' = a x: int_0^1 |x'|^2 dt = a (e^{2a} - 1)/2 |x(0)|^2, by a rule of order 2."""
@@ -474,6 +476,7 @@ def test_costs_enter_the_loss_and_the_log():
     assert held.history[-1]["kinetic"] < 0.5 * free.history[-1]["kinetic"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_entropy(causal):
