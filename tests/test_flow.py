@@ -318,7 +318,7 @@ def test_failures_say_how_far_they_came_and_what_to_change():
     field = jf.SelfAttention(beta=4.0)
     with pytest.raises(
         jf.FlowError,
-        match=r"at t = [\d.]+ of t1 = 50 after 5 steps, of which 0 were rejected.*Kvaerno5",
+        match=r"at t = [\d.]+ of t1 = 50 after 5 steps, of which \d were rejected.*Kvaerno5",
     ):
         jf.flow(field, mu0, t1=50.0, max_steps=5)
     sol = jf.flow(field, mu0, t1=50.0, max_steps=5, throw=False)
