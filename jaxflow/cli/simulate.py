@@ -109,10 +109,10 @@ def _solve(
                 if np.any(parts[-1].event_mask):
                     break
                 if steps > s.max_steps:
+                    stiff = "" if "kvaerno" in s.solver else ", or take --solver kvaerno5 if stiff"
                     raise FlowError(
                         f"the flow stopped at t = {reached:.6g} of t1 = {s.t1:g} after {steps} "
-                        f"steps, and --max-steps is {s.max_steps}. Raise it, loosen --rtol, or "
-                        "take --solver kvaerno5 if the flow is stiff."
+                        f"steps, and --max-steps is {s.max_steps}. Raise it, loosen --rtol{stiff}."
                     )
     except BaseException:
         if parts:
@@ -176,6 +176,7 @@ def _joined(parts: list[FlowSolution]) -> FlowSolution:
     }
     return dataclasses.replace(
         last,
+        t0=parts[0].t0,
         ts=jnp.asarray(ts[new]),
         measures=Measure(points, last.log_weights),
         observed=observed,
