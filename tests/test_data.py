@@ -765,3 +765,11 @@ def test_missing_libraries_are_named(monkeypatch):
         image_data(batch_size=4)
     with pytest.raises(ImportError, match=r'tokenizers: pip install "jaxflow\[train\]"'):
         BPE(300).fit(["text"])
+
+
+def test_padded_rows_hold_tokens_of_the_vocabulary():
+    """Only their targets are left out: a model refuses a token of -1."""
+    data = text_data(context=16, batch_size=7)
+    for inputs, targets in data.validation_batches():
+        assert inputs.min() >= 0
+    assert (targets == -1).any()

@@ -132,8 +132,8 @@ class Text:
         windows = max(len(self.validation) - 1, 0) // self.context
         for rows in _rows(windows, self.batch_size):
             inputs, targets = self._windows(self.validation, np.maximum(rows, 0) * self.context)
-            targets[rows < 0] = IGNORED
-            yield inputs, targets
+            # A new array: inputs and targets are views of the same tokens.
+            yield inputs, np.where(rows[:, None] < 0, np.int32(IGNORED), targets)
 
     def _windows(self, tokens: np.ndarray, starts: np.ndarray) -> TokenBatch:
         windows = tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)
