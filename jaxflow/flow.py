@@ -41,7 +41,14 @@ from ._saving import (
     saving,
 )
 from ._solution import FlowSolution, measures_at
-from ._types import Points, ScalarLike, accumulation_dtype, is_concrete
+from ._types import (
+    Points,
+    ScalarLike,
+    accumulation_dtype,
+    error_where,
+    is_concrete,
+    on_automatic_mesh,
+)
 from .explicit import evaluations_per_step
 from .fields import AbstractField, token_velocities
 from .fields.time import breakpoints, jumps
@@ -134,6 +141,7 @@ def flow(
         max_steps,
     )  # fmt: skip
     check_measure(field, mu0)
+    mu0 = jtu.tree_map(on_automatic_mesh, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)
     if stepsize_controller is None:
         stepsize_controller = _default_controller(solver, dt0, dtype)
@@ -188,9 +196,9 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
     if not isinstance(geometry, Euclidean):
         if not on_geometry:
             # Points that are not finite make a solve that fails, which is the caller's to see.
-            y0 = eqx.error_if(
-                y0,
+            y0 = error_where(
                 ~geometry.contains(y0).all() & jnp.isfinite(y0).all(),
+                y0,
                 f"the points must lie on {geometry}: retract them first.",
             )
         # In 16 bits no step would be near enough.
@@ -377,7 +385,7 @@ def _check_solution(
     known = lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a
     if not is_concrete(failed, finite):
         message = "the flow failed, or is not finite: call it outside jit for the time and cause."
-        return eqx.error_if(sol, failed | ~finite, message)
+        return error_where((failed | ~finite).any(), sol, message)
     if not np.asarray(failed).any() and np.asarray(finite).all():
         return sol
     last, field, t1, weights = jtu.tree_map(known, (last, field, t1, sol.log_weights))

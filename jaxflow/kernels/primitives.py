@@ -21,11 +21,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from .base import Cotangent, Forward, Mode, Operands, Problem, Shapes, Tangent, evaluate
 from .blocked import Blocked
+from .partition import divided
 from .reference import Reference
 from .registry import choose, default_platform, load
 
@@ -48,6 +50,11 @@ def _run(
     operands = kind(*args)
     chosen = choose(mode, platform, Shapes(*operands[:3]), problem, backend)
     return evaluate(load(chosen), operands, problem)
+
+
+def _divided_run(primitive: Primitive, mode: Mode, kind: type[Operands], platform, *args, **params):
+    run = partial(_run, mode, kind, platform, **params)
+    return divided(primitive, kind, run, kind(*args).scale.ndim, params)(*args)
 
 
 # ------------------------------------------------------------------ shapes
@@ -181,8 +188,11 @@ def _define(primitive: Primitive, mode: Mode, kind: type[Operands], avals: Calla
     primitive.def_impl(impl)
     primitive.def_abstract_eval(avals)
     for platform in (None, "cuda", "tpu"):
-        lowered = mlir.lower_fun(partial(run, platform or "cpu"), multiple_results=True)
+        lowered = mlir.lower_fun(
+            partial(_divided_run, primitive, mode, kind, platform or "cpu"), multiple_results=True
+        )
         mlir.register_lowering(primitive, lowered, platform)
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
     batching.primitive_batchers[primitive] = partial(_batch, primitive, kind)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from .._memory import check_fits
 from .._rules import constant, count, instance, positive
 from .._solution import FlowSolution, Sides
-from .._types import ArrayLike
+from .._types import ArrayLike, error_where
 from ..fields import AbstractCurve, AbstractField, TimeDependent
 from ..fields.time import jumps
 from ..flow import Observables, flow, memory_estimate
@@ -184,7 +184,7 @@ class AbstractModel(eqx.Module):
         solved = self.solve(inputs)
         if self.depth.steps is None:
             message = "the flow did not reach T: raise max_steps or the tolerance of the depth."
-            solved = eqx.error_if(solved, ~solved.ok, message)
+            solved = error_where(~solved.ok, solved, message)
         return self.read_out(solved.final)
 
 

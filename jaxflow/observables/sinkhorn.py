@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from .._memory import PAIRS_AT_ONCE
 from .._rules import count, instance, positive, real
-from .._types import ScalarLike
+from .._types import ScalarLike, error_where
 from ..geometry import AbstractGeometry, Euclidean
 from ..kernels import softmax_expectation
 from ..measure import Measure, check_measure
@@ -101,7 +101,7 @@ def _divergence(mu, nu, epsilon, tolerance, geometry, max_iterations):
     message = "Sinkhorn's algorithm did not reach tolerance: raise max_iterations or epsilon."
     value = or_nan(value, mu, nu)
     late = ~(error <= jnp.asarray(tolerance, error.dtype)) & ~jnp.isnan(value)
-    return eqx.error_if(value, late.any(), message)
+    return error_where(late.any(), value, message)
 
 
 def _solve(widest, epsilon, tolerance, max_iterations, update, like):

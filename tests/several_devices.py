@@ -1,0 +1,86 @@
+"""Run by test_devices.py in a process with eight devices: prints what it found as JSON."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxflow as jf
+
+MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute"
+
+
+def place(x, *axes, mesh=MESH):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def square(fn):
+    return lambda *args: (fn(*args) ** 2).sum()
+
+
+def found(fn, args, placed) -> dict:
+    """Collectives in the compiled text, the first result's sharding, the largest difference."""
+    compiled = jax.jit(fn).lower(*placed).compile()
+    text = compiled.as_text()
+    outs, expected = (jax.tree.leaves(x) for x in (compiled(*placed), fn(*args)))
+    pairs = zip(outs, expected, strict=True)
+    return {
+        "collectives": {c: n for c in COLLECTIVES if (n := len(re.findall(rf"{c}[-\w]*\(", text)))},
+        "spec": [None if a is None else list((a,) if isinstance(a, str) else a)
+                 for a in outs[0].sharding.spec],
+        "error": max(float(abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs),
+    }  # fmt: skip
+
+
+def modes(fn, args, placed) -> dict:
+    """The function, its tangent and its gradient."""
+    every = tuple(range(len(args)))
+    tangent = lambda *args: jax.jvp(fn, args, args)[1]
+    fns = {"forward": fn, "tangent": tangent, "cotangent": jax.grad(square(fn), every)}
+    return {mode: found(f, args, placed) for mode, f in fns.items()}
+
+
+def heads(options, x):
+    """A batch of heads, in two axes."""
+    attend = lambda x: jf.softmax_expectation(x, x, x, scale=0.5, **options)[0]
+    return jax.vmap(jax.vmap(attend))(x)
+
+
+def cases() -> dict:
+    x = normal(0, 4, 2, 24, 3)
+    for_both = {"plain": {}, "causal": {"causal": True}}
+    results = {
+        name: modes(lambda x, options=options: heads(options, x), (x,), (place(x, "a", "b"),))
+        for name, options in for_both.items()
+    }
+    q, k = normal(1, 24, 3), normal(2, 20, 3)
+    attend = lambda q, k: jf.softmax_expectation(q, k, k, scale=0.5)[0]
+    results["queries"] = modes(attend, (q, k), (place(q, "a"), place(k)))
+
+    points = jf.Sphere().retract(normal(3, 8, 12, 3))
+    flow = lambda x: jf.flow(jf.SelfAttention(beta=2.0), jf.Measure(x), t1=1.0).last.points
+    placed = (place(points, ("a", "b")),)
+    results["flow"] = {
+        "forward": found(flow, (points,), placed),
+        "cotangent": found(jax.grad(square(flow)), (points,), placed),
+    }
+    explicit = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+    out = flow(place(points, "a", mesh=explicit))
+    results["explicit"] = {"spec": list(out.sharding.spec), "devices": len(out.sharding.device_set)}
+
+    divided = jax.shard_map(lambda x: heads({}, x), mesh=MESH, in_specs=PartitionSpec("a"),
+                            out_specs=PartitionSpec("a"), check_vma=True)  # fmt: skip
+    results["manual"] = {"cotangent": found(jax.grad(square(divided)), (x,), (place(x, "a"),))}
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(cases()))
