@@ -57,7 +57,7 @@ def test_implicit_steps_cross_metastable_states(beta, time):
     assert observables.cluster_count(sol.last) == 1
 
 
-@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("x64", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_where_an_event_stopped_its_condition_holds(x64):
     """Also as another program computes it, without the bisection and the interpolation."""
     with jax.enable_x64(x64):
@@ -96,6 +96,7 @@ def test_equiangular_tokens_cluster_on_time():
     np.testing.assert_allclose(sol.ts[-1], 6.95350, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_stragglers_do_not_keep_a_flow():
     """Two tokens meet fast and a third of weight 1e-3, opposite to them, stays."""
     mu0 = jf.Measure(

@@ -75,7 +75,7 @@ def equiangular_rate(rho, b, interaction):
 
 
 @pytest.mark.parametrize("interaction", [SA, USA], ids=["SA", "USA"])
-@pytest.mark.parametrize("b", [1.0, 4.0])
+@pytest.mark.parametrize("b", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
 def test_f1_equiangular_tokens_follow_the_scalar_equation(b, interaction):
     """With <x_i, x_j> = rho for all i != j (arXiv 2312.10794, sec. 6; 2512.01868, sec. 6.1):
 

@@ -34,6 +34,7 @@ def test_exponents_of_a_linear_drift():
     np.testing.assert_allclose(rates, [0.3, 0.3, -0.5, -0.5], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_their_sum_is_the_divergence_of_the_particle_system():
     """Liouville: sum_k lambda_k = (1/T) int div, by Simpson's rule on 200 intervals."""
     field, mu = jf.SelfAttention(beta=2.0), jf.measure.uniform_sphere(4, 3, key=jax.random.key(1))

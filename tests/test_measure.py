@@ -257,7 +257,15 @@ def test_gaussian_covariance_must_fit():
         gaussian(4, 3, key=KEY, covariance=np.eye(2))
 
 
-@pytest.mark.parametrize("d, kappa", [(2, 0.5), (2, 300.0), (5, 4.0), (5, 30.0)])
+@pytest.mark.parametrize(
+    "d, kappa",
+    [
+        (2, 300.0),
+        pytest.param(2, 0.5, marks=pytest.mark.slow),
+        pytest.param(5, 4.0, marks=pytest.mark.slow),
+        (5, 30.0),
+    ],
+)
 def test_von_mises_fisher(d, kappa):
     """E<m, x> = A = I_{d/2}(kappa) / I_{d/2-1}(kappa), Var<m, x> = 1 - A^2 - (d-1) A/kappa.
 

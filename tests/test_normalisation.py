@@ -169,7 +169,7 @@ def test_post_norm_is_the_limit_of_layers(key):
     np.testing.assert_allclose(errors[0] / errors[1], 2, rtol=0.05)
 
 
-@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("centred", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_divergence_on_an_ellipsoid(centred, key):
     """The closed form for attention against derivatives."""
     d = 4

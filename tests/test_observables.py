@@ -158,7 +158,9 @@ def distances(x):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("n, weighted", [(2, True), (50, False), (700, True)])
+@pytest.mark.parametrize(
+    "n, weighted", [(2, True), (50, False), pytest.param(700, True, marks=pytest.mark.slow)]
+)
 def test_pair_densities_are_numpys_histogram(n, weighted, key):
     """Products on the sphere and distances in space, of one tile and of four, some without mass."""
     logs = jnp.where(jnp.arange(n) % 5 == 3, -jnp.inf, jnp.sin(jnp.arange(n, dtype=float)))
@@ -220,7 +222,10 @@ def test_pair_densities_refuse(edges, queries, message):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("n, d", [(1, 3), (2, 1), (40, 1), (40, 16), (1500, 3), (1500, 16)])
+@pytest.mark.parametrize(
+    "n, d",
+    [(1, 3), (2, 1), (40, 1), (40, 16), pytest.param(1500, 3, marks=pytest.mark.slow), (1500, 16)],
+)
 def test_diameter_is_the_largest_distance(n, d, key):
     x = jax.random.normal(key, (n, d)) + 100
     logs = jnp.where(jnp.arange(n) % 3 == 1, -jnp.inf, 0.0)

@@ -60,7 +60,9 @@ def test_a_huge_beta_is_no_error():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("interaction", [jf.Softmax(), jf.Unnormalised()])
+@pytest.mark.parametrize(
+    "interaction", [jf.Softmax(), pytest.param(jf.Unnormalised(), marks=pytest.mark.slow)]
+)
 def test_particles_at_right_angles_meet_when_the_reduction_says(interaction):
     beta = 1.5
     (met,) = equiangular_time([beta], n=8, interaction=interaction)

@@ -417,6 +417,7 @@ def test_cross_entropy_leaves_out_negative_targets():
     assert training.cross_entropy(logits, jnp.full(3, -1)) == 0
 
 
+@pytest.mark.slow
 def test_weight_decay_acts_on_matrices_alone():
     model = LanguageModel(7, 8, 2, 3, 4, key=KEY)
     params = eqx.filter(model, eqx.is_inexact_array)

@@ -40,7 +40,9 @@ def by_program(mu, nu, geometry):
     return np.sqrt(out.fun)
 
 
-@pytest.mark.parametrize("geometry", [jf.Euclidean(), CIRCLE, jf.Sphere(3.0)])
+@pytest.mark.parametrize(
+    "geometry", [jf.Euclidean(), CIRCLE, pytest.param(jf.Sphere(3.0), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_wasserstein_is_the_least_cost(geometry, seed):
     """Equal weights: an assignment. Other weights and numbers of tokens: a linear program."""
