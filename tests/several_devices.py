@@ -3,6 +3,7 @@
 import json
 import re
 from typing import cast
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxflow as jf
+from jaxflow.kernels import primitives
 
 MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute"
@@ -65,6 +67,13 @@ def cases() -> dict:
     q, k = normal(1, 24, 3), normal(2, 20, 3)
     attend = lambda q, k: jf.softmax_expectation(q, k, k, scale=0.5)[0]
     results["queries"] = modes(attend, (q, k), (place(q, "a"), place(k)))
+
+    # As on a TPU, for which JAX takes no rules.
+    with mock.patch.object(primitives, "WITHOUT_RULES", ("cpu",)):
+        jax.clear_caches()
+        results["by size"] = modes(lambda x: heads({}, x), (x,), (place(x, "a", "b"),))
+        results["queries by size"] = modes(attend, (q, k), (place(q, ("a", "b")), place(k)))
+    jax.clear_caches()
 
     points = jf.Sphere().retract(normal(3, 8, 12, 3))
     flow = lambda x: jf.flow(jf.SelfAttention(beta=2.0), jf.Measure(x), t1=1.0).last.points

@@ -25,7 +25,7 @@ def found():
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("band", ["plain", "causal"])
+@pytest.mark.parametrize("band", ["plain", "causal", "by size"])
 @pytest.mark.parametrize("mode", ["forward", "tangent", "cotangent"])
 def test_batches_are_divided_without_communication(found, band, mode):
     case = found[band][mode]
@@ -34,11 +34,12 @@ def test_batches_are_divided_without_communication(found, band, mode):
     assert case["error"] < 1e-5
 
 
+@pytest.mark.parametrize("how", ["queries", "queries by size"])
 @pytest.mark.parametrize("mode", ["forward", "tangent", "cotangent"])
-def test_queries_are_divided_and_the_keys_derivatives_added_up(found, mode):
-    case = found["queries"][mode]
+def test_queries_are_divided_and_the_keys_derivatives_added_up(found, how, mode):
+    case = found[how][mode]
     assert set(case["collectives"]) == ({"all-reduce"} if mode == "cotangent" else set())
-    assert case["spec"][0] == ["a"]
+    assert case["spec"][0] == (["a"] if how == "queries" else ["a", "b"])
     assert case["error"] < 2e-5
 
 

@@ -6,14 +6,14 @@ on a device (keys that are divided are the ring's work). Each device then runs i
 device would. Sums over queries, the cotangents of keys, values and log-weights, are added up.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .base import Cotangent, Forward, Operands, Tangent
+from .base import Cotangent, Forward, Operands, Problem, Results, Tangent
 
 # The axes of operands and results after those of the batch: m queries, n keys, p and r channels.
 OPERANDS = {
@@ -21,34 +21,35 @@ OPERANDS = {
     **{"du": "mp", "dk": "np", "dv": "nr", "db": "n", "g": "mr", "h": "m"},
 }
 RESULTS = {Forward: ("mr", "m"), Tangent: ("mr", "m"), Cotangent: ("mp", "np", "nr", "n")}
+# Where JAX does not hand a rule of ours to the compiler: github.com/jax-ml/jax/issues/38196.
+WITHOUT_RULES = ("tpu",)
+
+# The axes of the mesh that divide an axis of the operands.
+Shared = dict[str, tuple[str, ...]]
 
 
-def divided(primitive: Primitive, kind: type[Operands], run: Callable, batch: int, params: dict):
-    """`run(*operands)`, which on several devices binds the primitive to each one's share.
+def is_divided(ctx) -> bool:
+    """Whether XLA divides the program that is being lowered; what is manual is divided already."""
+    context = ctx.module_context.axis_context
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return getattr(context, "num_devices", None) not in (None, 1)
+    return mesh.size > 1 and set(context.manual_axes) != set(mesh.axis_names)
+
+
+def by_rule(run: Callable, kind: type[Operands], batch: int, problem: Problem) -> Callable:
+    """`run` on each device's share, as XLA finds the operands divided.
 
     `batch` is the number of batch axes.
     """
-    leading = tuple(f"b{i}" for i in range(batch))
-    inputs = [(*leading, *OPERANDS[name]) for name in kind._fields]
-    outputs = [(*leading, *axes) for axes in RESULTS[kind]]
-    banded = params["problem"].band != (None, None)
-    whole = "mpnr" if banded else "pnr"  # in the order in which they occur
+    inputs, outputs = _axes(kind, batch)
+    whole = "pnr" if problem.band == (None, None) else "mpnr"  # in the order in which they occur
 
     def partition(mesh, operands, results):
-        shared = _mesh_axes(
-            [*zip(inputs, operands, strict=True), *zip(outputs, results, strict=True)], whole
-        )
-        place = lambda axes: NamedSharding(mesh, PartitionSpec(*(shared.get(a) for a in axes)))
-
-        def share(*operands):
-            outs = primitive.bind(*operands, **params)
-            if (queries := shared.get("m")) is None:
-                return outs
-            return [
-                out if "m" in axes else jax.lax.psum(out, queries)
-                for out, axes in zip(outs, outputs, strict=True)
-            ]
-
+        placed = zip((*inputs, *outputs), (*operands, *results), strict=True)
+        shared = _as_placed(placed, whole)
+        place = lambda axes: NamedSharding(mesh, _spec(axes, shared))
+        share = _share(run, outputs, shared)
         return mesh, share, [place(axes) for axes in outputs], tuple(map(place, inputs))
 
     notation = lambda sides: ", ".join(" ".join(axes) for axes in sides)
@@ -61,13 +62,64 @@ def divided(primitive: Primitive, kind: type[Operands], run: Callable, batch: in
     return call
 
 
-def _mesh_axes(placed: Sequence, whole: str) -> dict[str, tuple[str, ...]]:
-    """The axes of the mesh that divide each axis of the operands, by the first that says so."""
-    found, taken = {}, set()
+def by_size(run: Callable, kind: type[Operands], mesh, problem: Problem) -> Callable:
+    """`run` on each device's share, where XLA takes no rule: as many axes of the mesh as divide
+    the batch, and then the queries, go to them. What is placed otherwise is moved before."""
+
+    def call(*operands):
+        named = kind(*operands)
+        inputs, outputs = _axes(kind, named.scale.ndim)
+        lengths = dict(zip(inputs[0], named.q.shape, strict=True))
+        divisible = [*inputs[0][:-2], *("m" if problem.band == (None, None) else "")]
+        shared, left = {}, dict(mesh.shape)
+        for axis in divisible:
+            taken: list[str] = []
+            for name, size in left.items():
+                if lengths[axis] % (math.prod(left[n] for n in taken) * size) == 0:
+                    taken.append(name)
+            left = {name: size for name, size in left.items() if name not in taken}
+            shared[axis] = tuple(taken)
+        return jax.shard_map(
+            _share(run, outputs, shared),
+            mesh=mesh,
+            in_specs=tuple(_spec(axes, shared) for axes in inputs),
+            out_specs=[_spec(axes, shared) for axes in outputs],
+            check_vma=False,
+        )(*operands)
+
+    return call
+
+
+def _axes(kind: type[Operands], batch: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The names of the axes of each operand and of each result."""
+    leading = tuple(f"b{i}" for i in range(batch))
+    inputs = [(*leading, *OPERANDS[name]) for name in kind._fields]
+    return inputs, [(*leading, *axes) for axes in RESULTS[kind]]
+
+
+def _spec(axes: Sequence[str], shared: Shared) -> PartitionSpec:
+    return PartitionSpec(*(shared.get(axis) or None for axis in axes))
+
+
+def _share(run: Callable, outputs: Sequence[Sequence[str]], shared: Shared) -> Callable:
+    """What one device does."""
+    queries = shared.get("m")
+
+    def share(*operands) -> list:
+        outs: Results = run(*operands)
+        add_up = lambda out, axes: out if "m" in axes else jax.lax.psum(out, queries)
+        return [add_up(*one) if queries else one[0] for one in zip(outs, outputs, strict=True)]
+
+    return share
+
+
+def _as_placed(placed, whole: str) -> Shared:
+    """By the first operand or result that says so."""
+    shared, taken = {}, set()
     for axes, array in placed:
         for axis, names in zip(axes, array.sharding.spec, strict=False):
             names = (names,) if isinstance(names, str) else tuple(names or ())
-            if names and axis not in whole and axis not in found and not taken & {*names}:
-                found[axis] = names
+            if names and axis not in whole and axis not in shared and not taken & {*names}:
+                shared[axis] = names
                 taken |= {*names}
-    return found
+    return shared

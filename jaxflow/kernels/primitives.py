@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 
 from .base import Cotangent, Forward, Mode, Operands, Problem, Shapes, Tangent, evaluate
 from .blocked import Blocked
-from .partition import divided
+from .partition import WITHOUT_RULES, by_rule, by_size, is_divided
 from .reference import Reference
 from .registry import choose, default_platform, load
 
@@ -52,9 +52,24 @@ def _run(
     return evaluate(load(chosen), operands, problem)
 
 
-def _divided_run(primitive: Primitive, mode: Mode, kind: type[Operands], platform, *args, **params):
-    run = partial(_run, mode, kind, platform, **params)
-    return divided(primitive, kind, run, kind(*args).scale.ndim, params)(*args)
+def _lowering(mode: Mode, kind: type[Operands], platform: str):
+    """The rule that compiles a function for a platform, and divides it where XLA divides."""
+
+    def rule(ctx, *args, problem: Problem, backend: str | None):
+        run = partial(_run, mode, kind, platform, problem=problem, backend=backend)
+        if is_divided(ctx) and platform not in WITHOUT_RULES:
+            scale = ctx.avals_in[kind._fields.index("scale")]
+            run = by_rule(run, kind, scale.ndim, problem)
+        elif is_divided(ctx):
+            if (mesh := ctx.module_context.axis_context.abstract_mesh) is None:
+                raise NotImplementedError(
+                    f"on {platform} a program is divided by a mesh: place the operands by "
+                    "jax.NamedSharding(mesh, spec), or call it inside jax.shard_map."
+                )
+            run = by_size(run, kind, mesh, problem)
+        return mlir.lower_fun(lambda *args: run(*args), multiple_results=True)(ctx, *args)
+
+    return rule
 
 
 # ------------------------------------------------------------------ shapes
@@ -188,10 +203,7 @@ def _define(primitive: Primitive, mode: Mode, kind: type[Operands], avals: Calla
     primitive.def_impl(impl)
     primitive.def_abstract_eval(avals)
     for platform in (None, "cuda", "tpu"):
-        lowered = mlir.lower_fun(
-            partial(_divided_run, primitive, mode, kind, platform or "cpu"), multiple_results=True
-        )
-        mlir.register_lowering(primitive, lowered, platform)
+        mlir.register_lowering(primitive, _lowering(mode, kind, platform or "cpu"), platform)
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     batching.primitive_batchers[primitive] = partial(_batch, primitive, kind)
 
