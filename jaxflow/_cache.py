@@ -52,6 +52,14 @@ def enable_compilation_cache(folder: str | os.PathLike | None = None) -> Path | 
     return place
 
 
+def cache_folder() -> Path | None:
+    """The folder of what jaxflow keeps between processes; None where the environment says none."""
+    named = os.environ.get(FOLDER)
+    if named is None:
+        return _user_cache()
+    return Path(named).expanduser().absolute() if named else None
+
+
 def _user_cache() -> Path:
     """Where platformdirs would put it on Linux, and on macOS where most libraries do."""
     root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")

@@ -17,6 +17,9 @@ if importlib.util.find_spec("beartype"):
 
     jaxtyping.install_import_hook("jaxflow", "beartype.beartype")
 
+# Kernels are lowered for devices that are not at hand, and tested where they are proved nowhere.
+os.environ.setdefault("JAXFLOW_KERNELS", "all")
+
 # XLA's newer emitters for CPUs double the time to compile a small program, and the suite is little
 # else. JAX's own setting compiles in the long tests, on newer versions and where XLA_FLAGS is set.
 if importlib.metadata.version("jaxlib").startswith("0.10."):

@@ -80,15 +80,16 @@ def _text(error: BaseException) -> str:
 
 
 def _failure(error: RuntimeError) -> str | None:
-    """What a solve, a training or a compiled program says of its failure, or None."""
+    """What a solve, a training, a check or a compiled program says of its failure, or None."""
     # Here, as only what imports them raises their errors.
     import equinox as eqx
 
     from ..flow import FlowError
+    from ..kernels.check import CheckError
     from ..training import TrainingError
 
     text = str(error)
-    if isinstance(error, FlowError | TrainingError):
+    if isinstance(error, FlowError | TrainingError | CheckError):
         return text
     if "RESOURCE_EXHAUSTED" in text:
         return "the device has too little memory: take fewer or smaller tokens."

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import models, training, viz
-from .._cache import enable_compilation_cache
 from .._folder import write_text
 from ..fields import TimeDependent
 from ..fields.time import sample
@@ -22,6 +21,7 @@ from ..viz.style import require
 from .boundary import interruptible
 from .choices import Solver
 from .console import progress, say, table
+from .device import prepare
 from .learning import TASKS, AbstractTraining, LanguageTraining, training_settings
 from .reading import Evaluation
 from .simulate import write_figure
@@ -59,7 +59,7 @@ def trained(run: Path, *, latest: bool) -> Iterator[Trained]:
 def evaluate(s: Evaluation):
     """Prints, writes and draws the loss at each depth."""
     require("matplotlib.figure")
-    enable_compilation_cache()
+    prepare()
     with trained(s.run, latest=s.latest) as run:
         data, about = _data(run, s)
         rows: list[dict[str, Any]] = []

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import __version__, fields, viz
-from .._cache import enable_compilation_cache
 from .._folder import CONFIG, claim, write_bytes, write_settings, write_text
 from .._memory import PAIRS_AT_ONCE, check_fits
 from ..phase import PhaseDiagram, PhaseRow, crossing, phase_diagram
 from ..viz.style import require
 from .boundary import interruptible
 from .console import progress, say, table
+from .device import prepare
 from .settings import to_json
 from .simulate import write_figure
 from .simulation import Phase
@@ -35,7 +35,7 @@ def phase(s: Phase):
     """Draws the diagram of the settings, or goes on with it."""
     require("matplotlib.figure")  # now, not after the solves
     _check(s)
-    enable_compilation_cache()
+    prepare()
     with claim(s.resume or s.out, KIND, going_on=True if s.resume else None) as folder:
         if not (folder / CONFIG).exists():
             write_settings(folder, KIND, to_json(s) | {"jaxflow": __version__})

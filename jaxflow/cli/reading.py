@@ -127,11 +127,19 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Information:
-    """Versions, devices, and the backend and kernel chosen for a shape."""
+    """Versions, devices, and the backend and kernel chosen for a shape, and why.
+
+    With --check the kernels of the GPU or TPU at hand run first, each in a process that may fail,
+    against the portable backend. Those that are right are taken from then on; the verdicts are kept
+    in the cache folder for this device and these versions.
+    """
 
     n: int = flag(16384, "Number of tokens.", COUNT)
     d: int = flag(3, "Dimension of a token or of a head.", COUNT)
     dtype: DType = flag(DType.float32, "Of the tokens.")
+    check_kernels: bool = flag(
+        False, "Run every kernel on the device, and take those that are right.", name="--check"
+    )
 
     def check(self):
         """These go together as they are."""

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import models, training
-from .._cache import enable_compilation_cache
 from .._memory import check_fits
 from .boundary import interruptible
 from .console import say
+from .device import prepare
 from .evaluate import depth_like, trained
 from .reading import Sampling
 
 
 def sample(s: Sampling):
     """Prints texts that the model of a run writes."""
-    enable_compilation_cache()
+    prepare()
     check_fits(64 * s.length, f"a text of {s.length} tokens", "Take a smaller --length.")
     with trained(s.run, latest=s.latest) as run:
         if not isinstance(run.model, models.LanguageModel):

@@ -95,12 +95,20 @@ SEED = Range(0, 2**32 - 1)  # JAX keeps 32 bits of a seed, so that others would 
 # ------------------------------------------------------------------ declarations
 
 
-def flag(default: Any, help: str, rule: Rule | None = None, *, kept: bool = True) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    rule: Rule | None = None,
+    *,
+    kept: bool = True,
+    name: str | None = None,
+) -> Any:
     """A field of settings that is a flag.
 
-    `rule` is that of each value where there may be more; `kept`: whether it repeats the run.
+    `rule` is that of each value where there may be more; `kept`: whether it repeats the run; `name`
+    is that of the flag, where it is not the field's.
     """
-    about = {"help": help, "rule": rule, "kept": kept}
+    about = {"help": help, "rule": rule, "kept": kept, "name": name}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -238,6 +246,7 @@ def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
         if field.default is dataclasses.MISSING:
             default: Any = typer.Argument(help=help)
         else:
-            names = [flag_name(field.name)] if field.type is not bool else []
+            named = field.metadata["name"]
+            names = [named or flag_name(field.name)] if named or field.type is not bool else []
             default = typer.Option(field.default, *names, help=help)
         yield inspect.Parameter(field.name, _PLACE, default=default, annotation=field.type)

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import __version__, events, observables, viz
-from .._cache import enable_compilation_cache
 from .._folder import claim, write_bytes, write_settings, write_text
 from ..fields import AbstractField
 from ..flow import FlowError, FlowSolution, flow, memory_estimate
@@ -32,6 +31,7 @@ from ..models import SOLVERS
 from ..viz.style import require
 from .boundary import interruptible
 from .console import progress, say, table
+from .device import prepare
 from .settings import to_json
 from .simulation import Simulation
 from .systems import EVENTS, OBSERVABLES, initial_measure, make_field
@@ -44,7 +44,7 @@ def simulate(s: Simulation):
     """Flows the tokens of the settings and writes the run folder."""
     require("matplotlib.figure")  # now, not after the flow
     require("plotly.graph_objects")
-    enable_compilation_cache()
+    prepare()
     with jax.enable_x64(s.double):
         mu0, words = initial_measure(s)
         field = make_field(s, mu0.d)

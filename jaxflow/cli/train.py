@@ -15,12 +15,12 @@ import numpy as np
 import typer
 
 from .. import __version__, models, observables, training, viz
-from .._cache import enable_compilation_cache
 from .._folder import CONFIG, claim, read_settings
 from .._memory import check_fits
 from ..training import Fitted
 from ..viz.style import require
 from .console import say, table
+from .device import prepare
 from .learning import (
     KIND,
     AbstractTraining,
@@ -40,7 +40,7 @@ BLOCK = 2**17  # bytes that a block costs, however small
 def train(s: AbstractTraining):
     """Trains the model of the settings, or goes on."""
     require("matplotlib.figure")  # now, not after the training
-    enable_compilation_cache()
+    prepare()
     double = bool(jnp.result_type(float) == jnp.float64)
     if s.resume is not None:  # in the precision that it began in
         double = read_settings(s.resume / CONFIG, unchanged=True).get("double", double)

@@ -15,7 +15,14 @@ from jaxtyping import Array, Float
 from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
 from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
 from .primitives import forward_p
-from .registry import check_named, choose, default_platform, load
+from .registry import (
+    Candidate,
+    candidates,
+    check_named,
+    choose,
+    default_platform,
+    kernel_of,
+)
 
 # By the names that programs are compiled for; "gpu" is JAX's own word for CUDA's.
 PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda", "rocm": "rocm", "tpu": "tpu"}
@@ -56,7 +63,8 @@ def softmax_expectation(
     - `window`: `(left, right)`: query i sees the keys i - left <= j <= i + right. An integer w is
       `(w, w)`, as `local_window_size` in `jax.nn.dot_product_attention`.
     - `backend`: a name in `jaxflow.kernels.BACKENDS`, or `None` for the best on the platform that
-      the program is compiled for (see [`jaxflow.kernels.select_backend`][]). A Pallas backend
+      the program is compiled for, of those that are proved on its device (see
+      [`jaxflow.kernels.select_backend`][]). A Pallas backend
       with ":interpret" behind its name runs anywhere, slowly, in Pallas's interpreter.
 
     **Returns:**
@@ -114,6 +122,14 @@ def select_backend(
 ) -> str:
     """The name of the backend that `softmax_expectation` runs for these operands.
 
+    Without a name, it is the first of the platform that can, and whose kernel is proved on the
+    device: it passed `jaxflow info --check` there with these versions, or in a record that came
+    with the package, on this kind of device. Until then cuDNN's attention runs for 16 bits where it
+    can, "blocked" for all else, and a warning says so once. A kernel that failed the check never
+    runs, also by name; one that was not checked runs by name. The environment variable
+    JAXFLOW_KERNELS=all (default: proved) takes all kernels, proved or not: also for programs that
+    are lowered for a device that is not at hand.
+
     **Arguments:** as [`jaxflow.softmax_expectation`][] (only shapes and dtypes matter; leading
     axes are a batch), and
 
@@ -159,7 +175,28 @@ def describe_backend(
     """
     shapes, problem = _described(q, k, v, log_weights, scale, causal, window)
     name = _select(shapes, problem, backend, platform, mode)
-    return f"{name} ({load(name).kernel(_mode(mode), shapes, problem)})"
+    return kernel_of(name, _mode(mode), shapes, problem).name
+
+
+def explain_backend(
+    q: Described,
+    k: Described,
+    v: Described,
+    log_weights: Described | None = None,
+    *,
+    scale: ScalarLike = 1.0,
+    causal: bool = False,
+    window: Window = None,
+    platform: str | None = None,
+    mode: str = "forward",
+) -> list[Candidate]:
+    """The backends that are tried in turn where none is asked for, up to the one that runs, each
+    with its kernel and a `verdict`: why it runs, or why not.
+
+    Arguments and errors are those of [`jaxflow.kernels.select_backend`][].
+    """
+    shapes, problem = _described(q, k, v, log_weights, scale, causal, window)
+    return list(candidates(_mode(mode), _platform(platform), shapes, problem))
 
 
 def _described(q, k, v, log_weights, scale, causal, window) -> tuple[Shapes, Problem]:
@@ -173,17 +210,18 @@ def _described(q, k, v, log_weights, scale, causal, window) -> tuple[Shapes, Pro
 
 
 def _select(shapes: Shapes, problem: Problem, backend, platform, mode) -> str:
-    if platform is None:
-        platform = default_platform()
-    elif platform in tuple(PLATFORMS):
-        platform = PLATFORMS[platform]
-    else:
-        raise ValueError(
-            f"platform must be one of {', '.join(PLATFORMS)} or None, got {platform!r}."
-        )
+    platform = _platform(platform)
     if backend is not None:
         check_named(backend, shapes, problem)
     return choose(_mode(mode), platform, shapes, problem, backend)
+
+
+def _platform(name) -> str:
+    if name is None:
+        return default_platform()
+    if name not in tuple(PLATFORMS):
+        raise ValueError(f"platform must be one of {', '.join(PLATFORMS)} or None, got {name!r}.")
+    return PLATFORMS[name]
 
 
 def _mode(name: str) -> Mode:

@@ -3,12 +3,14 @@
 A new backend is a file with a subclass of `AbstractBackend`, and an entry here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from . import proof
 from .base import MODES, AbstractBackend, Mode, Problem, Shapes
 from .blocked import Blocked
 from .reference import Reference
@@ -50,7 +52,7 @@ REGISTRY = {
     "pallas_gpu:interpret": Entry(partial(_pallas_gpu, interpret=True)),
     "pallas_tpu:interpret": Entry(partial(_pallas_tpu, interpret=True)),
 }
-# The order in which a platform tries them.
+# The order in which a platform tries them; the last one refuses nothing and wants no proof.
 PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", "blocked")}
 OTHERWISE = ("blocked",)
 
@@ -80,12 +82,61 @@ def check_named(name, shapes: Shapes, problem: Problem):
             )
 
 
+class Candidate(NamedTuple):
+    """A backend that a platform may take, what runs there, and what speaks against it."""
+
+    name: str
+    kernel: proof.Kernel
+    refusal: str | None  # it cannot
+    doubt: proof.Doubt | None  # it may be wrong on this device
+
+    @property
+    def objection(self) -> str | None:
+        return self.refusal if self.doubt is None else self.doubt.reason
+
+    @property
+    def verdict(self) -> str:
+        """Why it runs, or why not."""
+        if self.objection is not None:
+            return f"no: {self.objection}"
+        if REGISTRY[self.name].platform is None:
+            return "runs: portable"
+        if proof.all_allowed():
+            return f"runs: {proof.SWITCH}=all, proved or not"
+        return "runs: of wide use" if self.kernel.name in proof.TRODDEN else "runs: proved"
+
+
+def candidates(mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> Iterator[Candidate]:
+    """The backends that a platform tries, up to the one that runs."""
+    for name in PREFERENCE.get(platform, OTHERWISE):
+        found = _candidate(name, mode, platform, shapes, problem)
+        yield found
+        if found.objection is None:
+            return
+
+
+def _candidate(name: str, mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> Candidate:
+    kernel = kernel_of(name, mode, shapes, problem)
+    refusal = load(name).refusal(mode, shapes, problem)
+    wants_proof = refusal is None and REGISTRY[name].platform in proof.PLATFORMS
+    return Candidate(name, kernel, refusal, proof.doubt(platform, kernel) if wants_proof else None)
+
+
+def kernel_of(name: str, mode: Mode, shapes: Shapes, problem: Problem) -> proof.Kernel:
+    """What runs one of the functions by this backend; its name is "backend (kernel)"."""
+    words = load(name).kernel(mode, shapes, problem)
+    return proof.Kernel(f"{name} ({words})", mode, jnp.dtype(shapes.q.dtype).name)
+
+
 def choose(mode: Mode, platform: str, shapes: Shapes, problem: Problem, name: str | None) -> str:
     """The backend asked for by name, if it runs on the platform; without a name the first of the
-    platform that does not refuse."""
+    platform that neither refuses nor has a kernel that is not proved on the device.
+
+    **Raises:** `NotImplementedError` where the backend asked for by name runs elsewhere, or failed
+    the check on this device.
+    """
     if name is None:
-        names = PREFERENCE.get(platform, OTHERWISE)
-        return next(n for n in names if load(n).refusal(mode, shapes, problem) is None)
+        return _best(mode, platform, shapes, problem)
     home = REGISTRY[name].platform
     if home not in (None, platform):
         interpreted = f"{name}:interpret"
@@ -94,7 +145,21 @@ def choose(mode: Mode, platform: str, shapes: Shapes, problem: Problem, name: st
             f"the backend {name!r} runs on {home}, and this program is compiled for {platform}. "
             f"Leave backend None to take the best for the platform{slow}."
         )
+    found = _candidate(name, mode, platform, shapes, problem)
+    if found.doubt is not None and found.doubt.failed:
+        raise NotImplementedError(
+            f"the kernel {found.kernel} must not run: {found.doubt.reason}. Leave backend None to "
+            f"take one that is right, or set {proof.SWITCH}=all to run it all the same."
+        )
     return name
+
+
+def _best(mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> str:
+    *passed, best = candidates(mode, platform, shapes, problem)
+    for c in passed:
+        if c.doubt is not None and not c.doubt.failed:
+            proof.advise(c.kernel, c.doubt, best.name)
+    return best.name
 
 
 def default_platform() -> str:
