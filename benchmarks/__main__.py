@@ -16,7 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import SUITES, plots, tune
+from jaxflow.kernels import check
+
+from . import SUITES, lease, plots, tune
 from .device import provenance
 from .timing import Options, Watch, library
 
@@ -106,7 +108,7 @@ def failures(reports: list[dict]) -> list[str]:
 
 def main(
     suite: Annotated[
-        str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none. Or tune.")
+        str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none. Or tune, or lease.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="A few small shapes.")] = False,
     backend: Annotated[
@@ -118,10 +120,18 @@ def main(
         Path | None, typer.Option("--json", help="Write the reports here, and plots beside it.")
     ] = None,
     write: Annotated[bool, typer.Option(help="tune: keep the best tiles in configs.py.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="lease: where all goes; benchmarks/results/DEVICE if none.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="lease: what it may take.")] = 7.5,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="lease: only say the plan.")] = False,
 ):
-    """Benchmarks of jaxflow against its rivals; `tune` looks for the best tiles of its kernels."""
+    """Benchmarks of jaxflow against its rivals; `tune` looks for the best tiles of its kernels, and
+    `lease` does what a short time on a GPU is best for."""
+    if suite == "lease":
+        raise typer.Exit(lease.main(out, minutes, dry_run, lambda text: print(text, flush=True)))
     if suite not in (None, "tune", *SUITES):
-        names = ", ".join((*SUITES, "tune"))
+        names = ", ".join((*SUITES, "tune", "lease"))
         raise typer.BadParameter(f"suite must be one of {names}, got {suite!r}.")
     if write and suite != "tune":
         raise typer.BadParameter(
@@ -131,6 +141,8 @@ def main(
     if suite == "tune" and (reason := tune.missing()) is not None:
         progress.print(reason, markup=False, soft_wrap=True)
         raise typer.Exit(1)
+    if suite != "tune":  # which compares the kernels with the portable backend itself
+        check.once(lambda text: progress.print(text, markup=False, soft_wrap=True))
     budgets = {name: seconds(name, quick, patience) for name in ([suite] if suite else SUITES)}
     plan = ", ".join(f"{name} {s:.0f} s" for name, s in budgets.items())
     progress.print(f"At most {sum(budgets.values()) / 60:.0f} min, give or take a case: {plan}")

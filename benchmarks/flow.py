@@ -205,6 +205,7 @@ def run(options: Options, watch: Watch) -> dict:
     chosen = [case for case in chosen if case.name.startswith(options.only)]
     for case in watch.each(chosen, lambda case: case.name):
         rows += contest(case, competitors(options.backends), options.repeats)
+        watch.save({"rows": rows})
     return {"rows": rows}
 
 

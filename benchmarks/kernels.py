@@ -185,6 +185,7 @@ def contest(
             measure(shape, mode, new, options)
             timed[shape, mode] = new
         rows += new
+        watch.save({"rows": rows})
     rates = better(before, ceilings())
     for (shape, mode), some in timed.items():
         compare(shape, mode, some, rates, timed.get((shape, "forward"), []))

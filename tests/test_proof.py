@@ -4,6 +4,7 @@ No GPU is needed: verdicts are written by hand, and the children of the check ar
 """
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -89,18 +90,17 @@ def test_what_has_passed_is_a_default(device):
 def test_what_has_failed_never_runs(device):
     """The next backend does, without a warning; by name it is refused, mode by mode."""
     device(of(PARTICLES) | of(PARTICLES, "tangent", failure="masked: it gave NaN"))
-    options = {"platform": "cuda", "backend": "pallas_gpu"}
+    named = functools.partial(select_backend, platform="cuda", backend="pallas_gpu")
     assert select_backend(FEW, FEW, FEW, platform="cuda", mode="tangent") == "blocked"
-    assert select_backend(FEW, FEW, FEW, **options, mode="cotangent") == "pallas_gpu"
+    assert named(FEW, FEW, FEW, mode="cotangent") == "pallas_gpu"
     with pytest.raises(NotImplementedError, match=r"tangent, float32.*masked: it gave NaN.*None"):
-        select_backend(FEW, FEW, FEW, **options, mode="tangent")
+        named(FEW, FEW, FEW, mode="tangent")
     found = [c.verdict for c in explain_backend(FEW, FEW, FEW, platform="cuda", mode="tangent")]
     assert "masked: it gave NaN" in found[-2] and found[-1] == "runs: portable"
 
 
 def test_by_name_no_proof_is_needed(device):
-    options = {"platform": "cuda", "backend": "pallas_gpu"}
-    assert select_backend(FEW, FEW, FEW, **options) == "pallas_gpu"
+    assert select_backend(FEW, FEW, FEW, platform="cuda", backend="pallas_gpu") == "pallas_gpu"
     assert select_backend(FEW, FEW, FEW, backend="pallas_gpu:interpret") == "pallas_gpu:interpret"
 
 

@@ -303,6 +303,7 @@ def check(
     backends: Sequence[str] | None = None,
     command: Sequence[str] = COMMAND,
     limits: Limits = Limits(),
+    save: Callable[[Report], Any] = lambda report: None,
 ) -> Report:
     """The verdicts on the kernels of the device at hand, by one child after the other.
 
@@ -312,17 +313,18 @@ def check(
     - `backends`: names; those that the platform prefers to the portable one if `None`.
     - `command`: of the child.
     - `limits`: in seconds.
+    - `save`: is given what is known after each kernel.
 
     **Raises:** `CheckError` where a child ends, or does not go on, without a kernel to blame.
     """
     state, stop = _State(), time.monotonic() + limits.total
     while not (state.about and state.over(stop)):
         with _Child(command, {"backends": backends, "skip": sorted(state.ended)}) as process:
-            _follow(process, state, limits, stop, log)
+            _follow(process, state, limits, stop, log, save)
     return state.report()
 
 
-def _follow(process: "_Child", state: _State, limits: Limits, stop: float, log: Log):
+def _follow(process: "_Child", state: _State, limits: Limits, stop: float, log: Log, save):
     """Reads what one child says, until it ends, does not go on, or there is no time."""
     opening = process.read(limits.start)
     state.about = opening["about"]
@@ -336,6 +338,7 @@ def _follow(process: "_Child", state: _State, limits: Limits, stop: float, log: 
                 raise
             # Also where it had ended: what went wrong on a device may show later.
             state.ended[number] = f"{doing}: {error}"
+            save(state.report())
             return
         if "begin" in message:
             number, doing, limit = int(message["begin"]), "compiling", limits.compile
@@ -344,6 +347,7 @@ def _follow(process: "_Child", state: _State, limits: Limits, stop: float, log: 
             doing, limit = str(message["case"]), limits.run
         else:
             state.ended[number] = message["failure"]
+            save(state.report())
             if message["lost"]:
                 return
 

@@ -163,10 +163,11 @@ def described(platform: str, kind: str, *, at_hand: bool) -> About:
 def software() -> About:
     """The versions that verdicts depend on; `kernels` is a digest of the kernels' source."""
     jax_s = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return {"jaxflow": __version__, "kernels": _source()} | jax_s
+    return {"jaxflow": __version__, "kernels": source_digest()} | jax_s
 
 
-def _source() -> str:
+def source_digest() -> str:
+    """Of the files that kernels are made of, their tiles included."""
     folder = Path(__file__).parent
     files = [folder / name for name in ("base.py", "cudnn.py", "pallas_tpu.py")]
     digest = hashlib.sha256()
