@@ -192,7 +192,7 @@ def _end(process: subprocess.Popen):
 
 def advice(out: Path, kind: str, tuned: bool) -> Iterator[str]:
     """What to commit, and how."""
-    records = sorted((out / "kernels").glob("*.json"))
+    records = [path for path in sorted((out / "kernels").glob("*.json")) if _is_sound(path)]
     current = [path for path in records if _is_current(path)]
     if not records:
         yield f"No kernel has a verdict: see {out}/check.log. There is nothing to commit."
@@ -205,18 +205,27 @@ def advice(out: Path, kind: str, tuned: bool) -> Iterator[str]:
         current, tuned = records, False
     yield f"To make what is right on {kind} a default there, in the checkout:"
     for path in current:
-        yield f"  cp {path} {PACKAGED}/"
+        yield f"  cp {path} {PACKAGED}/  # {_count(path)}"
     if tuned:
         yield f"  cp {out}/configs.py {TILES}"
     yield f"  git add {PACKAGED} {TILES} {out}/*.json"
     yield f'  git commit -m "Kernels checked and timed on {kind}"'
 
 
-def _is_current(path: Path) -> bool:
+def _is_sound(path: Path) -> bool:
     try:
-        return proof.read_record(path)[0].get("kernels") == proof.source_digest()
+        return bool(proof.read_record(path))
     except ValueError:
         return False
+
+
+def _is_current(path: Path) -> bool:
+    return proof.read_record(path)[0].get("kernels") == proof.source_digest()
+
+
+def _count(path: Path) -> str:
+    verdicts = proof.read_record(path)[1].values()
+    return f"{sum(reason is None for reason in verdicts)} of {len(verdicts)} kernels are right"
 
 
 def _slug(kind: str) -> str:
