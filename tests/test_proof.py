@@ -20,6 +20,7 @@ from jaxflow.kernels import (
     check,
     cudnn,
     describe_backend,
+    expectation,
     explain_backend,
     proof,
     registry,
@@ -51,7 +52,7 @@ def device(tmp_path, monkeypatch):
     """A device at hand, in words; `device(verdicts)` writes its record and returns the path."""
     monkeypatch.setenv(proof.SWITCH, "proved")
     monkeypatch.setenv("JAXFLOW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(proof, "_target", lambda platform: (ABOUT["device"], True))
+    monkeypatch.setattr(proof, "target", lambda platform: (ABOUT["device"], True))
     monkeypatch.setattr(proof, "_advised", [])
     described = lambda platform, kind, at_hand: ABOUT | {"platform": platform}
     monkeypatch.setattr(proof, "described", described)
@@ -283,9 +284,20 @@ def test_what_the_time_is_too_short_for_is_not_proved(script):
     assert "2 were not checked" in check.summary(report)
 
 
-def test_the_child_finds_nothing_to_check_on_a_cpu(monkeypatch):
-    result = CliRunner().invoke(app, ["info", "--check"])
-    assert result.exit_code == 0 and "on cpu the portable backend runs" in result.stdout
+@pytest.mark.slow
+def test_a_real_child():
+    """All cases of the first kernel."""
+
+    class EnoughError(Exception):
+        pass
+
+    def stop(report):
+        raise EnoughError(report)
+
+    with pytest.raises(EnoughError) as enough:
+        check.check(print, backends=["reference"], save=stop)
+    (report,) = enough.value.args
+    assert list(report.verdicts.values()) == [None] and len(report.unchecked) == 8
 
 
 # ------------------------------------------------------------------ the child
@@ -370,6 +382,47 @@ def test_every_kernel_is_tried_on_a_gpu(monkeypatch):
 
 
 # ------------------------------------------------------------------ the command line
+
+
+def test_info_finds_nothing_to_check_on_a_cpu():
+    result = CliRunner().invoke(app, ["info", "--check"])
+    assert result.exit_code == 0 and "on cpu the portable backend runs" in result.stdout
+
+
+def test_info_prints_and_keeps_what_the_check_finds(device, monkeypatch):
+    """And what runs now, mode by mode."""
+    found = of(PARTICLES, "forward") | of(PARTICLES, "tangent", failure="masked: it is off")
+    late = Kernel(PARTICLES, "cotangent", "float32")
+    monkeypatch.setattr(check, "check", lambda log: Report(ABOUT, found, [late]))
+    monkeypatch.setattr(expectation, "default_platform", lambda: "cuda")
+    result = CliRunner().invoke(app, ["info", "--check"])
+    assert result.exit_code == 0, result.output
+    lines = {" ".join(line.split()) for line in result.stdout.splitlines()}
+    assert f"{PARTICLES} forward float32 right" in lines
+    assert f"{PARTICLES} tangent float32 masked: it is off" in lines
+    assert f"{PARTICLES} cotangent float32 not checked" in lines
+    assert f"forward {PARTICLES} runs: proved" in lines
+    assert f"tangent {PARTICLES} no: it failed the check here: masked: it is off" in lines
+    assert f"cotangent {PARTICLES} no: it was not checked on this device yet" in lines
+    assert proof.has_record(ABOUT)
+
+
+def test_a_check_that_cannot_run_is_one_line(monkeypatch):
+    def fails(log):
+        raise CheckError("its process ended by exit code 1: no device")
+
+    monkeypatch.setattr(check, "check", fails)
+    result = CliRunner().invoke(app, ["info", "--check"])
+    assert result.exit_code == 1 and "error: its process ended by exit code 1" in result.output
+
+
+def test_a_gpu_that_is_not_of_cuda_is_left_alone(monkeypatch):
+    monkeypatch.setenv(proof.SWITCH, "proved")
+    monkeypatch.setattr(check, "default_platform", lambda: "cuda")
+    said = []
+    check.child({"backends": None, "skip": []}, said.append)
+    check.once(said.append)
+    assert [message["kernels"] for message in said] == [[]]
 
 
 def test_a_command_checks_once(device, monkeypatch):

@@ -47,8 +47,8 @@ def _check():
     if not report.verdicts:
         say(f"There is nothing to check: on {report.about['platform']} the portable backend runs.")
         return
-    path = check.keep(report)
     rows = [(*kernel, reason or "right") for kernel, reason in report.verdicts.items()]
     table("kernels on this device", [*rows, *((*k, "not checked") for k in report.unchecked)])
     say(check.summary(report))
+    path = check.keep(report)
     say("Kept nowhere, as JAXFLOW_CACHE is empty." if path is None else f"Kept in {path}.")

@@ -243,9 +243,10 @@ def _line(error: Exception) -> str:
 
 def child(request: Mapping[str, Any], say: Callable[[dict], Any]):
     """Judges the kernels that are not to be skipped, in their order."""
-    trials, platform = plan(request["backends"]), default_platform()
-    kind = jax.local_devices()[0].device_kind
-    say({"about": proof.described(platform, kind, at_hand=True), "kernels": list(trials)})
+    platform = default_platform()
+    kind, at_hand = proof.target(platform)  # JAX calls GPUs of other makes so, too
+    trials = plan(request["backends"]) if at_hand else {}
+    say({"about": proof.described(platform, kind, at_hand=at_hand), "kernels": list(trials)})
     for number, (kernel, some) in enumerate(trials.items()):
         if number in request["skip"]:
             continue
@@ -329,8 +330,8 @@ def _follow(process: "_Child", state: _State, limits: Limits, stop: float, log: 
     opening = process.read(limits.start)
     state.about = opening["about"]
     state.kernels = [Kernel(*kernel) for kernel in opening["kernels"]]
-    number, doing, limit = -1, "", limits.compile
-    while not state.over(stop):
+    number, doing, limit, busy = -1, "", limits.compile, False
+    while busy or not state.over(stop):
         try:
             message = process.read(limit)
         except CheckError as error:
@@ -341,12 +342,12 @@ def _follow(process: "_Child", state: _State, limits: Limits, stop: float, log: 
             save(state.report())
             return
         if "begin" in message:
-            number, doing, limit = int(message["begin"]), "compiling", limits.compile
+            number, doing, limit, busy = int(message["begin"]), "compiling", limits.compile, True
             log(f"{state.kernels[number]} ({number + 1} of {len(state.kernels)})")
         elif "case" in message:
             doing, limit = str(message["case"]), limits.run
         else:
-            state.ended[number] = message["failure"]
+            state.ended[number], busy = message["failure"], False
             save(state.report())
             if message["lost"]:
                 return
@@ -440,7 +441,10 @@ def once(say: Log):
     """
     if not _due():
         return
-    say(f"The kernels are checked on this device, once for its versions ({proof.COMMAND}).")
+    say(
+        "The kernels are checked on this device, once for it and these versions, in a minute or so "
+        f"({proof.COMMAND})."
+    )
     try:
         report = check(lambda text: None)
         keep(report)
@@ -465,9 +469,9 @@ def _due() -> bool:
     if _tpu_is_free():
         return not proof.software_has_record("tpu")
     platform = default_platform()
-    if platform not in proof.PLATFORMS:
+    kind, at_hand = proof.target(platform)
+    if platform not in proof.PLATFORMS or not at_hand:
         return False
-    kind = jax.local_devices()[0].device_kind
     return not proof.has_record(proof.described(platform, kind, at_hand=True))
 
 

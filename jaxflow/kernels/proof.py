@@ -73,7 +73,7 @@ def doubt(platform: str, kernel: Kernel) -> Doubt | None:
     """What speaks against a kernel on the device that a program is lowered for, or None."""
     if all_allowed():
         return None
-    verdicts, damage = _known(platform, *_target(platform))
+    verdicts, damage = _known(platform, *target(platform))
     if kernel in verdicts:
         reason = verdicts[kernel]
         return reason if reason is None else Doubt(f"it failed the check here: {reason}", True)
@@ -139,7 +139,7 @@ def _known(platform: str, kind: str, at_hand: bool) -> tuple[Verdicts, str | Non
     return verdicts, damage
 
 
-def _target(platform: str) -> tuple[str, bool]:
+def target(platform: str) -> tuple[str, bool]:
     """The kind of device that a program is lowered for, and whether it is at hand."""
     named = jax.sharding.get_abstract_mesh().abstract_device
     try:
