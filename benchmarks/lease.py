@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxflow._cache import cache_folder
 from jaxflow.kernels import check, proof
 from jaxflow.kernels.pallas_gpu import configs
 
@@ -32,6 +33,7 @@ from .peak import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = Path(configs.__file__)
 TILES, PACKAGED = "jaxflow/kernels/pallas_gpu/configs.py", "jaxflow/kernels/proved"
+PROGRAMS = "programs"  # that the check has compiled, until the end
 LEAST_S = 15.0  # in less no stage is worth its start
 GRACE_S = 10.0  # after an interrupt, in which a stage prints what it has
 PROBE_S = 120.0
@@ -106,6 +108,7 @@ def main(out: Path | None, minutes: float, dry_run: bool, say: Say) -> int:
     os.environ["JAXFLOW_CACHE"] = str(out)  # so that the suites go by the verdicts of the check
     before = CONFIGS.read_text()
     run(plan, out, 60 * minutes, say, lambda: CONFIGS.read_text() != before)
+    shutil.rmtree(out / PROGRAMS, ignore_errors=True)
     for line in advice(out, kind, CONFIGS.read_text() != before):
         say(line)
     return 0
@@ -236,7 +239,14 @@ def _slug(kind: str) -> str:
 
 
 def checked(seconds: float):
-    """Checks the kernels, and writes the record after each one."""
+    """Checks the kernels, and writes the record after each one.
+
+    Compiled kernels are kept, so that the second check compiles only those with new tiles.
+    """
+    if (folder := cache_folder()) is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / PROGRAMS)
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     limits = check.Limits(start=60, compile=60, run=15, total=seconds)
     report = check.check(print, limits=limits, save=check.keep)
     for kernel, reason in report.verdicts.items():

@@ -85,6 +85,32 @@ def test_the_plan_is_said(tmp_path, monkeypatch, seen):
         assert "There is no GPU or TPU: JAX sees cpu." in said
 
 
+def test_a_lease_from_its_check_to_its_commit(tmp_path, monkeypatch):
+    """Of a GPU in words: the check finds a kernel right, and tuning new tiles."""
+    configs, out, done, said = tmp_path / "configs.py", tmp_path / "out", [], []
+    configs.write_text("old")
+
+    def in_child(command, seconds, log):
+        done.append(log.stem)
+        if log.stem.startswith("check"):
+            check.keep(
+                Report(ABOUT, {Kernel("pallas_gpu (hopper)", "forward", "float16"): None}, [])
+            )
+        if log.stem.startswith("tune"):
+            configs.write_text("new")
+        return "done"
+
+    monkeypatch.setenv("JAXFLOW_CACHE", "of the user")
+    monkeypatch.setattr(lease, "device", lambda: ("cuda", "A B"))
+    monkeypatch.setattr(lease, "CONFIGS", configs)
+    monkeypatch.setattr(lease, "in_child", in_child)
+    assert lease.main(out, 7.5, False, said.append) == 0
+    assert done == [stage.name for stage in lease.stages(out)] and done[0] == "check"
+    assert (out / "configs.py").read_text() == "new"
+    (record,) = (out / "kernels").glob("A-B-*.json")
+    assert f"  cp {record} jaxflow/kernels/proved/  # 1 of 1 kernels are right" in said
+
+
 def test_the_plan_fits_into_its_time():
     """Without the last stage, which takes what is left; the tests of the plan exist."""
     plan = lease.stages(lease.RESULTS)
