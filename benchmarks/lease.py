@@ -247,7 +247,7 @@ def checked(seconds: float):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / PROGRAMS)
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    limits = check.Limits(start=60, compile=60, run=15, total=seconds)
+    limits = check.Limits(start=60, compile=90, run=15, total=seconds)
     report = check.check(print, limits=limits, save=check.keep)
     for kernel, reason in report.verdicts.items():
         print(f"{kernel}: {reason or 'right'}")

@@ -12,6 +12,7 @@ from jaxflow.kernels.check import Report
 from jaxflow.kernels.proof import Kernel
 
 ABOUT = proof.software() | {"platform": "cuda", "device": "A B", "runtime": "", "driver": ""}
+VERDICTS = {Kernel("pallas_gpu (particles)", "forward", "float32"): None}
 
 
 def stage(name, code, seconds=20.0, **options):
@@ -131,12 +132,11 @@ def test_what_to_commit(tmp_path, monkeypatch):
     advice = lambda tuned: "\n".join(lease.advice(tmp_path, "A B", tuned))
     assert "nothing to commit" in advice(False)
     monkeypatch.setenv("JAXFLOW_CACHE", str(tmp_path))
-    verdicts = {Kernel("pallas_gpu (particles)", "forward", "float32"): None}
-    path = check.keep(Report(ABOUT, verdicts, []))
+    path = check.keep(Report(ABOUT, VERDICTS, []))
     assert path is not None
     assert f"cp {path} jaxflow/kernels/proved/" in advice(False)
     assert "cp" in advice(True) and f"{tmp_path}/configs.py" in advice(True)
-    check.keep(Report(ABOUT | {"kernels": "before tuning"}, verdicts, []))
+    check.keep(Report(ABOUT | {"kernels": "before tuning"}, VERDICTS, []))
     assert str(path) in advice(True) and len(list(path.parent.iterdir())) == 2
     path.unlink()
     assert "new tiles were not checked" in advice(True) and "configs.py jax" not in advice(True)

@@ -429,7 +429,7 @@ def test_a_command_checks_once(device, monkeypatch):
     report = Report(ABOUT, of(PARTICLES) | of("other", failure="wrong"), [])
     calls, said = [], []
     monkeypatch.setattr(check, "default_platform", lambda: "cuda")
-    monkeypatch.setattr(check, "check", lambda log: calls.append(log) or report)
+    monkeypatch.setattr(check, "check", lambda log, limits: calls.append(log) or report)
     for _ in range(2):
         check.once(said.append)
     assert len(calls) == 1 and "3 of 6 kernels are right" in said[-1]
@@ -437,7 +437,7 @@ def test_a_command_checks_once(device, monkeypatch):
 
 
 def test_a_check_that_fails_stops_no_command(device, monkeypatch):
-    def fails(log):
+    def fails(log, limits):
         raise CheckError("its process ended by signal SIGKILL")
 
     said = []
