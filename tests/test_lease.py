@@ -4,12 +4,15 @@ import json
 import textwrap
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import lease, shapes
 from jaxflow.kernels import check, proof
 from jaxflow.kernels.check import Report
 from jaxflow.kernels.proof import Kernel
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a device")
 
 ABOUT = proof.software() | {"platform": "cuda", "device": "A B", "runtime": "", "driver": ""}
 VERDICTS = {Kernel("pallas_gpu (particles)", "forward", "float32"): None}

@@ -446,8 +446,8 @@ def once(say: Log):
     if not _due():
         return
     say(
-        "The kernels are checked on this device, once for it and these versions, in a minute or two "
-        f"({proof.COMMAND})."
+        "The kernels are checked on this device, once for it and these versions, which takes a "
+        f"minute or two ({proof.COMMAND})."
     )
     try:
         report = check(lambda text: None, limits=FIRST)
@@ -460,10 +460,10 @@ def once(say: Log):
 
 def summary(report: Report) -> str:
     """How many passed, and how many did not."""
-    failed = sum(reason is not None for reason in report.verdicts.values())
-    text = f"{len(report.verdicts) - failed} of {len(report.verdicts)} kernels are right here"
-    if report.unchecked:
-        text += f"; {len(report.unchecked)} were not checked, as the time was over: {proof.COMMAND} takes all the time"
+    right = sum(reason is None for reason in report.verdicts.values())
+    text = f"{right} of {len(report.verdicts)} kernels are right here"
+    if (late := len(report.unchecked)) > 0:
+        text += f"; the time was too short for {late}: {proof.COMMAND} takes what it needs"
     return f"{text}."
 
 

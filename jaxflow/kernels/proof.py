@@ -103,8 +103,8 @@ def advise(kernel: Kernel, why: Doubt, chosen: str):
     _advised.append(kernel)
     warnings.warn(
         f"the backend {chosen!r} runs in place of the kernel {kernel}: {why.reason}. "
-        f"`{COMMAND}`, a minute or two once a device and version, turns on the kernels that are right "
-        "there: a fused kernel keeps the scores of pairs in registers, where 'blocked' writes them "
+        f"`{COMMAND}`, a minute or two once a device and version, turns on the kernels that are "
+        "right there: a fused kernel keeps the scores of pairs in registers, 'blocked' writes them "
         f"to memory and reads them again. {SWITCH}=all takes all kernels unchecked.",
         stacklevel=2,
     )
