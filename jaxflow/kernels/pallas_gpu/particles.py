@@ -281,14 +281,15 @@ def _chunk(n: int) -> int:
 def default_config(
     m: int, row_channels: int, column_channels: int, outputs: int, least: int = 64
 ) -> Config:
-    """The tallest tile whose registers, roughly counted, leave room for three blocks."""
+    """The tallest tile whose registers, roughly counted, leave room for three blocks; for two, if
+    else a thread had so few pairs that loads took one instruction in six."""
     keys = 8  # as few as the layout of a warpgroup's accumulators allows
 
     def registers(height):
         pairs = height * keys // THREADS
         return pairs * (outputs + 2) + height // 32 * row_channels + column_channels
 
-    tall = [h for h in (256, 128) if registers(h) <= 150]
+    tall = [h for h, most in ((256, 150), (128, 200)) if registers(h) <= most]
     heights = [h for h in (*tall, 64, 32, 16) if least <= h < 2 * m]
     return Config(rows=max(heights, default=least), keys=keys)
 
@@ -373,6 +374,11 @@ def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, in
     (batch, height, m), (_, width, n) = rows.shape, columns.shape
     block, shape = config.rows, (config.rows, config.keys)
     length, arithmetic = n // segments, PLAIN if interpret else ASSEMBLY
+    # A strip of columns lies together, with a power of two channels: then offsets are part of the
+    # instructions that load, and no integer arithmetic.
+    strips, room = length // config.keys, 1 << (width - 1).bit_length()
+    columns = pad(columns, room, axis=1).reshape(batch, room, n // config.keys, config.keys)
+    columns = columns.swapaxes(1, 2)
 
     def kernel(rows_ref, columns_ref, skip_ref, out_ref):
         @pl.when(skip_ref[0] == 0)
@@ -381,12 +387,11 @@ def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, in
             x = [spread(rows_ref[0, c, :], 0) for c in range(height)]
 
             def strip(j, totals):
-                part = pl.ds(j * config.keys, config.keys)
-                y = [spread(columns_ref[0, c, part], 1) for c in range(width)]
+                y = [spread(columns_ref[0, j, c, :], 1) for c in range(width)]
                 return tuple(tile(arithmetic, x, y, totals))
 
             start = (jnp.full(shape, MASKED if largest else 0, rows.dtype),) * outputs
-            totals = jax.lax.fori_loop(0, length // config.keys, strip, start)
+            totals = jax.lax.fori_loop(0, strips, strip, start)
             for c, total in enumerate(totals):
                 out_ref[0, 0, c, :] = total.max(axis=1) if largest else total.sum(axis=1)
 
@@ -395,7 +400,7 @@ def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, in
         grid=(m // block, segments, batch),
         in_specs=[
             pl.BlockSpec((1, height, block), lambda i, s, b: (b, 0, i)),
-            pl.BlockSpec((1, width, length), lambda i, s, b: (b, 0, s)),
+            pl.BlockSpec((1, strips, room, config.keys), lambda i, s, b: (b, s, 0, 0)),
             pl.BlockSpec((1,), lambda i, s, b: (b,)),
         ],
         out_specs=pl.BlockSpec((1, 1, outputs, block), lambda i, s, b: (b, s, 0, i)),
