@@ -5,9 +5,12 @@ spills of each kernel, and `nvdisasm` its instructions. `make aot` installs all 
 """
 
 import collections
+import concurrent.futures
 import contextlib
+import functools
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import re
 import shutil
@@ -117,11 +120,26 @@ def compiled(lowered, folder: str | None = None):
         return lowered.compile(compiler_options=options)
 
 
-def kernels(fn: Callable, args, device: Device) -> list[Kernel]:
-    """The Pallas kernels of a program, in the order of its text."""
+@functools.cache
+def kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
+    """The Pallas kernels of a program, in the order of its text.
+
+    `fn` and `args` are pickled: each device has a process of its own, since the plugin takes a
+    kernel that it has compiled once for another device too.
+    """
+    return _process(device).submit(_kernels, fn, args, device).result()
+
+
+@functools.cache
+def _process(device: Device) -> concurrent.futures.Executor:
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
+
+
+def _kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
     with tempfile.TemporaryDirectory() as folder:
         compiled(lower(fn, args, device), folder)
-        return [_kernel(file) for file in _sources(Path(folder))]
+        return tuple(_kernel(file) for file in _sources(Path(folder)))
 
 
 # ------------------------------------------------------------------ compiling
