@@ -23,8 +23,6 @@ REASON = machine_code.missing()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
-    # Another process's programs are not for these devices.
-    pytest.mark.filterwarnings("ignore:.*compilation cache:UserWarning"),
 ]
 
 PROBLEMS = {
