@@ -192,7 +192,9 @@ def _plugin() -> Path | None:
 
 def _tool(name: str) -> str | None:
     """The tool beside JAX's plugin, or else the one on PATH."""
-    beside = [Path(folder).resolve() / "nvidia" for folder in sys.path if "site-packages" not in folder]
+    beside = [
+        Path(folder).resolve() / "nvidia" for folder in sys.path if "site-packages" not in folder
+    ]
     found = [file for folder in beside for file in folder.glob(f"*/bin/{name}")]
     return str(found[0]) if found else shutil.which(name)
 
@@ -212,7 +214,10 @@ def _kernel(source: Path) -> Kernel:
     assert target is not None
     binary = source.with_suffix(".cubin")
     log = _run("ptxas", "-v", f"-arch={target[1]}", str(source), "-o", str(binary))
-    registers, spilled = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill", log)
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", log),
+        re.search(r"(\d+) bytes spill", log),
+    )
     assert registers is not None and spilled is not None, log
     code = _run("nvdisasm", "-c", str(binary))
     serialised = "wgmma" in log and "serialized" in log
