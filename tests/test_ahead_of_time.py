@@ -49,7 +49,7 @@ SPILLS = {
     ("tensor_cores", "tangent", 4, 256): 2100,
     ("tensor_cores", "cotangent", 4, 256): 500,
 }
-# On compute capability 10.0 alone: a few bytes beside a masked loop, and one tile that is too large.
+# On compute capability 10.0 alone: a few bytes beside masks, and one tile too large.
 SPILLS_OF_BLACKWELL = {("tensor_cores", "cotangent", 2, 256): 2200}
 BESIDE_A_LOOP = 16
 # Instructions a pair of the loop that takes the time, without log-weights, on compute capability
