@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jaxflow.kernels import check
 
-from . import SUITES, lease, plots, tune
+from . import SUITES, lease, machine_code, plots, predict, tune
 from .device import provenance
 from .timing import Options, Watch, library
 
@@ -43,6 +43,10 @@ COLUMNS = {
     "compile_vs_scan": "{:.2f}",
     "vs_forward": "{:.1f}",
     "vs_default": "{:.2f}",
+    "registers": "{}",
+    "spilled": "{}",
+    "instructions": "{:.1f}",
+    "loads": "{:.1f}",
     "of_floor": "{:.0%}",
     "floor": "{}",
     "peak_mib": "{:.3g}",
@@ -106,9 +110,17 @@ def failures(reports: list[dict]) -> list[str]:
     ]
 
 
+def _predicted(progress: Console) -> list[dict]:
+    if (reason := machine_code.missing()) is not None:
+        progress.print(reason, markup=False, soft_wrap=True)
+        raise typer.Exit(1)
+    return predict.run()
+
+
 def main(
     suite: Annotated[
-        str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none. Or tune, or lease.")
+        str | None,
+        typer.Argument(help=f"{', '.join(SUITES)}; all if none. Or tune, predict, lease."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="A few small shapes.")] = False,
     backend: Annotated[
@@ -126,18 +138,21 @@ def main(
     minutes: Annotated[float, typer.Option(help="lease: what it may take.")] = 7.5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="lease: only say the plan.")] = False,
 ):
-    """Benchmarks of jaxflow against its rivals; `tune` looks for the best tiles of its kernels, and
-    `lease` does what a short time on a GPU is best for."""
+    """Benchmarks of jaxflow against its rivals; `tune` looks for the best tiles of its kernels,
+    `predict` reads their speed off their machine code, and `lease` does what a short time on a GPU is best for."""
     if suite == "lease":
         raise typer.Exit(lease.main(out, minutes, dry_run, lambda text: print(text, flush=True)))
-    if suite not in (None, "tune", *SUITES):
-        names = ", ".join((*SUITES, "tune", "lease"))
+    if suite not in (None, "tune", "predict", *SUITES):
+        names = ", ".join((*SUITES, "tune", "predict", "lease"))
         raise typer.BadParameter(f"suite must be one of {names}, got {suite!r}.")
     if write and suite != "tune":
         raise typer.BadParameter(
             "--write keeps what tune finds: python -m benchmarks tune --write."
         )
     console, progress = Console(width=170), Console(stderr=True)
+    if suite == "predict":
+        console.print(table(_predicted(progress)))
+        return
     if suite == "tune" and (reason := tune.missing()) is not None:
         progress.print(reason, markup=False, soft_wrap=True)
         raise typer.Exit(1)

@@ -32,6 +32,7 @@ import re
 import signal
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -77,6 +78,15 @@ def x64():
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def float16():
+    """Skips where XLA has no float16 for the processor, as for one with SSE 4.2 alone."""
+    try:
+        jax.jit(lambda x: x + x)(np.ones(3, np.float16))
+    except jax.errors.JaxRuntimeError as error:
+        pytest.skip(f"float16 does not compile for this processor: {error}")
 
 
 @pytest.fixture

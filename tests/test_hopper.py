@@ -185,9 +185,18 @@ def test_refusal():
         jax.ShapeDtypeStruct((64, width), dtype)
         for width, dtype in ((128, jnp.bfloat16), (128, jnp.float32), (24, jnp.bfloat16))
     )
-    assert hopper.refusal(Shapes(good, good, good)) is None
-    assert "float32" in (hopper.refusal(Shapes(bad, bad, bad)) or "")
-    assert "24" in (hopper.refusal(Shapes(odd, odd, good)) or "")
+    refusal = lambda *shapes: hopper.refusal(Shapes(*shapes), Problem()) or ""
+    assert refusal(good, good, good) == ""
+    assert "float32" in refusal(bad, bad, bad)
+    assert "24" in refusal(odd, odd, good)
+
+
+@pytest.mark.parametrize("version, refused", [(12060, 0), (12080, 1), (12090, 1), (12091, 0)])
+def test_masks_need_a_compiler_that_is_right(version, refused, monkeypatch):
+    monkeypatch.setattr(hopper, "_cuda_version", lambda: version)
+    shapes = Shapes(*[jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)] * 3)
+    assert hopper.refusal(shapes, Problem()) is None
+    assert ("12.9.1" in (hopper.refusal(shapes, Problem((None, 0))) or "")) == refused
 
 
 @pytest.mark.parametrize("mode", MODES)

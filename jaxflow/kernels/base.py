@@ -230,17 +230,26 @@ def vanishing(lse: Array) -> Array:
     return jnp.where(jnp.isneginf(lse), jnp.inf, lse)
 
 
-def known_bound(u: Array, k: Array, b: Array, log: Callable[[float], float]) -> tuple[Array, Array]:
-    """|u_i| max_j |k_j| + max_j b_j >= s_ij, and whether under it no weight can underflow.
+def known_shift(
+    u: Array, k: Array, v: Array, b: Array, problem: Problem, log: Callable[[float], float]
+) -> tuple[Array, Array]:
+    """One shift c for all scores of a system, and whether the weights exp(s_ij - c) need no other.
 
-    `log` is the logarithm in the unit of the scores, `math.log` or `math.log2`.
+    |s_ij - b_j| <= |u_i| max_j |k_j|, so with c in the middle of the log-weights all weights lie in
+    [e^-h, e^h]. Sums of n products with values must not overflow, and products with small values
+    (|v| < 1e-4, say) must not become subnormal, which some devices take for zero: that is the
+    margin beside h. `log` is the logarithm in the unit of the scores, `math.log` or `math.log2`.
     """
-    lengths, longest = jnp.linalg.norm(u, axis=-1), jnp.linalg.norm(k, axis=-1).max(axis=-1)
-    top = b.max(axis=-1)
-    bottom = jnp.where(jnp.isneginf(b), top[..., None], b).min(axis=-1)
-    span = 2 * lengths.max(axis=-1) * longest + top - bottom
-    bound = lengths * longest[..., None] + top[..., None]
-    return bound, jnp.isfinite(top) & (span < -0.9 * log(float(jnp.finfo(b.dtype).tiny)))
+    half_span = jnp.linalg.norm(u, axis=-1).max(axis=-1) * jnp.linalg.norm(k, axis=-1).max(axis=-1)
+    shift = jnp.zeros_like(half_span)
+    if problem.weighted:
+        top = b.max(axis=-1)
+        bottom = jnp.where(jnp.isneginf(b), top[..., None], b).min(axis=-1)
+        shift, half_span = (top + bottom) / 2, half_span + (top - bottom) / 2
+    margin = math.log(k.shape[-2]) + jnp.abs(jnp.log(jnp.abs(v).max(axis=(-2, -1))))
+    room = 0.9 * log(float(jnp.finfo(b.dtype).max))
+    # Of sums and values that are not finite nothing is known.
+    return shift, jnp.isfinite(shift) & (half_span + margin * log(math.e) < room)
 
 
 def pad(a: Array, length: int, fill: float | int = 0.0, *, axis: int) -> Array:

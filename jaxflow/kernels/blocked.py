@@ -3,8 +3,9 @@
 The three functions are those of base.py; forward is a fold over key blocks of
 (shift, sum_j e^{s_ij - shift} [v_j, 1]).
 
-Where |s_ij| <= |u_i| max|k| + max b is known not to underflow, that bound replaces the running
-maximum. Biases and shifts enter the scores as channels of keys and queries:
+Where |s_ij - b_j| <= |u_i| max|k| bounds all weights well enough, one shift that is known
+beforehand replaces the running maximum. Biases and shifts enter the scores as channels of keys and
+queries:
 
     s_ij - shift_i = <(u_i, 1, -shift_i), (k_j, b_j, 1)>
 
@@ -35,7 +36,7 @@ from .base import (
     Tangent,
     finite,
     inner_products,
-    known_bound,
+    known_shift,
     pad,
     visible,
 )
@@ -65,9 +66,9 @@ class Blocked(AbstractBackend):
         if self.unrolled:
             return _over_batch(one, operands)
         # One choice for the whole batch: a batched `cond` would compute both sides.
-        q, k, _, b, scale = operands
-        u = scale[..., None, None] * q.astype(b.dtype)
-        shift, safe = known_bound(u, k.astype(b.dtype), b, math.log)
+        q, k, v, b, scale = operands
+        u, k, v = scale[..., None, None] * q.astype(b.dtype), k.astype(b.dtype), v.astype(b.dtype)
+        shift, safe = known_shift(u, k, v, b, problem, math.log)
         return jax.lax.cond(
             safe.all(),
             lambda: _over_batch(one, operands, shift),
@@ -116,7 +117,7 @@ def _forward(operands: Forward, shift: Array | None = None, *, band: Band, unrol
         shift, total = loops.fold_keys(step, init, keys, offset)
         return _normalise(_unmasked(shift) / loops.unit, total)
 
-    def bounded(offset, u, shift):
+    def bounded(offset, u):
         def step(total, column, k, values):
             return total + _matmul(loops.exp(loops.scores(u, k, offset, column)), values)
 
@@ -126,7 +127,7 @@ def _forward(operands: Forward, shift: Array | None = None, *, band: Band, unrol
     if shift is None:
         mean, lse = loops.map_rows(online, (_with_columns(u, 1, 0),))
     else:
-        mean, lse = loops.map_rows(bounded, (_with_columns(u, 1, -shift), shift))
+        mean, lse = loops.map_rows(bounded, (_with_columns(u, 1, -shift),))
     return mean.astype(v.dtype), lse
 
 

@@ -6,9 +6,10 @@
 | `hopper`       | bfloat16 and float16 at the head dimensions of language models | Hopper      |
 | `tensor_cores` | what the others refuse                                         | from Ampere |
 
-JAX has deprecated Pallas on Triton since 0.11 and will remove it, so particles on Hopper and later
-and language models on Hopper are built on Mosaic GPU; Triton serves older devices and what those
-kernels refuse (float32 heads, bands in float32), and is refused where JAX has it no more.
+JAX has deprecated Pallas on Triton since 0.11 and will remove it, so particles on Hopper and data
+centre Blackwell and language models on Hopper are built on Mosaic GPU; Triton serves other devices
+and what those kernels refuse (float32 heads, bands in float32), and is refused where JAX has it no
+more.
 JAX 0.10 and 0.11 take different compilers by default: every call names its own by compiler_params.
 """
 
@@ -43,6 +44,10 @@ DTYPES = "float32", "bfloat16", "float16"
 CHANNELS = 256  # that registers hold
 FEW = 16  # up to here the particles' kernels win
 AMPERE, HOPPER = (8, 0), (9, 0)
+MOSAIC = (
+    9,
+    10,
+)  # majors that Mosaic GPU compiles for; it asks more of a GeForce's 12 than that has
 SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 99 KiB a block: smaller tiles where wide
 # By what the names of devices contain, the first that fits: for programs lowered without a device.
 CAPABILITIES = {
@@ -89,8 +94,9 @@ class PallasGPU(AbstractBackend):
             return f"its kernels are for {', '.join(DTYPES)}, got {name}"
         if shapes.channels > CHANNELS:
             return f"its kernels hold at most {CHANNELS} channels, got {shapes.channels}"
-        on_triton = isinstance(family(shapes, problem, capability), TensorCores)
-        if (on_triton or capability < HOPPER) and _triton_is_gone():
+        found = family(shapes, problem, capability)
+        on_mosaic = isinstance(found, Hopper) or (isinstance(found, Particles) and found.mosaic)
+        if not on_mosaic and _triton_is_gone():
             return (
                 "its kernels for these operands need Pallas on Triton, which this JAX no longer has"
             )
@@ -116,8 +122,8 @@ def family(shapes: Shapes, problem: Problem, capability: tuple[int, int]) -> Fam
     """The family that runs these operands on a device of this compute capability."""
     narrow = shapes.channels <= FEW and problem.band == (None, None)
     if narrow and jnp.dtype(shapes.q.dtype).itemsize >= 4:
-        return Particles(mosaic=capability >= HOPPER)
-    if capability == HOPPER and hopper.refusal(shapes) is None:
+        return Particles(mosaic=capability[0] in MOSAIC)
+    if capability == HOPPER and hopper.refusal(shapes, problem) is None:
         return Hopper()
     return TensorCores(small_memory=capability in SMALL_MEMORY)
 

@@ -59,6 +59,10 @@ COLUMN = TILE.reduce(0)
 # Where plgpu.store exists, plain assignment refuses rows of a 16-bit tile in device memory.
 STORE = getattr(plgpu, "store", None)
 
+# From the first to before the second version of CUDA, `ptxas` makes wrong code of masks beside
+# warpgroup products: jax.experimental.pallas.ops.gpu.attention_mgpu refuses there as well.
+MISCOMPILES = 12080, 12091
+
 # Registers a thread of (compute, memory) warpgroups, by the number of the former; 512 in all.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 
@@ -163,14 +167,28 @@ class Hopper(AbstractFamily):
         return [(first, second), *pairs]
 
 
-def refusal(shapes: Shapes) -> str | None:
+def refusal(shapes: Shapes, problem: Problem) -> str | None:
     """Why these kernels cannot run, or None."""
+    if problem.band != (None, None) and MISCOMPILES[0] <= _cuda_version() < MISCOMPILES[1]:
+        return (
+            "the compiler of CUDA 12.8 makes wrong code of masks in them: install 12.9.1 or later"
+        )
     if shapes.q.dtype not in DTYPES:
         return f"the Hopper kernels take bfloat16 and float16, got {shapes.q.dtype}"
     for width in (shapes.k.shape[-1], shapes.v.shape[-1]):
         if width % 16 or not 0 < width <= WIDEST:
             return f"the Hopper kernels take head dimensions 16, 32, ..., {WIDEST}, got {width}"
     return None
+
+
+def _cuda_version() -> int:
+    """Of the plugin's CUDA, as 12090 for 12.9; 0 where there is none."""
+    try:
+        from jax._src.lib import cuda_versions  # No public module tells it.
+
+        return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    except (ImportError, RuntimeError):
+        return 0
 
 
 # ------------------------------------------------------------------ the four sums

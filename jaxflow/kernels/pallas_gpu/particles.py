@@ -15,12 +15,16 @@ with a few float32 channels a row and a column. With t_ij = <u_i, k_j> and u = s
 Why like this: for d = 3 a pair costs 3 fused multiply-adds for its score, one exp2 and 4 more to
 add it up. At 16 exp2 and 128 lanes a clock and multiprocessor both limits are 8 issue slots, so
 each further instruction a pair is lost speed. A thread therefore keeps a private accumulator for
-each of its pairs of a tile (rows x keys) and sums across threads once, at the end; the shift is a
-bound known beforehand where that is safe (the pass for the maximum then returns at once); and no
-dimension is padded. Columns travel through shared memory, channel after channel.
+each of its pairs of a tile (rows x keys) and sums across threads once, at the end; the shift is
+known beforehand where that is safe (the pass for the maximum then returns at once); log-weights are
+left out where there are none; and no dimension is padded. `python -m benchmarks predict` counts the
+instructions. Columns travel through shared memory, channel after channel.
 
-Two lowerings of the same fold: Mosaic GPU from Hopper on, where the tile has the layout of a
-warpgroup's accumulators, and Triton for older devices.
+At 16 channels the sums over queries spill some 100 bytes a thread: gk and gv in a pass each would
+take a fifth more instructions.
+
+Two lowerings of the same fold: Mosaic GPU on Hopper and data centre Blackwell, where the tile has
+the layout of a warpgroup's accumulators, and Triton on other devices.
 """
 
 import dataclasses
@@ -46,13 +50,14 @@ from ..base import (
     Shapes,
     Tangent,
     finite,
-    known_bound,
+    known_shift,
     pad,
     vanishing,
 )
 from .family import NO_INDEX, AbstractFamily, exp2, fma
 
 CHUNK = 256  # columns of one copy into shared memory: the most that the copy engine takes
+FEWEST = 32  # and the fewest
 THREADS = 128  # of a block: one warpgroup
 BLOCKS = 2048  # to fill a device: some five times what runs at once
 
@@ -83,50 +88,53 @@ ASSEMBLY = Arithmetic(fma, exp2)
 Tile = Sequence[Array]  # one array (rows, keys) a channel
 
 
-def _inner(a: Arithmetic, x: Tile, y: Tile, start: Array) -> Array:
+def _inner(a: Arithmetic, x: Tile, y: Tile, start: Array | None = None) -> Array:
+    if start is None:
+        return _inner(a, x[1:], y[1:], x[0] * y[0])
     for xc, yc in zip(x, y, strict=True):
         start = a.fma(xc, yc, start)
     return start
 
 
-def _maximum(a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
-    *k, b = columns
+def _maximum(biased: bool, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+    k, b = (columns[:-1], columns[-1]) if biased else (columns, None)
     return [jnp.maximum(totals[0], _inner(a, rows, k, b))]
 
 
 def _forward(p: int, biased: bool, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
     (*u, shift), k, (*v, last) = rows, columns[:p], columns[p:]
-    # The last channel is b, or without weights 1 (0 for padding), which costs nothing.
     e = a.exp2(_inner(a, u, k, last - shift if biased else -shift))
     z = totals[-1] + e if biased else a.fma(e, last, totals[-1])
     return [*(a.fma(e, vc, t) for vc, t in zip(v, totals[:-1], strict=True)), z]
 
 
-def _tangent(p: int, r: int, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+def _tangent(p: int, r: int, biased: bool, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile):
     u, du, (lse,) = _split(rows, p, p, 1)
-    k, dk, v, dv, (b, db) = _split(columns, p, p, r, r, 2)
-    weight = a.exp2(_inner(a, u, k, b - lse))
-    moved = weight * _inner(a, u, dk, _inner(a, du, k, db))
+    k, dk, v, dv, (last, *db) = _split(columns, p, p, r, r, 1 + biased)
+    weight = a.exp2(_inner(a, u, k, last - lse if biased else -lse))
+    moved = weight * _inner(a, u, dk, _inner(a, du, k, *db))
     sums = [a.fma(weight, dc, t) for dc, t in zip(dv, totals[:-1], strict=True)]
-    return [*(a.fma(moved, vc, t) for vc, t in zip(v, sums, strict=True)), totals[-1] + moved]
+    sums = [a.fma(moved, vc, t) for vc, t in zip(v, sums, strict=True)]
+    return [*sums, totals[-1] + moved if biased else a.fma(moved, last, totals[-1])]
 
 
-def _rows(p: int, r: int, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
+def _rows(p: int, r: int, biased: bool, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile):
     u, g, (lse, centre) = _split(rows, p, r, 2)
-    k, v, (b,) = _split(columns, p, r, 1)
-    w = a.exp2(_inner(a, u, k, b - lse)) * _inner(a, g, v, -centre)
+    k, v, b = _split(columns, p, r, biased)
+    start = b[0] - lse if biased else -lse
+    w = a.exp2(_inner(a, u, k, start)) * _inner(a, g, v, -centre)
     return [a.fma(w, kc, t) for kc, t in zip(k, totals, strict=True)]
 
 
-def _columns(p: int, r: int, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile) -> Tile:
-    k, v, (b,) = _split(rows, p, r, 1)
+def _columns(p: int, r: int, biased: bool, a: Arithmetic, rows: Tile, columns: Tile, totals: Tile):
+    k, v, b = _split(rows, p, r, biased)
     u, g, (lse, centre) = _split(columns, p, r, 2)
-    weight = a.exp2(_inner(a, u, k, b - lse))
+    weight = a.exp2(_inner(a, u, k, b[0] - lse if biased else -lse))
     w = weight * _inner(a, g, v, -centre)
-    gk, gv, (gb,) = _split(totals, p, r, 1)
+    gk, gv, gb = _split(totals, p, r, biased)
     gk = [a.fma(w, uc, t) for uc, t in zip(u, gk, strict=True)]
     gv = [a.fma(weight, gc, t) for gc, t in zip(g, gv, strict=True)]
-    return [*gk, *gv, gb + w]
+    return [*gk, *gv, *(t + w for t in gb)]
 
 
 def _split(channels: Sequence[Array], *sizes: int) -> list[list[Array]]:
@@ -154,12 +162,13 @@ class Particles(AbstractFamily):
         q, k, v, b, scale = operands
         p, dtype, weighted = q.shape[-1], b.dtype, problem.weighted
         u, k, v, b2 = _base2(q, scale), k.astype(dtype), v.astype(dtype), LOG2E * b[..., None]
-        shift, safe = known_bound(u, k, b2[..., 0], math.log2)
-        exact = self._fold(_maximum, [u], [(k, None), (b2, None)], 1, skip=safe)
-        shift = jnp.where(safe[:, None, None], shift[..., None], exact)
-        last = (b2, -jnp.inf) if weighted else (jnp.ones_like(b2), 0.0)
+        shift, safe = known_shift(u, k, v, b2[..., 0], problem, math.log2)
+        columns = [(k, None), (b2, None)][: 1 + weighted]
+        exact = self._fold(partial(_maximum, weighted), [u], columns, 1, skip=safe)
+        shift = jnp.where(safe[:, None, None], shift[:, None, None], exact)
+        columns = [(k, None), (v, 0.0), _last(problem, b2)]
         tile = partial(_forward, p, weighted)
-        totals = self._fold(tile, [u, shift], [(k, None), (v, 0.0), last], v.shape[-1] + 1)
+        totals = self._fold(tile, [u, shift], columns, v.shape[-1] + 1)
         z = totals[..., -1:]
         empty = z == 0
         z = jnp.where(empty, 1, z)
@@ -170,12 +179,14 @@ class Particles(AbstractFamily):
         q, k, v, b, scale, mean, lse, du, dk, dv, _ = operands
         p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
         k, v, dk, dv, mean = (a.astype(dtype) for a in (k, v, dk, dv, mean))
-        db = operands.moving_db[..., None]
         rows = [_base2(q, scale), du, LOG2E * finite(lse)[..., None]]
         # The scores are in base 2 and their derivative is not, so dk takes the factor that u has.
         columns = [(k, None), (dk / LOG2E, 0.0), (v, 0.0), (dv, 0.0)]
-        columns += [(LOG2E * b[..., None], -jnp.inf), (db, 0.0)]
-        totals = self._fold(partial(_tangent, p, r), rows, columns, r + 1)
+        columns.append(_last(problem, LOG2E * b[..., None]))
+        if problem.weighted:
+            columns.append((operands.moving_db[..., None], 0.0))
+        tile = partial(_tangent, p, r, problem.weighted)
+        totals = self._fold(tile, rows, columns, r + 1)
         dlse = totals[..., -1:]
         return totals[..., :-1] - dlse * mean, dlse[..., 0]
 
@@ -184,14 +195,18 @@ class Particles(AbstractFamily):
         p, r, dtype = q.shape[-1], v.shape[-1], b.dtype
         k, v, g = (a.astype(dtype) for a in (k, v, g))
         u, b2, lse = _base2(q, scale), LOG2E * b[..., None], LOG2E * lse[..., None]
-        centre = operands.centre[..., None]
-        columns = [(k, None), (v, 0.0), (b2, -jnp.inf)]
-        gu = self._fold(partial(_rows, p, r), [u, g, finite(lse), centre], columns, p)
+        centre, weighted = operands.centre[..., None], problem.weighted
+        # Padding must weigh nothing, which takes log-weights here.
+        biased = weighted or k.shape[1] % _chunk(k.shape[1]) != 0
+        columns = [(k, None), (v, 0.0), (b2, -jnp.inf)][: 2 + biased]
+        tile = partial(_rows, p, r, biased)
+        gu = self._fold(tile, [u, g, finite(lse), centre], columns, p)
         # A query without a visible key weighs nothing, like padding.
         columns = [(u, 0.0), (g, 0.0), (vanishing(lse), jnp.inf), (centre, 0.0)]
-        sums = self._fold(partial(_columns, p, r), [k, v, b2], columns, p + r + 1)
+        rows, tile = [k, v, b2][: 2 + weighted], partial(_columns, p, r, weighted)
+        sums = self._fold(tile, rows, columns, p + r + weighted)
         gk, gv, gb = jnp.split(sums, [p, p + r], axis=-1)
-        return gu, gk / LOG2E, gv, gb[..., 0]
+        return gu, gk / LOG2E, gv, gb[..., 0] if weighted else jnp.zeros_like(b)
 
     def candidates(self, mode: Mode, shapes: Shapes) -> Sequence[Config | None]:
         # None fits each fold of a mode.
@@ -218,7 +233,8 @@ class Particles(AbstractFamily):
         """
         (batch, m, _), n = rows[0].shape, columns[0][0].shape[1]
         channels = sum(a.shape[-1] for a in rows), sum(a.shape[-1] for a, _ in columns)
-        config = default_config(m, *channels, outputs) if self.config is None else self.config
+        least = 64 if self.mosaic else 16
+        config = self.config or default_config(m, *channels, outputs, least)
         blocks = -(-m // config.rows)
         segments, length = _segments(blocks * batch, n)
         x = jnp.concatenate([pad(a, blocks * config.rows, axis=1) for a in rows], axis=-1)
@@ -240,6 +256,12 @@ def _base2(q, scale):
 # ------------------------------------------------------------------ the fold
 
 
+def _last(problem: Problem, b2):
+    """The log-weights; without, a channel that counts columns and leaves out padding: it multiplies
+    what is added up anyway, so it costs nothing."""
+    return (b2, -jnp.inf) if problem.weighted else (jnp.ones_like(b2), 0.0)
+
+
 def _padded(a, length, fill):
     if fill is None:
         return jnp.pad(a, [(0, 0), (0, length - a.shape[1]), (0, 0)], mode="edge")
@@ -250,20 +272,30 @@ def _segments(blocks: int, n: int) -> tuple[int, int]:
     """(segments, columns of one): blocks fill the device, and no float32 sum grows long."""
     most, least = -(-n // 1024), -(-n // 2**17)
     count = max(least, min(most, -(-BLOCKS // blocks)))
-    length = CHUNK * -(-n // (CHUNK * count))
+    chunk = _chunk(n)
+    length = chunk * -(-n // (chunk * count))
     return -(-n // length), length
 
 
-def default_config(m: int, row_channels: int, column_channels: int, outputs: int) -> Config:
-    """The tallest tile whose registers, roughly counted, leave room for three blocks."""
+def _chunk(n: int) -> int:
+    """Columns of one copy: few where there are few in all."""
+    return min(CHUNK, FEWEST * -(-n // FEWEST))
+
+
+def default_config(
+    m: int, row_channels: int, column_channels: int, outputs: int, least: int = 64
+) -> Config:
+    """The tallest tile whose registers, roughly counted, leave room for three blocks; for two, if
+    else a thread had so few pairs that loads took one instruction in six."""
     keys = 8  # as few as the layout of a warpgroup's accumulators allows
 
     def registers(height):
         pairs = height * keys // THREADS
         return pairs * (outputs + 2) + height // 32 * row_channels + column_channels
 
-    heights = [h for h in (256, 128) if registers(h) <= 150 and h < 2 * m]
-    return Config(rows=max(heights, default=64), keys=keys)
+    tall = [h for h, most in ((256, 150), (128, 200)) if registers(h) <= most]
+    heights = [h for h in (*tall, 64, 32, 16) if least <= h < 2 * m]
+    return Config(rows=max(heights, default=least), keys=keys)
 
 
 def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, interpret):
@@ -271,7 +303,7 @@ def _mosaic(tile, rows, columns, skip, *, outputs, segments, largest, config, in
     block, shape = config.rows, (config.rows, config.keys)
     layout, blocks = plgpu.Layout.WGMMA, m // block
     # Three blocks share a multiprocessor's memory.
-    part = CHUNK if width <= 34 else CHUNK // 2
+    part = _chunk(n) if width <= 34 else _chunk(n) // 2
 
     def load(ref, index, axis):
         at = ref.at[index]
@@ -346,6 +378,11 @@ def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, in
     (batch, height, m), (_, width, n) = rows.shape, columns.shape
     block, shape = config.rows, (config.rows, config.keys)
     length, arithmetic = n // segments, PLAIN if interpret else ASSEMBLY
+    # A strip of columns lies together, with a power of two channels: then offsets are part of the
+    # instructions that load, and no integer arithmetic.
+    strips, room = length // config.keys, 1 << (width - 1).bit_length()
+    columns = pad(columns, room, axis=1).reshape(batch, room, n // config.keys, config.keys)
+    columns = columns.swapaxes(1, 2)
 
     def kernel(rows_ref, columns_ref, skip_ref, out_ref):
         @pl.when(skip_ref[0] == 0)
@@ -354,12 +391,11 @@ def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, in
             x = [spread(rows_ref[0, c, :], 0) for c in range(height)]
 
             def strip(j, totals):
-                part = pl.ds(j * config.keys, config.keys)
-                y = [spread(columns_ref[0, c, part], 1) for c in range(width)]
+                y = [spread(columns_ref[0, j, c, :], 1) for c in range(width)]
                 return tuple(tile(arithmetic, x, y, totals))
 
             start = (jnp.full(shape, MASKED if largest else 0, rows.dtype),) * outputs
-            totals = jax.lax.fori_loop(0, length // config.keys, strip, start)
+            totals = jax.lax.fori_loop(0, strips, strip, start)
             for c, total in enumerate(totals):
                 out_ref[0, 0, c, :] = total.max(axis=1) if largest else total.sum(axis=1)
 
@@ -368,7 +404,7 @@ def _triton(tile, rows, columns, skip, *, outputs, segments, largest, config, in
         grid=(m // block, segments, batch),
         in_specs=[
             pl.BlockSpec((1, height, block), lambda i, s, b: (b, 0, i)),
-            pl.BlockSpec((1, width, length), lambda i, s, b: (b, 0, s)),
+            pl.BlockSpec((1, strips, room, config.keys), lambda i, s, b: (b, s, 0, 0)),
             pl.BlockSpec((1,), lambda i, s, b: (b,)),
         ],
         out_specs=pl.BlockSpec((1, 1, outputs, block), lambda i, s, b: (b, s, 0, i)),

@@ -54,7 +54,10 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of an m x n matrix of scores that a kernel visits, all but the rim unmasked."""
+    """The tiles of an m x n matrix of scores that a kernel visits, all but the band's rim unmasked.
+
+    Tiles cover the matrix exactly: padding weighs nothing without a mask.
+    """
 
     m: int
     n: int
@@ -66,13 +69,12 @@ class Tiles:
         """Scores of the tile that starts at (row, column), -inf outside the band."""
         i = row + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         j = column + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        keep = j < self.n
         left, right = self.band
         if left is not None:
-            keep &= j >= i - left
+            scores = jnp.where(j >= i - left, scores, -jnp.inf)
         if right is not None:
-            keep &= j <= i + right
-        return jnp.where(keep, scores, -jnp.inf)
+            scores = jnp.where(j <= i + right, scores, -jnp.inf)
+        return scores
 
     def over_keys(self, row, step: Callable, init):
         """Folds step(column, masked, carry) over the key blocks that the queries from `row` see."""
@@ -113,26 +115,22 @@ class Tiles:
 
 def _sweep(block, length, first, whole, until, last, step, init):
     """Blocks that touch [first, last], unmasked where they lie in [whole, until]."""
-    blocks, complete = -(-length // block), length // block
+    blocks = length // block
     start = 0 if first is None else jnp.clip(first // block, 0, blocks)
     stop = blocks if last is None else jnp.clip(last // block + 1, 0, blocks)
     inner = start if whole is None else jnp.clip(-(-whole // block), start, stop)
-    outer = complete
-    if until is not None:
-        outer = jnp.clip(jnp.minimum((until + 1) // block, complete), inner, stop)
-    elif whole is not None:
-        outer = jnp.maximum(complete, inner)
+    outer = stop if until is None else jnp.clip((until + 1) // block, inner, stop)
     run = lambda masked: lambda j, carry: step(j * block, masked, carry)
     if whole is not None:
         init = jax.lax.fori_loop(start, inner, run(True), init)
     init = jax.lax.fori_loop(inner, outer, run(False), init)
-    if until is not None or complete != blocks:
+    if until is not None:
         init = jax.lax.fori_loop(outer, stop, run(True), init)
     return init
 
 
 # ------------------------------------------------------------------ the kernels
-# References to arrays by name; b and db are absent where no key has a weight.
+# References to arrays by name; where no key has a weight db is absent, and b too without padding.
 
 
 def _scores(tiles, masked, row, column, q, k, b, scale):
@@ -298,9 +296,13 @@ class TensorCores(AbstractFamily):
         if config is None:
             config = default_config(mode, m, n, max(p, r), q.dtype, small_memory=self.small_memory)
         lengths = {"m": _up(m, config.rows), "n": _up(n, config.keys)}
+        if n != lengths["n"] and "b" not in keys:
+            # A loop of its own for the last keys costs registers, up to 18 KB a thread of spills.
+            zeros = jnp.zeros((batch, n), accumulation_dtype(q.dtype))
+            keys = keys | {"b": (zeros, -jnp.inf)}
         blocks = {"m": config.rows, "n": config.keys}
         (over,) = {axis for axis, _, _ in outs.values()}
-        tiles = Tiles(lengths["m"], n, band, config, self.interpret)
+        tiles = Tiles(lengths["m"], lengths["n"], band, config, self.interpret)
 
         def spec(axis, channels):
             whole = () if channels is None else (channels,)
