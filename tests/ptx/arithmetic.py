@@ -42,6 +42,8 @@ def operation(parts: tuple[str, ...]) -> Operation:
         return Operation(lambda x, y, p: np.where(p, x, y), (dtype, dtype, PREDICATE))
     if name in ("mul", "mad") and "wide" in modifiers:
         return _wide(name, kind)
+    if (name, kind[-4:]) == ("neg", "16x2"):
+        return Operation(lambda x: x ^ U32.type(0x80008000), (U32,))
     key = f"{name}.hi" if "hi" in modifiers else name
     dtype = TYPES[kind]
     if dtype in (F32, F64):
@@ -153,14 +155,25 @@ INTEGERS = {
     "not": (np.invert, 1),
     "mov": (lambda x: x, 1),
 }
-COMPARISONS = {
+ORDERED = {
     **{"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
     **{"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal},
-    "ne": lambda x, y: (x != y) & (x == x) & (y == y),  # false with a NaN
-    "neu": np.not_equal,
-    "num": lambda x, y: (x == x) & (y == y),
-    "nan": lambda x, y: (x != x) | (y != y),
+    "ne": lambda x, y: (x != y) & ~_unordered(x, y),
+    "num": lambda x, y: ~_unordered(x, y),
 }
+
+
+def _unordered(x, y):
+    return (x != x) | (y != y)
+
+
+def _or_unordered(name):
+    return lambda x, y: ORDERED[name](x, y) | _unordered(x, y)
+
+
+# With a NaN the first are false, the others, which end in u, are true.
+COMPARISONS = ORDERED | {f"{name}u": _or_unordered(name) for name in ORDERED}
+COMPARISONS["nan"] = _unordered
 
 
 # ------------------------------------------------------------------ conversions

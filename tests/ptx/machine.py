@@ -133,7 +133,7 @@ class Block:
         runs = {i: Warp(self, i).run() for i in range(self.warps)}
         waits: dict[int, Condition] = {}
         # Some warps are much faster than others.
-        speed = [self.random.choice((1, 3, 30)) for _ in runs]
+        speed = [1000 ** self.random.random() for _ in runs]
         while runs:
             ready = [i for i in runs if i not in waits or waits[i]()]
             if not ready:
