@@ -3,9 +3,10 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
+AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py -n 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow aot aot-full lint bench clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +26,12 @@ test: $(STAMP)  ## The tests, but for the long ones; PYTEST_ARGS is passed on
 test-slow: $(STAMP)  ## The long tests, which rarely break
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
 
+aot: .aot/installed  ## The CUDA kernels as machine code, without a GPU; AOT_ARGS is passed on
+	$(AOT) -m "slow and not aot_full" $(AOT_ARGS)
+
+aot-full: .aot/installed  ## The same of every kernel, for every device: hours
+	$(AOT) $(AOT_ARGS)
+
 lint: $(STAMP)  ## Style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,8 +40,8 @@ lint: $(STAMP)  ## Style, format and types
 bench: $(STAMP)  ## The benchmarks on this machine
 	$(BIN)/python -m benchmarks
 
-clean:  ## Remove .venv, runs/ and caches
-	rm -rf .venv runs build dist .hypothesis .pytest_cache .ruff_cache *.egg-info
+clean:  ## Remove .venv, .aot, runs/ and caches
+	rm -rf .venv .aot runs build dist .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # constraints.txt holds the versions that passed on Python 3.11; newer Pythons take newer jax.
@@ -42,4 +49,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	held=$$($(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info[:2] == (3, 11)))') \
 	&& $(BIN)/python -m pip install --quiet --disable-pip-version-check $$held -e ".[dev]"
+	touch $@
+
+# Beside .venv and not in it, where JAX would look for a GPU at each start; without what they depend
+# on, which is CUDA's libraries.
+.aot/installed: $(STAMP)
+	rm -rf .aot
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .aot \
+		$$($(BIN)/python -m benchmarks.machine_code)
 	touch $@

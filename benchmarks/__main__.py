@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import SUITES, plots, tune
+from . import SUITES, machine_code, plots, predict, tune
 from .device import provenance
 from .timing import Options, Watch, library
 
@@ -41,6 +41,10 @@ COLUMNS = {
     "compile_vs_scan": "{:.2f}",
     "vs_forward": "{:.1f}",
     "vs_default": "{:.2f}",
+    "registers": "{}",
+    "spilled": "{}",
+    "instructions": "{:.1f}",
+    "loads": "{:.1f}",
     "of_floor": "{:.0%}",
     "floor": "{}",
     "peak_mib": "{:.3g}",
@@ -104,9 +108,16 @@ def failures(reports: list[dict]) -> list[str]:
     ]
 
 
+def _predicted(progress: Console) -> list[dict]:
+    if (reason := machine_code.missing()) is not None:
+        progress.print(reason, markup=False, soft_wrap=True)
+        raise typer.Exit(1)
+    return predict.run()
+
+
 def main(
     suite: Annotated[
-        str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none. Or tune.")
+        str | None, typer.Argument(help=f"{', '.join(SUITES)}; all if none. Or tune, or predict.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="A few small shapes.")] = False,
     backend: Annotated[
@@ -120,14 +131,17 @@ def main(
     write: Annotated[bool, typer.Option(help="tune: keep the best tiles in configs.py.")] = False,
 ):
     """Benchmarks of jaxflow against its rivals; `tune` looks for the best tiles of its kernels."""
-    if suite not in (None, "tune", *SUITES):
-        names = ", ".join((*SUITES, "tune"))
+    if suite not in (None, "tune", "predict", *SUITES):
+        names = ", ".join((*SUITES, "tune", "predict"))
         raise typer.BadParameter(f"suite must be one of {names}, got {suite!r}.")
     if write and suite != "tune":
         raise typer.BadParameter(
             "--write keeps what tune finds: python -m benchmarks tune --write."
         )
     console, progress = Console(width=170), Console(stderr=True)
+    if suite == "predict":
+        console.print(table(_predicted(progress)))
+        return
     if suite == "tune" and (reason := tune.missing()) is not None:
         progress.print(reason, markup=False, soft_wrap=True)
         raise typer.Exit(1)

@@ -60,6 +60,7 @@ device_description_str: "{kind}"
 """
 EXTENSIONS = "xla_cuda12", "xla_cuda13"  # JAX's plugins, by CUDA's version
 TOOLS = "ptxas", "nvdisasm"
+CUDA13 = ["nvidia-cuda-nvcc", "nvidia-nvvm"]  # the compiler, and what it needs of its own
 
 
 class Loop(NamedTuple):
@@ -115,7 +116,7 @@ def lower(fn: Callable, args, device: Device):
 
 def compiled(lowered, folder: str | None = None):
     """The program in machine code; with a folder, its kernels' PTX is written there."""
-    options = {} if folder is None else {"xla_dump_to": folder}
+    options = {} if folder is None else {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
     with _environment(folder):
         return lowered.compile(compiler_options=options)
 
@@ -137,6 +138,7 @@ def _process(device: Device) -> concurrent.futures.Executor:
 
 
 def _kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
+    jax.config.update("jax_enable_compilation_cache", False)  # What is read there tells no PTX.
     with tempfile.TemporaryDirectory() as folder:
         compiled(lower(fn, args, device), folder)
         return tuple(_kernel(file) for file in _sources(Path(folder)))
@@ -190,7 +192,9 @@ def _plugin() -> Path | None:
 
 def _tool(name: str) -> str | None:
     """The tool beside JAX's plugin, or else the one on PATH."""
-    beside = [Path(folder) / "nvidia" for folder in sys.path if "site-packages" not in folder]
+    beside = [
+        Path(folder).resolve() / "nvidia" for folder in sys.path if "site-packages" not in folder
+    ]
     found = [file for folder in beside for file in folder.glob(f"*/bin/{name}")]
     return str(found[0]) if found else shutil.which(name)
 
@@ -210,7 +214,10 @@ def _kernel(source: Path) -> Kernel:
     assert target is not None
     binary = source.with_suffix(".cubin")
     log = _run("ptxas", "-v", f"-arch={target[1]}", str(source), "-o", str(binary))
-    registers, spilled = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill", log)
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", log),
+        re.search(r"(\d+) bytes spill", log),
+    )
     assert registers is not None and spilled is not None, log
     code = _run("nvdisasm", "-c", str(binary))
     serialised = "wgmma" in log and "serialized" in log
@@ -249,3 +256,16 @@ def _name(instruction: str) -> str:
     words = [w for w in instruction.split() if not w.startswith("@")]
     parts = words[0].split(".")
     return ".".join(parts[:2]) if parts[0] in ("MUFU", "LDS") else parts[0]
+
+
+def requirements() -> list[str]:
+    """What pip installs beside this JAX: its plugin, for CUDA 13 where there is one, and tools."""
+    version = jax.__version__
+    old = tuple(map(int, version.split(".")[:2])) < (0, 11)
+    cuda, compiler = ("cuda12", ["nvidia-cuda-nvcc-cu12"]) if old else ("cuda13", CUDA13)
+    plugin = [f"jax-{cuda}-{part}=={version}" for part in ("plugin", "pjrt")]
+    return [*plugin, *compiler, "nvidia-cuda-nvdisasm"]
+
+
+if __name__ == "__main__":
+    print(*requirements())

@@ -112,7 +112,9 @@ def flow(
       `jax.jacfwd`) needs `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()`. With
       `BacksolveAdjoint` and `ImplicitAdjoint`, diffrax saves the state alone: points are then
       retracted, and observables evaluated, after the solve.
-    - `throw`: raise if the solve fails; otherwise look at `result`.
+    - `throw`: raise if the solve fails; otherwise look at `ok` and `result`. Errors of a compiled
+      program are callbacks to the host: `throw=False` leaves them out, which programs need that
+      are kept on disk or compiled for a device that is not there.
     - `observe`: `{name: fn}` with fn(t, mu), evaluated inside the solve at each saved time.
 
     **Returns:** a [`jaxflow.FlowSolution`][].
@@ -158,6 +160,7 @@ def flow(
         ),
     )
     forward = _check_modes(arguments, adjoint)
+    on_geometry = is_concrete(mu0.points)
     try:
         sol = _solve(
             arguments,
@@ -167,7 +170,8 @@ def flow(
             max_steps,
             progress_meter,
             compared_by_code(dict(observe or {})),
-            is_concrete(mu0.points),
+            on_geometry,
+            throw or on_geometry,  # one program where it makes no difference
         )
     except TypeError as error:
         if forward:
@@ -177,7 +181,7 @@ def flow(
 
 
 @eqx.filter_jit
-def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geometry):
+def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geometry, throw):
     """The solution; its last time and state, whether it failed, and whether it is finite."""
     field, mu0, times = arguments
     geometry, log_weights = field.geometry, mu0.log_weights
@@ -188,11 +192,12 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
     if not isinstance(geometry, Euclidean):
         if not on_geometry:
             # Points that are not finite make a solve that fails, which is the caller's to see.
-            y0 = eqx.error_if(
-                y0,
-                ~geometry.contains(y0).all() & jnp.isfinite(y0).all(),
-                f"the points must lie on {geometry}: retract them first.",
-            )
+            off = ~geometry.contains(y0).all() & jnp.isfinite(y0).all()
+            if throw:
+                message = f"the points must lie on {geometry}: retract them first."
+                y0 = eqx.error_if(y0, off, message)
+            else:
+                y0 = jnp.where(off, jnp.nan, y0)
         # In 16 bits no step would be near enough.
         y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
     with times_checked(times.checked):
@@ -276,7 +281,8 @@ def _at_jumps(controller, field):
     """Given steps that end at a jump of the field up to rounding end right there."""
     if not isinstance(controller, diffrax.StepTo) or not is_concrete(controller.ts):
         return controller
-    return diffrax.StepTo(jnp.asarray(step_times(np.asarray(controller.ts), jumps(field))))
+    with jax.ensure_compile_time_eval():  # Under jit too they stay known, and are checked here.
+        return diffrax.StepTo(jnp.asarray(step_times(np.asarray(controller.ts), jumps(field))))
 
 
 def _at_breakpoints(controller, field, adjoint, solver, dtype):

@@ -9,22 +9,26 @@ import functools
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
+import jaxflow
 from benchmarks import machine_code
 from benchmarks.machine_code import DEVICES
 from benchmarks.predict import floor
 from jaxflow.kernels import pallas_gpu
 from jaxflow.kernels.base import MODES, Cotangent, Forward, Mode, Problem, Shapes, Tangent, evaluate
+from jaxflow.models import LanguageModel
+from jaxflow.training.losses import FlowLoss, cross_entropy
+from jaxflow.training.step import State, Step
 
 REASON = machine_code.missing()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
-    # Another process's programs are not for these devices.
-    pytest.mark.filterwarnings("ignore:.*compilation cache:UserWarning"),
 ]
 
 PROBLEMS = {
@@ -170,6 +174,39 @@ def test_the_forward_kernel_is_near_its_floor():
         case = Case("9.0", "forward", "float32", d, n=65536, batch=1)
         (kernel,) = filter(_exponential, case.kernels())
         assert floor("forward", d) / max(8, _per_pair(kernel)) >= part
+
+
+def test_a_flow_and_its_gradient():
+    """Whole programs, with throw=False: an error that is raised calls the host."""
+
+    def end(x):
+        field = jaxflow.SelfAttention(beta=9.0)
+        return jaxflow.flow(field, jaxflow.Measure(x), t1=5.0, throw=False).final.points
+
+    x = jax.ShapeDtypeStruct((4096, 3), jnp.float32)
+    for fn in (end, jax.grad(lambda x: end(x).sum())):
+        assert "mosaic_gpu" in _text(fn, x)
+
+
+@pytest.mark.parametrize("dtype, kernels", [(jnp.bfloat16, "mosaic_gpu"), (None, "gpu.triton")])
+def test_a_training_step(dtype, kernels):
+    lm = LanguageModel(64, 128, 2, 2, 64, dtype=dtype, key=jax.random.key(0))
+    params, static = eqx.partition(lm, eqx.is_inexact_array)
+    optimiser = optax.adamw(1e-3)
+    step = Step(static, optimiser, FlowLoss(cross_entropy))
+    state = State(params, optimiser.init(params), jax.random.key(0))
+
+    def train(state, inputs, targets):
+        gradient, loss, *_ = step.gradient(state, (inputs, targets), 0)
+        return step.moved(state, gradient), loss
+
+    described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    tokens = jax.ShapeDtypeStruct((1, 2, 64), jnp.int32)
+    assert kernels in _text(train, described, tokens, tokens)
+
+
+def _text(fn, *args) -> str:
+    return machine_code.compiled(machine_code.lower(fn, args, DEVICES["9.0"])).as_text()
 
 
 def _exponential(kernel):

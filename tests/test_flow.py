@@ -474,6 +474,17 @@ def test_traced_input_is_checked_at_run_time():
             jax.block_until_ready(run(x, jnp.array(t0), times))
 
 
+def test_a_program_that_raises_nothing_calls_no_host():
+    """So that it can be kept on disk, and compiled for a device that is not there."""
+    flow = lambda x: jf.flow(jf.SelfAttention(), jf.Measure(x), t1=1.0, throw=False)
+    x = jf.measure.simplex(3, 3).points
+    program = jax.make_jaxpr(jax.grad(lambda x: flow(x).final.points.sum()))(x)
+    assert "callback" not in str(program)
+    # Points off the sphere, which there is nobody to tell of, make a solve that fails.
+    assert jax.jit(lambda x: flow(x).ok)(x)
+    assert not jax.jit(lambda x: flow(x).ok)(2 * x)
+
+
 def test_the_measure_at_any_time():
     """x' = x: the dense solution is e^t to the tolerance, up to the event and no further."""
     start = jnp.ones((2, 1))

@@ -339,6 +339,15 @@ def test_costs_see_both_sides_of_a_jump(count):
     np.testing.assert_allclose(found.integral("kinetic")[0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_gradient_of_layers_calls_no_host(layers):
+    """The ends of the steps are known and checked beforehand, also where layers end."""
+    lm = LanguageModel(7, 8, 2, layers, 5, key=jax.random.key(0))
+    params, static = eqx.partition(lm, eqx.is_inexact_array)
+    loss = lambda params, tokens: eqx.combine(params, static)(tokens).sum()
+    assert "callback" not in str(jax.make_jaxpr(jax.grad(loss))(params, jnp.zeros(5, jnp.int32)))
+
+
 def test_a_depth_that_is_not_reached_raises():
     model: Any = filled(lambda: ResidualNetwork(3, 2, 4, 1, width=5, key=KEY))
     short = Depth(t1=1.0, tolerance=1e-6, solver=diffrax.Tsit5(), max_steps=1)

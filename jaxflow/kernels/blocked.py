@@ -3,8 +3,9 @@
 The three functions are those of base.py; forward is a fold over key blocks of
 (shift, sum_j e^{s_ij - shift} [v_j, 1]).
 
-Where |s_ij - b_j| <= |u_i| max|k| bounds all weights well enough, one shift that is known beforehand
-replaces the running maximum. Biases and shifts enter the scores as channels of keys and queries:
+Where |s_ij - b_j| <= |u_i| max|k| bounds all weights well enough, one shift that is known
+beforehand replaces the running maximum. Biases and shifts enter the scores as channels of keys and
+queries:
 
     s_ij - shift_i = <(u_i, 1, -shift_i), (k_j, b_j, 1)>
 

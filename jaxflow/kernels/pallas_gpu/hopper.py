@@ -170,7 +170,9 @@ class Hopper(AbstractFamily):
 def refusal(shapes: Shapes, problem: Problem) -> str | None:
     """Why these kernels cannot run, or None."""
     if problem.band != (None, None) and MISCOMPILES[0] <= _cuda_version() < MISCOMPILES[1]:
-        return "the compiler of CUDA 12.8 makes wrong code of masks in them: install 12.9.1 or later"
+        return (
+            "the compiler of CUDA 12.8 makes wrong code of masks in them: install 12.9.1 or later"
+        )
     if shapes.q.dtype not in DTYPES:
         return f"the Hopper kernels take bfloat16 and float16, got {shapes.q.dtype}"
     for width in (shapes.k.shape[-1], shapes.v.shape[-1]):

@@ -130,7 +130,7 @@ def _sweep(block, length, first, whole, until, last, step, init):
 
 
 # ------------------------------------------------------------------ the kernels
-# References to arrays by name; db is absent where no key has a weight, and b if there is no padding.
+# References to arrays by name; where no key has a weight db is absent, and b too without padding.
 
 
 def _scores(tiles, masked, row, column, q, k, b, scale):
