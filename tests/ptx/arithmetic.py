@@ -156,7 +156,13 @@ INTEGERS = {
     "mov": (lambda x: x, 1),
 }
 ORDERED = {
-    **{"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
+    **{
+        "eq": np.equal,
+        "lt": np.less,
+        "le": np.less_equal,
+        "gt": np.greater,
+        "ge": np.greater_equal,
+    },
     **{"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal},
     "ne": lambda x, y: (x != y) & ~_unordered(x, y),
     "num": lambda x, y: ~_unordered(x, y),
@@ -185,7 +191,9 @@ def _conversion(modifiers, source):
     if target in ("bf16x2", "f16x2"):
         dtype = TYPES[target[:-2]]
         # The first operand is the upper half.
-        return Operation(lambda high, low: packed(low.astype(dtype), high.astype(dtype)), (F32, F32))
+        return Operation(
+            lambda high, low: packed(low.astype(dtype), high.astype(dtype)), (F32, F32)
+        )
     if target == "tf32":
         return Operation(_nearest_tf32, (F32,))
     to = TYPES[target]

@@ -5,6 +5,7 @@ call kernels run as they are, with the numbers of the PTX.
 """
 
 import functools
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,37 +20,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import machine_code
+from benchmarks.machine_code import DEVICES, Device
 
 from .machine import Block, Code, Launch, Order
-from .memory import PARAMETERS, Device, TensorMap
+from .memory import PARAMETERS, DeviceMemory, TensorMap
 from .program import Program, parse
 
 TRITON_SHARED_BYTES = 163 * 1024  # of a block on the device below; the PTX does not tell
-MOSAIC, TRITON = machine_code.DEVICES["9.0"], machine_code.DEVICES["8.0"]
+MOSAIC, TRITON = DEVICES["9.0"], DEVICES["8.0"]
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel and what its host program says, as text."""
+    """A compiled kernel and the text that tells how it is started."""
 
     program: Program
     host: str
-    mosaic: bool
 
 
 @contextmanager
-def interpreted(order: Order = Order()) -> Iterator[None]:
+def interpreted(order: Order) -> Iterator[None]:
     """Pallas kernels run in the interpreter of PTX, in this order."""
-    with jax.disable_jit(False), _replaced(plgpu, "kernel", True, order):
-        with _replaced(pl, "pallas_call", False, order):
-            yield
+    with _replaced(plgpu, "kernel", MOSAIC, order), _replaced(pl, "pallas_call", TRITON, order):
+        yield
 
 
 @contextmanager
-def _replaced(module, name: str, mosaic: bool, order: Order) -> Iterator[None]:
+def _replaced(module, name: str, device: Device, order: Order) -> Iterator[None]:
     original = getattr(module, name)
 
     def make(*args, **options):
-        return functools.partial(_run, original(*args, **options), mosaic, order)
+        return functools.partial(_run, original(*args, **options), device, order)
 
     setattr(module, name, make)
     try:
@@ -58,63 +58,86 @@ def _replaced(module, name: str, mosaic: bool, order: Order) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _run(call: Callable[..., Any], mosaic: bool, order: Order, *operands):
+def _run(call: Callable[..., Any], device: Device, order: Order, *operands):
+    """What `call(*operands)` gives on the device."""
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands]
-    lowered = machine_code.lower(call, shapes, MOSAIC if mosaic else TRITON)
-    kernel = _compiled(lowered.as_text(), mosaic, lowered)
+    lowered = machine_code.lower(call, shapes, device)
+    kernel = _compiled(lowered, device)
     outs, tree = jax.tree.flatten(lowered.out_info)
-    empty = [np.full(o.shape, -1, np.int8).repeat(1) for o in outs[:0]]
-    arrays = [np.asarray(a) for a in operands] + empty
-    arrays += [_unwritten(o.shape, o.dtype) for o in outs]
-    device = Device(arrays)
-    launch = (_mosaic_launch if mosaic else _triton_launch)(kernel, len(arrays))
-    code = Code(kernel.program, launch)
-    for index in np.ndindex(*launch.grid):
-        Block(code, launch, device, index, order).run()
-    found = [device.array(len(operands) + i, o.shape, o.dtype) for i, o in enumerate(outs)]
-    return jax.tree.unflatten(tree, [jnp.asarray(a) for a in found])
+    memory = DeviceMemory([*map(np.asarray, operands), *(_unwritten(o) for o in outs)])
+    described = _mosaic_launch if device == MOSAIC else _triton_launch
+    execute(kernel.program, described(kernel, len(memory.buffers)), memory, order)
+    found = enumerate(outs, start=len(operands))
+    return tree.unflatten(jnp.asarray(memory.array(i, o.shape, o.dtype)) for i, o in found)
 
 
-def _unwritten(shape, dtype) -> np.ndarray:
-    dtype = np.dtype(dtype)
-    return np.full(int(np.prod(shape)) * dtype.itemsize, 0xFF, np.uint8).view(dtype).reshape(shape)
+def execute(program: Program, launch: Launch, memory: DeviceMemory, order: Order):
+    """Runs the blocks of the grid, one after the other."""
+    code = Code(program, launch)
+    with np.errstate(all="ignore"):
+        for index in np.ndindex(launch.grid):
+            Block(code, launch, memory, index, order).run()
 
 
-CACHE: dict[str, Kernel] = {}
+def _unwritten(out) -> np.ndarray:
+    size = math.prod(out.shape) * out.dtype.itemsize
+    return np.full(size, 0xFF, np.uint8).view(out.dtype).reshape(out.shape)
 
 
-def _compiled(text: str, mosaic: bool, lowered) -> Kernel:
-    """The plugin writes nothing for a kernel that it has compiled before, so it is kept."""
-    if text not in CACHE:
-        with tempfile.TemporaryDirectory() as folder:
-            cached = jax.config.jax_enable_compilation_cache
-            jax.config.update("jax_enable_compilation_cache", False)
-            try:
-                machine_code.compiled(lowered, folder)
-            finally:
-                jax.config.update("jax_enable_compilation_cache", cached)
-            (source,) = machine_code._sources(Path(folder))
-            host = text
-            if mosaic:
-                log = source.with_name(f"{source.stem}.mlir-passes.log").read_text()
-                host = log[: log.rindex("gpu.launch_func")]
-                host = host[host.rindex("func.func @") :] + log[log.rindex("gpu.launch_func") :]
-            CACHE[text] = Kernel(parse(source.read_text()), host, mosaic)
-    return CACHE[text]
+COMPILED: dict[str, Kernel] = {}  # The plugin writes nothing for a kernel that it has met before.
+
+
+def _compiled(lowered, device: Device) -> Kernel:
+    text = lowered.as_text()
+    if text not in COMPILED:
+        with tempfile.TemporaryDirectory() as folder, _without_cache():
+            machine_code.compiled(lowered, folder)
+            read = _mosaic_kernel if device == MOSAIC else _triton_kernel
+            COMPILED[text] = read(Path(folder), text)
+    return COMPILED[text]
+
+
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """What is read there is not compiled, and leaves no PTX."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 # ------------------------------------------------------------------ Triton
 
 
+def _triton_kernel(folder: Path, text: str) -> Kernel:
+    """XLA writes what it makes of the program around the kernel, too."""
+    name = re.search(r"@__gpu\$xla\.gpu\.triton.* name = \"(\w+)\"", text)
+    assert name is not None, "the program holds no kernel on Triton"
+    sources = [file.read_text() for file in folder.glob("*.ptx")]
+    (source,) = [source for source in sources if f".entry {name[1]}(" in source]
+    return Kernel(parse(source), text)
+
+
 def _triton_launch(kernel: Kernel, arrays: int) -> Launch:
     grid = [int(n) for n in re.findall(r"grid_[xyz] = (\d+)", kernel.host)]
     # Pointers to the arrays, and some to scratch memory that no kernel here uses.
-    addresses = [*map(Device.address, range(arrays)), *[0] * len(kernel.program.parameters)]
+    addresses = [*map(DeviceMemory.address, range(arrays)), *[0] * len(kernel.program.parameters)]
     parameters = dict(zip(kernel.program.parameters, addresses))
     return Launch((grid[0], grid[1], grid[2]), TRITON_SHARED_BYTES, parameters, {}, {})
 
 
 # ------------------------------------------------------------------ Mosaic's host program
+
+
+def _mosaic_kernel(folder: Path, text: str) -> Kernel:
+    """The host program is the last function that starts the kernel, in the log of the passes."""
+    (source,) = folder.glob("*.ptx")
+    log = source.with_name(f"{source.stem}.mlir-passes.log").read_text()
+    start = log.rindex("gpu.launch_func")
+    first, end = log.rindex("func.func @", 0, start), log.index("\n", start)
+    return Kernel(parse(source.read_text()), log[first:end])
 
 
 class Cell(NamedTuple):
@@ -126,7 +149,7 @@ class Cell(NamedTuple):
 
 def _mosaic_launch(kernel: Kernel, arrays: int) -> Launch:
     """Executes the host's straight-line code, which fills in the tensor maps."""
-    values: dict[str, Any] = {"%arg1": Cell({i: Device.address(i) for i in range(arrays)})}
+    values: dict[str, Any] = {"%arg1": Cell({i: DeviceMemory.address(i) for i in range(arrays)})}
     maps: dict[int, TensorMap] = {}
     for line in kernel.host.splitlines():
         if "gpu.launch_func" in line:

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import tensor_cores
 from .arithmetic import BF16, F16, F32, F64, PREDICATE, TYPES, U16, U32, U64, operation
-from .memory import Barrier, Device, Mistake, Shared, TensorMap
+from .memory import Barrier, DeviceMemory, Mistake, Shared, TensorMap
 from .program import Instruction, Program, vector
 
 ALL = np.ones(32, bool)
@@ -120,7 +120,12 @@ class Block:
     """Warps with a shared memory."""
 
     def __init__(
-        self, code: "Code", launch: Launch, device: Device, index: tuple[int, int, int], order: Order
+        self,
+        code: "Code",
+        launch: Launch,
+        device: DeviceMemory,
+        index: tuple[int, int, int],
+        order: Order,
     ):
         self.code, self.launch, self.device, self.index = code, launch, device, index
         self.late, self.random = order.late, random.Random(f"{order.seed} {index}")
@@ -212,7 +217,14 @@ class Code:
         step = (lambda warp: None) if target is not None else make(self, instruction)
         # What computes is seen by nobody else; a branch can be one that spins.
         visible = make is not _compute and name not in ("ret", "bra")
-        uniform = target is not None or name in ("mma", "wgmma", "ldmatrix", "bar", "barrier", "shfl")
+        uniform = target is not None or name in (
+            "mma",
+            "wgmma",
+            "ldmatrix",
+            "bar",
+            "barrier",
+            "shfl",
+        )
         guard, unless = instruction.guard, instruction.unless
         return Decoded(step, instruction.text, guard, unless, visible, uniform, target)
 
@@ -567,7 +579,10 @@ def _copy_box_out(code: Code, instruction: Instruction) -> Step:
     def step(warp: Warp):
         lane, block = _lane(warp.mask), warp.block
         described, coordinates = box(warp, lane)
-        where, origin = described.in_device(coordinates), described.in_shared(int(source(warp)[lane]))
+        where, origin = (
+            described.in_device(coordinates),
+            described.in_shared(int(source(warp)[lane])),
+        )
         block.shared.seen_by_copies(origin - block.shared.base)
 
         def copy():

@@ -25,12 +25,12 @@ class Buffer:
 
     def index(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Offsets of `size` bytes at each address, which must be aligned to their size."""
+        if (addresses & (size - 1)).any():
+            raise Mistake(f"an address in {self.name} is not aligned to {size} bytes")
         offsets = addresses - self.base
         if offsets.min() < 0 or offsets.max() + size > self.size:
             bad = offsets[(offsets < 0) | (offsets + size > self.size)][0]
             raise Mistake(f"{size} bytes at {bad} are outside of {self.name}, {self.size} bytes")
-        if (addresses & (size - 1)).any():
-            raise Mistake(f"an address in {self.name} is not aligned to {size} bytes")
         return offsets
 
     def load(self, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
@@ -71,8 +71,8 @@ class Shared(Buffer):
         return self.barriers[address]
 
 
-class Device:
-    """Device memory: one buffer an array."""
+class DeviceMemory:
+    """DeviceMemory memory: one buffer an array."""
 
     def __init__(self, arrays: list[np.ndarray]):
         self.buffers: list[Buffer] = []

@@ -112,4 +112,3 @@ class Descriptor:
         shared.seen_by_copies(shared.index(addresses, dtype.itemsize))
         (words,) = shared.load(addresses, dtype.itemsize, 1)
         return words.view(dtype).astype(F64)
-
