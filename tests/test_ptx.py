@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ptx.launch import execute, interpreted
-from ptx.machine import Launch, Order
-from ptx.memory import DeviceMemory, Mistake
+from ptx.machine import Order
+from ptx.memory import DeviceMemory, KernelError
+from ptx.operands import Launch
 from ptx.program import parse
 
 from benchmarks import machine_code
@@ -85,7 +86,7 @@ def test_warps_that_meet_read_what_the_others_wrote():
 )
 def test_mistakes(old, new, message):
     assert old in EXCHANGE
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(KernelError, match=message):
         exchanged(EXCHANGE.replace(old, new), 0)
 
 
@@ -119,7 +120,7 @@ class Case:
     orders: tuple[Order, ...] = EARLY_AND_LATE
 
     def __str__(self):
-        lowering = {True: "-mosaic", False: "-triton"}.get(getattr(self.family, "mosaic", None), "")
+        lowering = "" if self.family != TRITON else "-triton"
         sizes = f"{self.m}-{self.n}-{self.p}-{self.r}"
         rest = f"{self.band}-{'weighted' if self.weighted else 'plain'}-{self.scales}"
         return f"{self.family.name}{lowering}-{self.mode}-{self.dtype}-{sizes}-{rest}"
@@ -180,10 +181,18 @@ def _exact(operands):
 
 
 MOSAIC, TRITON = Particles(mosaic=True), Particles(mosaic=False)
-particles = lambda family, mode, d, **options: Case(family, mode, "float32", d, d, **options)
-heads = lambda mode, d, dtype="bfloat16", family=Hopper(), **options: Case(
-    family, mode, dtype, d, d, **({"m": 150, "n": 200} | options)
-)
+HOPPER, TENSOR_CORES = Hopper(), TensorCores()
+
+
+def particles(family, mode: Mode, d: int, **options: Any) -> Case:
+    return Case(family, mode, "float32", d, d, **options)
+
+
+def heads(mode: Mode, d: int, dtype="bfloat16", family: Any = HOPPER, **options: Any) -> Case:
+    options = {"m": 150, "n": 200} | options
+    return Case(family, mode, dtype, d, d, **options)
+
+
 CASES = [
     # The bound on the scores is safe for the first system, not for the second.
     *(particles(MOSAIC, mode, 3, scales=(0.7, 40.0)) for mode in MODES),
@@ -191,10 +200,10 @@ CASES = [
     particles(MOSAIC, "tangent", 8),
     particles(MOSAIC, "forward", 16),
     *(particles(TRITON, mode, 3, scales=(0.7, 40.0)) for mode in MODES),
-    heads("forward", 64, family=TensorCores()),
-    heads("tangent", 64, family=TensorCores(), band=CAUSAL, weighted=False),
-    heads("cotangent", 64, "float16", family=TensorCores(), band=(20, 10)),
-    heads("forward", 64, "float32", family=TensorCores(), band=CAUSAL),
+    heads("forward", 64, family=TENSOR_CORES),
+    heads("tangent", 64, family=TENSOR_CORES, band=CAUSAL, weighted=False),
+    heads("cotangent", 64, "float16", family=TENSOR_CORES, band=(20, 10)),
+    heads("forward", 64, "float32", family=TENSOR_CORES, band=CAUSAL),
     heads("forward", 64, weighted=False),
     heads("forward", 64, m=64, n=64, weighted=False, scales=(-0.2,)),
     heads("forward", 128, "float16", band=CAUSAL),
@@ -214,7 +223,7 @@ MATRIX = [
     ),
     *(
         heads(mode, d, dtype, family, band=band, weighted=weighted, orders=MANY)
-        for family in (Hopper(), TensorCores())
+        for family in (HOPPER, TENSOR_CORES)
         for mode in MODES
         for dtype in ("bfloat16", "float16")
         for d in (16, 32, 64, 128, 256)
@@ -222,7 +231,7 @@ MATRIX = [
         for weighted in (False, True)
     ),
     *(
-        heads(mode, d, "float32", TensorCores(), band=band, orders=MANY)
+        heads(mode, d, "float32", TENSOR_CORES, band=band, orders=MANY)
         for mode in MODES
         for d in (20, 64, 128)
         for band in ((None, None), CAUSAL)
@@ -252,7 +261,7 @@ def test_all_kernels(case):
 def wrong(case) -> bool:
     try:
         return not all(error < 1 for error in case.errors())
-    except Mistake:
+    except KernelError:
         return True
 
 
@@ -274,7 +283,7 @@ def test_barriers_between_reads_and_the_next_copy_are_missed(monkeypatch):
 def test_a_fence_before_a_product_is_missed(monkeypatch):
     case = heads("forward", 64, m=64, n=64, weighted=False, scales=(-0.2,))
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
-    with pytest.raises(Mistake, match="written without a fence"):
+    with pytest.raises(KernelError, match="written without a fence"):
         list(case.errors())
 
 

@@ -185,6 +185,18 @@ COMPARISONS["nan"] = _unordered
 # ------------------------------------------------------------------ conversions
 
 
+def bits(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The bits of a register as another type, narrowed or widened with zeros."""
+    if value.dtype == dtype:
+        return value.view(dtype)  # the one object that stands for the type
+    if dtype is PREDICATE or value.dtype == PREDICATE:
+        return value.astype(dtype)
+    if value.dtype.itemsize != dtype.itemsize:
+        unsigned = np.dtype(f"u{value.dtype.itemsize}")
+        value = value.view(unsigned).astype(f"u{dtype.itemsize}")
+    return value.view(dtype)
+
+
 def _conversion(modifiers, source):
     """cvt.<rounding>.<target>.<source>"""
     target = modifiers[-1]

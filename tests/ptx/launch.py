@@ -22,8 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from benchmarks import machine_code
 from benchmarks.machine_code import DEVICES, Device
 
-from .machine import Block, Code, Launch, Order
-from .memory import PARAMETERS, DeviceMemory, TensorMap
+from .instructions import decode
+from .machine import Block, Order
+from .memory import PARAMETERS, DeviceMemory, Shared, TensorMap
+from .operands import Launch
 from .program import Program, parse
 
 TRITON_SHARED_BYTES = 163 * 1024  # of a block on the device below; the PTX does not tell
@@ -73,10 +75,11 @@ def _run(call: Callable[..., Any], device: Device, order: Order, *operands):
 
 def execute(program: Program, launch: Launch, memory: DeviceMemory, order: Order):
     """Runs the blocks of the grid, one after the other."""
-    code = Code(program, launch)
+    steps, threads = decode(program, launch), program.threads
     with np.errstate(all="ignore"):
         for index in np.ndindex(launch.grid):
-            Block(code, launch, memory, index, order).run()
+            shared = Shared(launch.shared_bytes)
+            Block(steps, threads, shared, memory, index, order).run()
 
 
 def _unwritten(out) -> np.ndarray:
@@ -100,7 +103,7 @@ def _compiled(lowered, device: Device) -> Kernel:
 @contextmanager
 def _without_cache() -> Iterator[None]:
     """What is read there is not compiled, and leaves no PTX."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.read("jax_enable_compilation_cache")
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
@@ -124,7 +127,7 @@ def _triton_launch(kernel: Kernel, arrays: int) -> Launch:
     grid = [int(n) for n in re.findall(r"grid_[xyz] = (\d+)", kernel.host)]
     # Pointers to the arrays, and some to scratch memory that no kernel here uses.
     addresses = [*map(DeviceMemory.address, range(arrays)), *[0] * len(kernel.program.parameters)]
-    parameters = dict(zip(kernel.program.parameters, addresses))
+    parameters = dict(zip(kernel.program.parameters, addresses, strict=False))
     return Launch((grid[0], grid[1], grid[2]), TRITON_SHARED_BYTES, parameters, {}, {})
 
 

@@ -11,7 +11,7 @@ SHARED = 1024  # the first address in shared memory; the hardware aligns it so, 
 PARAMETERS = 1 << 60
 
 
-class Mistake(AssertionError):
+class KernelError(AssertionError):
     """What a kernel must not do."""
 
 
@@ -26,11 +26,13 @@ class Buffer:
     def index(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Offsets of `size` bytes at each address, which must be aligned to their size."""
         if (addresses & (size - 1)).any():
-            raise Mistake(f"an address in {self.name} is not aligned to {size} bytes")
+            raise KernelError(f"an address in {self.name} is not aligned to {size} bytes")
         offsets = addresses - self.base
         if offsets.min() < 0 or offsets.max() + size > self.size:
             bad = offsets[(offsets < 0) | (offsets + size > self.size)][0]
-            raise Mistake(f"{size} bytes at {bad} are outside of {self.name}, {self.size} bytes")
+            raise KernelError(
+                f"{size} bytes at {bad} are outside of {self.name}, {self.size} bytes"
+            )
         return offsets
 
     def load(self, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
@@ -63,11 +65,13 @@ class Shared(Buffer):
     def seen_by_copies(self, offsets: np.ndarray | slice):
         """Asserts that what a copy or a product reads by itself was fenced by who wrote it."""
         if self.writer[offsets].any():
-            raise Mistake("a copy or product reads shared memory written without a fence")
+            raise KernelError("a copy or product reads shared memory written without a fence")
 
     def barrier(self, address: int) -> "Barrier":
         if address not in self.barriers:
-            raise Mistake(f"no barrier is initialised at {address - self.base} in shared memory")
+            raise KernelError(
+                f"no barrier is initialised at {address - self.base} in shared memory"
+            )
         return self.barriers[address]
 
 
@@ -88,7 +92,7 @@ class DeviceMemory:
     def at(self, addresses: np.ndarray) -> Buffer:
         number = (int(addresses.flat[0]) >> GLOBAL) - 1
         if not 0 <= number < len(self.buffers):
-            raise Mistake(f"address {addresses.flat[0]:#x} is in no array")
+            raise KernelError(f"address {addresses.flat[0]:#x} is in no array")
         return self.buffers[number]
 
     def array(self, number: int, shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -107,7 +111,7 @@ class Barrier:
         self.bytes += announced
         self.pending -= times
         if self.pending < 0:
-            raise Mistake(f"more arrivals than the {self.count} that a barrier expects")
+            raise KernelError(f"more arrivals than the {self.count} that a barrier expects")
         self._advance()
 
     def receive(self, size: int):
@@ -153,7 +157,7 @@ class TensorMap:
         start = coordinates[::-1]
         for first, length, size in zip(start, self.box, self.sizes, strict=True):
             if first < 0 or first + length > size:
-                raise Mistake(f"a box {self.box} at {start} leaves the array {self.sizes}")
+                raise KernelError(f"a box {self.box} at {start} leaves the array {self.sizes}")
         address = np.array(self.base)
         for first, length, stride in zip(start, self.box, self.strides, strict=True):
             address = address[..., None] + (first + np.arange(length)) * stride * self.width
@@ -162,7 +166,7 @@ class TensorMap:
     def in_shared(self, address: int) -> np.ndarray:
         """Addresses of the box's elements in shared memory."""
         if address % 128:
-            raise Mistake(f"a copied box begins at {address - SHARED}, not aligned to 128 bytes")
+            raise KernelError(f"a box begins at {address - SHARED}, not aligned to 128 bytes")
         return swizzled(address + np.arange(math.prod(self.box)) * self.width, self.swizzle)
 
 
