@@ -139,7 +139,8 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="lease: only say the plan.")] = False,
 ):
     """Benchmarks of jaxflow against its rivals; `tune` looks for the best tiles of its kernels,
-    `predict` reads their speed off their machine code, and `lease` does what a short time on a GPU is best for."""
+    `predict` reads their speed off their machine code, and `lease` does what a short time on a GPU
+    is best for."""
     if suite == "lease":
         raise typer.Exit(lease.main(out, minutes, dry_run, lambda text: print(text, flush=True)))
     if suite not in (None, "tune", "predict", *SUITES):
