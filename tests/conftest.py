@@ -32,7 +32,7 @@ import re
 import signal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -81,12 +81,17 @@ def x64():
 
 
 @pytest.fixture
-def float16():
-    """Skips where XLA has no float16 for the processor, as for one with SSE 4.2 alone."""
-    try:
-        jax.jit(lambda x: x + x)(np.ones(3, np.float16))
-    except jax.errors.JaxRuntimeError as error:
-        pytest.skip(f"float16 does not compile for this processor: {error}")
+def compiles():
+    """compiles(dtype) skips where XLA has no such numbers for the processor: float16 needs more
+    than SSE 4.2."""
+
+    def check(dtype):
+        try:
+            jax.jit(lambda x: x + x)(jnp.ones(3, dtype))
+        except jax.errors.JaxRuntimeError as error:
+            pytest.skip(f"{jnp.dtype(dtype).name} does not compile for this processor: {error}")
+
+    return check
 
 
 @pytest.fixture

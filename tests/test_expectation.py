@@ -221,13 +221,14 @@ def test_the_least_number_masks_a_key(every, backend):
     "backend, dtype, tolerance",
     [
         ("blocked", "float32", 1e-6),
-        pytest.param("blocked", "float16", 1e-3, marks=pytest.mark.usefixtures("float16")),
+        ("blocked", "float16", 1e-3),
         ("blocked", "bfloat16", 4e-3),
         ("pallas_gpu:interpret", "float32", 1e-6),
         ("pallas_gpu:interpret", "bfloat16", 4e-3),
     ],
 )
-def test_low_precision_is_accumulated_in_float32(backend, dtype, tolerance):
+def test_low_precision_is_accumulated_in_float32(backend, dtype, tolerance, compiles):
+    compiles(dtype)
     case = LONG
     operands = case.operands(jnp.dtype(dtype))
     mean, lse = operation(case, backend)(*operands)

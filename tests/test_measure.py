@@ -73,10 +73,9 @@ def test_a_token_of_log_weight_minus_infinity_has_no_mass():
     assert mu.log_probabilities[1] == -jnp.inf
 
 
-@pytest.mark.parametrize(
-    "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.usefixtures("float16"))]
-)
-def test_weights_of_half_precision_tokens_are_float32(dtype):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weights_of_half_precision_tokens_are_float32(dtype, compiles):
+    compiles(dtype)
     mu = Measure(jnp.ones((3, 2), dtype))
     assert mu.points.dtype == dtype
     assert mu.weights.dtype == jnp.float32
