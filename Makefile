@@ -6,7 +6,7 @@ STAMP := .venv/installed
 AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py -n 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow aot aot-full lint bench clean
+.PHONY: help demo test test-slow aot aot-full aot-tpu lint bench clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ aot: .aot/installed  ## The CUDA kernels as machine code, without a GPU; AOT_ARG
 aot-full: .aot/installed  ## The same of every kernel, for every device: hours
 	$(AOT) $(AOT_ARGS)
 
+aot-tpu: .aot-tpu/installed  ## Kernels and programs for TPUs, without one
+	JAX_PLATFORMS=cpu PYTHONPATH=.aot-tpu $(BIN)/python -m pytest tests/test_tpu_ahead_of_time.py \
+		-n 0 $(AOT_ARGS)
+
 lint: $(STAMP)  ## Style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,8 +44,8 @@ lint: $(STAMP)  ## Style, format and types
 bench: $(STAMP)  ## The benchmarks on this machine
 	$(BIN)/python -m benchmarks
 
-clean:  ## Remove .venv, .aot, runs/ and caches
-	rm -rf .venv .aot runs build dist .hypothesis .pytest_cache .ruff_cache *.egg-info
+clean:  ## Remove .venv, .aot, .aot-tpu, runs/ and caches
+	rm -rf .venv .aot .aot-tpu runs build dist .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # constraints.txt holds the versions that passed on Python 3.11; newer Pythons take newer jax.
@@ -57,4 +61,9 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -rf .aot
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .aot \
 		$$($(BIN)/python -m benchmarks.machine_code)
+	touch $@
+
+.aot-tpu/installed: $(STAMP)
+	rm -rf .aot-tpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .aot-tpu libtpu
 	touch $@

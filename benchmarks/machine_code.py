@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 
@@ -106,9 +107,15 @@ def missing() -> str | None:
     return f"{', '.join(lacking)} not installed: `make aot` installs what this needs, and runs it"
 
 
-def lower(fn: Callable, args, device: Device):
-    """`fn` lowered for a device, by the descriptions of its arguments."""
-    sharding = jax.sharding.SingleDeviceSharding(_described(device))
+def lower(fn: Callable, args, device: Device, *, over: int = 1):
+    """`fn` lowered for a device, by the descriptions of its arguments; or for several of its kind,
+    with the first axis of all arguments and results divided among them."""
+    sharding: jax.sharding.Sharding
+    if over == 1:
+        sharding = jax.sharding.SingleDeviceSharding(_described(device)[0])
+    else:
+        mesh = jax.sharding.Mesh(np.array(_described(device, over)), ("devices",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
     with _named(device):
         traced = jax.jit(fn, in_shardings=sharding, out_shardings=sharding).trace(*args)
         return traced.lower(lowering_platforms=("cuda",))
@@ -147,12 +154,12 @@ def _kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
 # ------------------------------------------------------------------ compiling
 
 
-def _described(device: Device):
+def _described(device: Device, count: int = 1):
     major, minor = device.capability
     core = device.shared_bytes + 1024
     text = DESCRIPTION.format(major=major, minor=minor, shared_core=core, **device._asdict())
-    found = topologies.get_topology_desc("", "cuda", target_config=text, topology="1x1x1")
-    return found.devices[0]
+    found = topologies.get_topology_desc("", "cuda", target_config=text, topology=f"1x1x{count}")
+    return found.devices
 
 
 @contextlib.contextmanager

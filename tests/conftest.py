@@ -21,8 +21,11 @@ if importlib.util.find_spec("beartype"):
 os.environ.setdefault("JAXFLOW_KERNELS", "all")
 
 # XLA's newer emitters for CPUs double the time to compile a small program, and the suite is little
-# else. JAX's own setting compiles in the long tests, on newer versions and where XLA_FLAGS is set.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# else. JAX's own setting compiles on newer versions and where XLA_FLAGS is set; the compiler for
+# TPUs ends the process at a flag of the CPU's.
+if importlib.metadata.version("jaxlib").startswith("0.10.") and not importlib.util.find_spec(
+    "libtpu"
+):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import contextlib

@@ -6,6 +6,7 @@ What only a device can tell, its speed and its answers, is in the tests marked `
 
 import dataclasses
 import functools
+import re
 from functools import partial
 from typing import Any
 
@@ -211,8 +212,20 @@ def test_a_training_step(dtype, kernels):
     assert kernels in _text(train, described, tokens, tokens)
 
 
-def _text(fn, *args) -> str:
-    program = machine_code.compiled(machine_code.lower(fn, args, DEVICES["9.0"])).as_text()
+@pytest.mark.parametrize("dtype, d", [("bfloat16", 64), ("float32", 3), ("float32", 64)])
+def test_a_batch_over_four_devices_is_not_gathered(dtype, d):
+    def attend(x):
+        return jax.vmap(lambda x: jaxflow.softmax_expectation(x, x, x, scale=0.125)[0])(x)
+
+    x = jax.ShapeDtypeStruct((8, 256, d), jnp.dtype(dtype))
+    text = _text(jax.grad(lambda x: attend(x).astype(jnp.float32).sum()), x, over=4)
+    assert "mosaic_gpu" in text or "gpu.triton" in text
+    assert not re.search(r"all-(gather|to-all|reduce)", text)
+
+
+def _text(fn, *args, over: int = 1) -> str:
+    lowered = machine_code.lower(fn, args, DEVICES["9.0"], over=over)
+    program = machine_code.compiled(lowered).as_text()
     assert program is not None
     return program
 
