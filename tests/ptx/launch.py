@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import machine_code
@@ -102,13 +103,16 @@ def _compiled(lowered, device: Device) -> Kernel:
 
 @contextmanager
 def _without_cache() -> Iterator[None]:
-    """What is read there is not compiled, and leaves no PTX."""
-    enabled = jax.config.read("jax_enable_compilation_cache")
-    jax.config.update("jax_enable_compilation_cache", False)
+    """Nothing is compiled, and no PTX written, where a program is read from JAX's cache."""
+    config: Any = jax.config
+    enabled = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX asks once whether there is a cache.
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
 
 
 # ------------------------------------------------------------------ Triton
@@ -136,8 +140,8 @@ def _triton_launch(kernel: Kernel, arrays: int) -> Launch:
 
 def _mosaic_kernel(folder: Path, text: str) -> Kernel:
     """The host program is the last function that starts the kernel, in the log of the passes."""
-    (source,) = folder.glob("*.ptx")
-    log = source.with_name(f"{source.stem}.mlir-passes.log").read_text()
+    (passes,) = folder.glob("*.mlir-passes.log")
+    log, source = passes.read_text(), Path(str(passes).replace(".mlir-passes.log", ".ptx"))
     start = log.rindex("gpu.launch_func")
     first, end = log.rindex("func.func @", 0, start), log.index("\n", start)
     return Kernel(parse(source.read_text()), log[first:end])
