@@ -95,10 +95,8 @@ def _copy_box_out(operands: Operands, instruction: Instruction) -> Step:
     def step(warp: Warp):
         lane, block = only_lane(warp.mask), warp.block
         described, coordinates = box(warp, lane)
-        where, origin = (
-            described.in_device(coordinates),
-            described.in_shared(int(source(warp)[lane])),
-        )
+        where = described.in_device(coordinates)
+        origin = described.in_shared(int(source(warp)[lane]))
         block.shared.seen_by_copies(origin - block.shared.base)
 
         def copy():
@@ -118,7 +116,8 @@ def _copy_line_out(operands: Operands, instruction: Instruction) -> Step:
         lane, block = only_lane(warp.mask), warp.block
         offsets = 16 * np.arange(int(size(warp)[lane]) // 16)
         where, origin = (read(warp)[lane] + offsets for read in (target, source))
-        block.shared.seen_by_copies(slice(origin[0] - block.shared.base, origin[-1] + 16))
+        first = int(origin[0]) - block.shared.base
+        block.shared.seen_by_copies(slice(first, first + 16 * len(offsets)))
 
         def copy():
             block.device.at(where).store(where, 8, block.shared.load(origin, 8, 2))
