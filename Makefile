@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
-AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py -n 0
+AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py tests/test_ptx.py -n 0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow aot aot-full aot-tpu lint bench clean
@@ -26,7 +26,7 @@ test: $(STAMP)  ## The tests, but for the long ones; PYTEST_ARGS is passed on
 test-slow: $(STAMP)  ## The long tests, which rarely break
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "slow and not aot_full" $(PYTEST_ARGS)
 
-aot: .aot/installed  ## The CUDA kernels as machine code, without a GPU; AOT_ARGS is passed on
+aot: .aot/installed  ## The CUDA kernels without a GPU: compiled, and run on the CPU; AOT_ARGS is passed on
 	$(AOT) -m "slow and not aot_full" $(AOT_ARGS)
 
 aot-full: .aot/installed  ## The same of every kernel, for every device: hours

@@ -301,5 +301,6 @@ def test_waits_for_the_ring_of_tiles_are_missed(method, monkeypatch):
             return original(self, *args)
 
     case = heads("forward", 64, m=128, n=320, weighted=False, family=Hopper(Config(64)))
+    assert not wrong(case)
     monkeypatch.setattr(owner, method, hasty)
     assert wrong(case)

@@ -6,11 +6,15 @@ plugin for CUDA makes for a device that need not be there. Here that text is exe
 | module            | what                                                                    |
 |-------------------|-------------------------------------------------------------------------|
 | `program`         | text -> instructions                                                    |
-| `memory`          | buffers with bounds and alignment, barriers, copies by tensor maps      |
-| `arithmetic`      | instructions that compute: registers -> register                        |
-| `tensor_cores`    | products of matrices, and the layouts of their factors                  |
+| `memory`          | buffers with bounds and alignment, barriers, boxes of arrays            |
 | `machine`         | a block: warps of 32 lanes that take turns in a random order            |
-| `launch`          | runs Pallas kernels this way: compiles, reads what the host does, starts |
+| `operands`        | what an instruction reads                                               |
+| `instructions`    | what it does: loads and stores, waits, and what the next four do        |
+| `arithmetic`      | registers -> register                                                   |
+| `copies`          | copies that run by themselves                                           |
+| `products`        | products of matrices that run by themselves, or in a warp               |
+| `tensor_cores`    | where their factors lie, in registers and in shared memory              |
+| `launch`, `host`  | runs Pallas kernels this way: compiles, does what the host does, starts |
 
 What is checked on the way: addresses are aligned and inside one buffer; memory that nobody wrote is
 NaN; plain writes to shared memory are fenced before a copy or a product of a warpgroup reads them;

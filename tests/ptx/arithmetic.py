@@ -35,8 +35,7 @@ def operation(parts: tuple[str, ...]) -> Operation:
     if name == "cvt":
         return _conversion(modifiers, kind)
     if name == "setp":
-        dtype = TYPES[kind]
-        return Operation(COMPARISONS[parts[1]], (dtype, dtype))
+        return _comparison(parts[1], modifiers[1:], TYPES[kind])
     if name == "selp":
         dtype = TYPES[kind]
         return Operation(lambda x, y, p: np.where(p, x, y), (dtype, dtype, PREDICATE))
@@ -180,6 +179,18 @@ def _or_unordered(name):
 # With a NaN the first are false, the others, which end in u, are true.
 COMPARISONS = ORDERED | {f"{name}u": _or_unordered(name) for name in ORDERED}
 COMPARISONS["nan"] = _unordered
+
+
+def _comparison(name, modifiers, dtype):
+    """Alone or joined with another predicate."""
+    compare = COMPARISONS[name]
+    join = next((JOINED[m] for m in modifiers if m in JOINED), None)
+    if join is None:
+        return Operation(compare, (dtype, dtype))
+    return Operation(lambda x, y, p: join(compare(x, y), p), (dtype, dtype, PREDICATE))
+
+
+JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 # ------------------------------------------------------------------ conversions

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .arithmetic import TYPES, U32, U64
+from .arithmetic import PREDICATE, TYPES, U32, U64
 from .machine import Step, Warp
 from .memory import TensorMap
-from .operands import Operands, only_lane
+from .operands import Operands, Read, only_lane
 from .program import Instruction
 
 
@@ -32,26 +32,31 @@ def _copy_of_lanes(operands: Operands, instruction: Instruction) -> Step:
     """cp.async: a few bytes a lane, and zeros after the first `given` of them."""
     target, source = (operands.address(operand) for operand in instruction.operands[:2])
     size = int(instruction.operands[2], 0)
-    given = operands.read(instruction.operands[-1], U32)
+    given = _given(operands, size, instruction.operands[3:])
 
     def step(warp: Warp):
         mask, where, origin = warp.mask, target(warp), source(warp)
         left, block = given(warp), warp.block
-        block.shared.index(where[mask], size)
 
         def copy():
-            for lane in np.flatnonzero(mask):
-                filled = np.zeros(size, np.uint8)
-                if taken := int(left[lane]):
-                    memory = block.device.at(origin[lane : lane + 1])
-                    first = int(memory.index(origin[lane : lane + 1], taken)[0])
-                    filled[:taken] = memory.bytes[first : first + taken]
-                first = int(where[lane]) - block.shared.base
-                block.shared.bytes[first : first + size] = filled
+            block.shared.bytes[block.shared.index(where[mask], size)[:, None] + np.arange(size)] = 0
+            for taken in {int(n) for n in left[mask]} - {0}:
+                lanes = mask & (left == taken)
+                memory, part = block.device.at(origin[lanes]), np.arange(taken)
+                found = memory.bytes[memory.index(origin[lanes], taken)[:, None] + part]
+                block.shared.bytes[block.shared.index(where[lanes], taken)[:, None] + part] = found
 
         block.queued(warp.copies, copy)
 
     return step
+
+
+def _given(operands: Operands, size: int, operand: tuple[str, ...]) -> Read:
+    """Bytes of each lane that are copied: a number, or none where a predicate holds."""
+    if operand and operand[0].startswith("%p"):
+        ignored = operands.read(operand[0], PREDICATE)
+        return lambda warp: np.where(ignored(warp), 0, size)
+    return operands.read(operand[0] if operand else str(size), U32)
 
 
 def _box(operands: Operands, operand: str) -> Callable[[Warp, int], tuple[TensorMap, list[int]]]:
@@ -95,10 +100,8 @@ def _copy_box_out(operands: Operands, instruction: Instruction) -> Step:
     def step(warp: Warp):
         lane, block = only_lane(warp.mask), warp.block
         described, coordinates = box(warp, lane)
-        where, origin = (
-            described.in_device(coordinates),
-            described.in_shared(int(source(warp)[lane])),
-        )
+        where = described.in_device(coordinates)
+        origin = described.in_shared(int(source(warp)[lane]))
         block.shared.seen_by_copies(origin - block.shared.base)
 
         def copy():
@@ -118,7 +121,8 @@ def _copy_line_out(operands: Operands, instruction: Instruction) -> Step:
         lane, block = only_lane(warp.mask), warp.block
         offsets = 16 * np.arange(int(size(warp)[lane]) // 16)
         where, origin = (read(warp)[lane] + offsets for read in (target, source))
-        block.shared.seen_by_copies(slice(origin[0] - block.shared.base, origin[-1] + 16))
+        first = int(origin[0]) - block.shared.base
+        block.shared.seen_by_copies(slice(first, first + 16 * len(offsets)))
 
         def copy():
             block.device.at(where).store(where, 8, block.shared.load(origin, 8, 2))

@@ -99,11 +99,11 @@ def _shuffle(operands: Operands, instruction: Instruction) -> Step:
 
 def _access(parts: tuple[str, ...]) -> tuple[str, int]:
     """(space, bytes of a number); generic where the opcode names no space."""
-    space = next((p.split("::")[0] for p in parts[1:] if p in SPACES), "generic")
+    space = next((p for p in (p.split("::")[0] for p in parts) if p in SPACES), "generic")
     return space, TYPES[parts[-1]].itemsize if parts[-1] in TYPES else int(parts[-1][1:]) // 8
 
 
-SPACES = ("shared", "shared::cta", "global", "param")
+SPACES = "shared", "global", "param"
 
 
 def _load(operands: Operands, instruction: Instruction) -> Step:

@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import machine_code
 from benchmarks.machine_code import DEVICES, Device
 
+from . import host
 from .instructions import decode
 from .machine import Block, Order
-from .memory import PARAMETERS, DeviceMemory, Shared, TensorMap
+from .memory import DeviceMemory, Shared
 from .operands import Launch
 from .program import Program, parse
 
@@ -102,13 +104,16 @@ def _compiled(lowered, device: Device) -> Kernel:
 
 @contextmanager
 def _without_cache() -> Iterator[None]:
-    """What is read there is not compiled, and leaves no PTX."""
-    enabled = jax.config.read("jax_enable_compilation_cache")
-    jax.config.update("jax_enable_compilation_cache", False)
+    """Nothing is compiled, and no PTX written, where a program is read from JAX's cache."""
+    config: Any = jax.config
+    enabled = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX asks once whether there is a cache.
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
 
 
 # ------------------------------------------------------------------ Triton
@@ -131,82 +136,17 @@ def _triton_launch(kernel: Kernel, arrays: int) -> Launch:
     return Launch((grid[0], grid[1], grid[2]), TRITON_SHARED_BYTES, parameters, {}, {})
 
 
-# ------------------------------------------------------------------ Mosaic's host program
+# ------------------------------------------------------------------ Mosaic
 
 
 def _mosaic_kernel(folder: Path, text: str) -> Kernel:
     """The host program is the last function that starts the kernel, in the log of the passes."""
-    (source,) = folder.glob("*.ptx")
-    log = source.with_name(f"{source.stem}.mlir-passes.log").read_text()
+    (passes,) = folder.glob("*.mlir-passes.log")
+    log, source = passes.read_text(), Path(str(passes).replace(".mlir-passes.log", ".ptx"))
     start = log.rindex("gpu.launch_func")
     first, end = log.rindex("func.func @", 0, start), log.index("\n", start)
     return Kernel(parse(source.read_text()), log[first:end])
 
 
-class Cell(NamedTuple):
-    """A place in an array of the host."""
-
-    array: dict[int, Any]
-    index: int = 0
-
-
 def _mosaic_launch(kernel: Kernel, arrays: int) -> Launch:
-    """Executes the host's straight-line code, which fills in the tensor maps."""
-    values: dict[str, Any] = {"%arg1": Cell({i: DeviceMemory.address(i) for i in range(arrays)})}
-    maps: dict[int, TensorMap] = {}
-    for line in kernel.host.splitlines():
-        if "gpu.launch_func" in line:
-            return _launch(kernel.program, line, values, maps)
-        if found := re.search(r"call @mosaic_gpu_init_tma_desc\(([^)]*)\)", line):
-            place, *described = [values[name] for name in found[1].split(", ")]
-            place.array[place.index] = _tensor_map(*described)
-        elif found := re.match(r"\s*llvm.store (%\S+), (%\S+) :", line):
-            cell = values[found[2]]
-            cell.array[cell.index] = values[found[1]]
-        elif found := re.match(r"\s*(%\w+) = ([\w.]+)(.*)", line):
-            values[found[1]] = _value(found[2], found[3], values)
-    raise AssertionError("the host program starts no kernel")
-
-
-def _value(operation: str, operands: str, values: dict[str, Any]):
-    """A number, an address, or a place: all else passes the address of an array on."""
-    names = re.findall(r"%[\w#]+", operands)
-    if operation == "llvm.mlir.constant":
-        return int(re.findall(r"-?\d+", operands)[0])
-    if operation == "llvm.mlir.undef":
-        return None
-    if operation == "llvm.alloca":
-        return Cell({})
-    first = values[names[0]]
-    if operation == "llvm.getelementptr":
-        offset = int(re.findall(r"\[(\d+)\]", operands)[0])
-        return first._replace(index=first.index + offset)
-    if operation == "llvm.load" and "array" not in operands and isinstance(first, Cell):
-        return first.array.get(first.index, first)
-    if operation == "llvm.insertvalue":
-        # The second member of a description of an array is its address.
-        return first if "[1]" in operands else values[names[1]]
-    return first
-
-
-def _tensor_map(base, kind, rank, sizes, strides, swizzle, box) -> TensorMap:
-    numbers = lambda cell: tuple(cell.array[cell.index + i] for i in range(rank))
-    return TensorMap(base, kind, numbers(sizes), numbers(strides), swizzle, numbers(box))
-
-
-def _launch(program: Program, line: str, values: dict[str, Any], maps) -> Launch:
-    found = re.search(
-        r"blocks in \((.*?)\) threads.*dynamic_shared_memory_size (%\S+) args\((.*)\)", line
-    )
-    assert found is not None, line
-    x, y, z = (values[name] for name in found[1].split(", "))
-    parameters, symbols = {}, {}
-    arguments = re.findall(r"(%\S+) : (\S+)", found[3])
-    for i, (name, (argument, _)) in enumerate(zip(program.parameters, arguments, strict=True)):
-        value = values[argument]
-        if isinstance(value, Cell):  # tensor maps, passed by value
-            symbols[name] = PARAMETERS + (i << 32)
-            maps |= {symbols[name] + at: described for at, described in value.array.items()}
-        else:
-            parameters[name] = value
-    return Launch((x, y, z), values[found[2]], parameters, symbols, maps)
+    return host.run(kernel.host, kernel.program.parameters, arrays)

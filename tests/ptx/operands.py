@@ -20,7 +20,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     shared_bytes: int
     parameters: dict[str, int]  # values
-    symbols: dict[str, int]  # addresses of the parameters that are structures
+    structures: dict[str, int]  # addresses of the parameters that are passed by value
     tensor_maps: dict[int, TensorMap]
 
 
@@ -29,7 +29,7 @@ class Operands:
 
     def __init__(self, program: Program, launch: Launch):
         self.launch = launch
-        self.symbols = launch.symbols | dict.fromkeys(program.shared, SHARED)
+        self.symbols = launch.structures | dict.fromkeys(program.shared, SHARED)
 
     def read(self, operand: str, dtype: np.dtype) -> Read:
         """A register, a number, or the address that a name stands for."""

@@ -9,65 +9,72 @@ columns 2 (l % 4) and 2 (l % 4) + 1 (PTX ISA, "Matrix fragments").
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from .arithmetic import F32, F64, U32, unpacked
 from .memory import Shared, swizzled
 
-LANES = np.arange(32)
-ROW, PAIR = LANES // 4, LANES % 4
+Registers = Sequence[np.ndarray]
+Places = tuple[np.ndarray, np.ndarray]  # (row, column) by register, lane and part of a register
 
 # ------------------------------------------------------------------ fragments
 
 
-def accumulator(registers: list[np.ndarray]) -> np.ndarray:
+def accumulator(registers: Registers) -> np.ndarray:
     """The 16 x n matrix that n / 2 registers of 32 lanes hold."""
     out = np.empty((16, 2 * len(registers)), F32)
-    for i, x in enumerate(registers):
-        out[_row(i), _column(i)] = x.view(F32)
+    out[_of_accumulator(len(registers))] = np.stack([x.view(F32) for x in registers])
     return out
 
 
 def accumulator_registers(matrix: np.ndarray) -> list[np.ndarray]:
-    count = matrix.shape[1] // 2
-    return [matrix[_row(i), _column(i)].astype(F32) for i in range(count)]
+    return list(matrix[_of_accumulator(matrix.shape[1] // 2)].astype(F32))
 
 
-def _row(i):
-    return ROW + 8 * (i // 2 % 2)
-
-
-def _column(i):
-    return 8 * (i // 4) + 2 * PAIR + i % 2
-
-
-def left(registers: list[np.ndarray], dtype) -> np.ndarray:
+def left(registers: Registers, dtype: np.dtype) -> np.ndarray:
     """A, 16 x 16 of 16 bits or 16 x 8 of 32, in four registers."""
-    out = np.empty((16, 16 if dtype.itemsize == 2 else 8), F64)
-    for i, x in enumerate(registers):
-        row, column = ROW + 8 * (i % 2), out.shape[1] // 2 * (i // 2)
-        _scatter(out, x, dtype, row, column)
+    out = np.empty((16, 32 // dtype.itemsize), F64)
+    out[_of_left(dtype.itemsize)] = _numbers(registers, dtype)
     return out
 
 
-def right(registers: list[np.ndarray], dtype) -> np.ndarray:
+def right(registers: Registers, dtype: np.dtype) -> np.ndarray:
     """B, 16 x 8 of 16 bits or 8 x 8 of 32, in two registers."""
-    out = np.empty((8, 16 if dtype.itemsize == 2 else 8), F64)
-    for i, x in enumerate(registers):
-        _scatter(out, x, dtype, ROW, out.shape[1] // 2 * i)
-    return out.T
+    out = np.empty((32 // dtype.itemsize, 8), F64)
+    out[_of_right(dtype.itemsize)] = _numbers(registers, dtype)
+    return out
 
 
-def _scatter(out, x, dtype, row, column):
+def _numbers(registers: Registers, dtype: np.dtype) -> np.ndarray:
+    values = np.stack(registers)
     if dtype.itemsize == 2:
-        out[row, column + 2 * PAIR], out[row, column + 2 * PAIR + 1] = unpacked(x, dtype).T
-    else:
-        # TF32 ignores the 13 lowest bits of a float32.
-        out[row, column + PAIR] = (x.view(U32) & U32.type(0xFFFFE000)).view(F32)
+        return unpacked(values, dtype)
+    # TF32 ignores the 13 lowest bits of a float32.
+    return (values.view(U32) & U32.type(0xFFFFE000)).view(F32)[..., None]
 
 
-def multiply(a: list, b: list, c: list, dtype) -> list[np.ndarray]:
+@functools.cache
+def _of_accumulator(count: int) -> Places:
+    i, lane = np.arange(count)[:, None], np.arange(32)
+    return lane // 4 + i // 2 % 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
+
+
+@functools.cache
+def _of_left(width: int) -> Places:
+    i, lane, part = np.arange(4)[:, None, None], np.arange(32)[:, None], np.arange(4 // width)
+    return lane // 4 + i % 2 * 8 + 0 * part, i // 2 * (16 // width) + lane % 4 * len(part) + part
+
+
+@functools.cache
+def _of_right(width: int) -> Places:
+    i, lane, part = np.arange(2)[:, None, None], np.arange(32)[:, None], np.arange(4 // width)
+    return i * (16 // width) + lane % 4 * len(part) + part, lane // 4 + 0 * i + 0 * part
+
+
+def multiply(a: Registers, b: Registers, c: Registers, dtype: np.dtype) -> list[np.ndarray]:
     """mma.sync on registers."""
     return accumulator_registers(left(a, dtype) @ right(b, dtype) + accumulator(c))
 
