@@ -32,6 +32,7 @@ def operation(parts: tuple[str, ...]) -> Operation:
     **Raises:** `NotImplementedError` for an instruction that no kernel has had so far.
     """
     name, modifiers, kind = parts[0], parts[1:-1], parts[-1]
+    unknown = NotImplementedError(f"the instruction {'.'.join(parts)}")
     if name == "cvt":
         return _conversion(modifiers, kind)
     if name == "setp":
@@ -44,6 +45,8 @@ def operation(parts: tuple[str, ...]) -> Operation:
     if (name, kind[-4:]) == ("neg", "16x2"):
         return Operation(lambda x: x ^ U32.type(0x80008000), (U32,))
     key = f"{name}.hi" if "hi" in modifiers else name
+    if kind not in TYPES:
+        raise unknown
     dtype = TYPES[kind]
     if dtype in (F32, F64):
         function, count = FLOATS["max.NaN" if parts[:2] == ("max", "NaN") else key]
@@ -57,7 +60,7 @@ def operation(parts: tuple[str, ...]) -> Operation:
     if key == "shf":
         return Operation(_funnel_left, (U32, U32, U32))
     if key not in INTEGERS:
-        raise NotImplementedError(f"the instruction {'.'.join(parts)}")
+        raise unknown
     function, count = INTEGERS[key]
     return Operation(function, (dtype,) * count)
 

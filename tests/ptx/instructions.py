@@ -155,17 +155,34 @@ def _memory(warp: Warp, space: str, where: np.ndarray):
 def _load_matrices(operands: Operands, instruction: Instruction) -> Step:
     """ldmatrix: each lane names a row of 16 bytes; of each 8 x 8 matrix it gets two elements."""
     names, address = vector(instruction.operands[0]), operands.address(instruction.operands[1])
-    transpose = "trans" in instruction.parts
+    turn = _turned if "trans" in instruction.parts else np.ascontiguousarray
 
     def step(warp: Warp):
         where = address(warp)[: 8 * len(names)]
         rows = np.stack(warp.block.shared.load(where, 2, 8), axis=-1)
         for name, matrix in zip(names, rows.reshape(-1, 8, 8), strict=True):
-            if transpose:
-                matrix = matrix.T
-            warp.put(name, np.ascontiguousarray(matrix).view(U32).reshape(32))
+            warp.put(name, turn(matrix).view(U32).reshape(32))
 
     return step
+
+
+def _store_matrices(operands: Operands, instruction: Instruction) -> Step:
+    """stmatrix: the other way round."""
+    address, names = operands.address(instruction.operands[0]), vector(instruction.operands[1])
+    reads = [operands.read(name, U32) for name in names]
+    turn = _turned if "trans" in instruction.parts else np.ascontiguousarray
+
+    def step(warp: Warp):
+        where = address(warp)[: 8 * len(names)]
+        matrices = [turn(unpacked(read(warp), U16).reshape(8, 8)) for read in reads]
+        rows = np.concatenate(matrices)
+        warp.block.shared.write(warp.number, where, 2, list(rows.T))
+
+    return step
+
+
+def _turned(matrix: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(matrix.T)
 
 
 # ------------------------------------------------------------------ waiting for each other
@@ -259,14 +276,25 @@ INSTRUCTIONS = {
     "ld": _load,
     "st": _store,
     "ldmatrix": _load_matrices,
+    "stmatrix": _store_matrices,
     "bar": _meet,
     "barrier": _meet,
     "mbarrier": _mbarrier,
     "fence": _fence,
     "membar": _fence,
     "setmaxnreg": _nothing,
+    "prefetch": _nothing,
     "cp": copies.copy,
     "mma": products.of_a_warp,
     "wgmma": products.of_a_warpgroup,
 }
-UNIFORM = ("mma", "wgmma", "ldmatrix", "bar", "barrier", "shfl")  # all lanes take part, or none
+# All lanes take part, or none.
+UNIFORM = (
+    "mma",
+    "wgmma",
+    "ldmatrix",
+    "stmatrix",
+    "bar",
+    "barrier",
+    "shfl",
+)
