@@ -24,7 +24,7 @@ test: $(STAMP)  ## The tests, but for the long ones; PYTEST_ARGS is passed on
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## The long tests, which rarely break
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "slow and not aot_full" $(PYTEST_ARGS)
 
 aot: .aot/installed  ## The CUDA kernels without a GPU: compiled, and run on the CPU; AOT_ARGS is passed on
 	$(AOT) -m "slow and not aot_full" $(AOT_ARGS)

@@ -7,6 +7,7 @@ float64, found once for all backends; tolerances are relative to its largest ent
 import dataclasses
 import functools
 import inspect
+import math
 from functools import partial
 
 import jax
@@ -24,7 +25,7 @@ from jaxflow.kernels import (
     select_backend,
     softmax_expectation,
 )
-from jaxflow.kernels.base import Cotangent, Forward, Problem, Tangent, band, evaluate
+from jaxflow.kernels.base import Cotangent, Forward, Problem, Tangent, band, evaluate, known_shift
 from jaxflow.kernels.blocked import Blocked
 from jaxflow.kernels.reference import definition
 
@@ -363,6 +364,19 @@ def test_the_known_bound_and_the_running_maximum_agree(scale, backend):
     # exponentials.
     expected = truth(PLAIN)(*operands, jnp.asarray(scale))
     assert_close(actual, expected, roundings(1e-14 * max(2.0, scale), backend))
+
+
+@pytest.mark.parametrize(
+    "beta, size, safe", [(65, 1.0, True), (90, 1.0, False), (65, 1e-9, False), (20, 1e-9, True)]
+)
+def test_one_shift_serves_scores_of_moderate_span(beta, size, safe):
+    """On the unit sphere up to beta = 65 in float32, with room for values of any size."""
+    x = jnp.eye(3, dtype=jnp.float32)
+    plain, b = Problem(weighted=False), jnp.zeros(3, jnp.float32)
+    shift, known = known_shift(beta * x, x, size * x, b, plain, math.log)
+    assert shift == 0 and bool(known) is safe
+    b = jnp.array([-jnp.inf, 2.0, 4.0], jnp.float32)
+    assert known_shift(x, x, x, b, Problem(), math.log)[0] == 3.0
 
 
 @pytest.mark.usefixtures("x64")

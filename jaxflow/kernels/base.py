@@ -137,7 +137,7 @@ class AbstractFunctions(abc.ABC):
 
     @abc.abstractmethod
     def tangent(self, operands: Tangent, problem: Problem) -> Results:
-        """(dmean, dlse)."""
+        """(dmean, dlse); db is 0 where the problem has no weights, and need not be read."""
 
     @abc.abstractmethod
     def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
