@@ -123,7 +123,7 @@ def lower(fn: Callable, args, device: Device, *, over: int = 1):
 
 def compiled(lowered, folder: str | None = None):
     """The program in machine code; with a folder, its kernels' PTX is written there."""
-    options = {} if folder is None else {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
+    options = {} if folder is None else {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
     with _environment(folder):
         return lowered.compile(compiler_options=options)
 
