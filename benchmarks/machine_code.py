@@ -4,6 +4,7 @@ JAX's plugin for CUDA compiles for a device that is only described; `ptxas` then
 spills of each kernel, and `nvdisasm` its instructions. `make aot` installs all three.
 """
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -141,7 +142,9 @@ def kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
 @functools.cache
 def _process(device: Device) -> concurrent.futures.Executor:
     spawn = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
+    pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
+    atexit.register(pool.shutdown)
+    return pool
 
 
 def _kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
