@@ -248,6 +248,7 @@ def test_kernels(case):
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.aot_full
 @pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_all_kernels(case):
