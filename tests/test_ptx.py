@@ -147,12 +147,12 @@ class Case:
 
     @property
     def tolerance(self):
-        """Relative to the largest entry: factors of a product are rounded to 8 or 11 bits, and
-        float32 sums, of exponentials of scores that are as uncertain as they are large.
+        """Relative to the largest entry: a few roundings to 8 or 11 bits of a product's factors;
+        of float32, exponentials of scores, which are as uncertain as they are large.
         """
         if self.dtype == "float32":
             return 1e-5 * max(1.0, *self.scales)
-        return 4 * float(jnp.finfo(self.dtype).eps) / 2
+        return 2 * float(jnp.finfo(self.dtype).eps)
 
     def error(self, found, expected) -> float:
         """The largest, in units of the tolerance; what is infinite must be so in both."""

@@ -23,5 +23,6 @@ no branch that another lane of its warp does not; no block waits for ever. Copie
 run by themselves are done as early as they can be or as late as they may, and warps interleave
 differently for each seed, so that a missing wait or a slot reused too early gives wrong numbers.
 
-What it cannot see: time, registers spilled, weakly ordered memory, and whether `ptxas` keeps to it.
+What it cannot see: time, registers spilled, memory that is weakly ordered beyond these fences, and
+what `ptxas` makes of the text.
 """

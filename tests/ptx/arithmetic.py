@@ -141,6 +141,20 @@ def _high(x, y):
     return ((x.astype(double) * y.astype(double)) >> double.type(32)).astype(x.dtype)
 
 
+def _permute(low, high, selector):
+    """Each byte of the result is one of the eight of both operands, or copies of its sign."""
+    found = np.zeros(low.shape, U32)
+    pair = (high.astype(U64) << U64.type(32)) | low
+    for place in range(4):
+        chosen = selector >> U32.type(4 * place)
+        byte = (pair >> (chosen & U32.type(7)).astype(U64) * U64.type(8)).astype(U32) & U32.type(
+            255
+        )
+        sign = (byte >> U32.type(7)) * U32.type(255)
+        found |= np.where(chosen & U32.type(8), sign, byte) << U32.type(8 * place)
+    return found
+
+
 SHIFTS = {"shl": _shift_left, "shr": _shift_right}
 INTEGERS = {
     "add": (np.add, 2),
@@ -156,6 +170,7 @@ INTEGERS = {
     "xor": (np.bitwise_xor, 2),
     "not": (np.invert, 1),
     "mov": (lambda x: x, 1),
+    "prmt": (_permute, 3),
 }
 ORDERED = {
     **{

@@ -57,7 +57,7 @@ class Operands:
 def _number(operand: str, dtype: np.dtype):
     if operand[:2] in ("0f", "0F"):
         return bits(np.array([int(operand[2:], 16)], U32), dtype)[0]
-    value = int(operand, 0)
+    value = int(operand.removesuffix("U"), 0)
     if dtype is PREDICATE:
         return np.bool_(value)
     return np.array([value & (1 << 8 * dtype.itemsize) - 1], f"u{dtype.itemsize}").view(dtype)[0]
