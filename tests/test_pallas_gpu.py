@@ -205,6 +205,25 @@ def interpreter():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n", [2048, 2560])
+def test_particles_in_segments(n):
+    """2,560 columns are three segments of 1,024: the last one's padding must weigh nothing, though
+    2,560 is a whole number of copies into shared memory."""
+    rng = np.random.default_rng(n)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    q, k, v, g = normal(1, 64, 3), normal(1, n, 3), normal(1, n, 2), normal(1, 64, 2)
+    problem, tall = Problem(weighted=False), particles.Config(rows=64, keys=64)
+    kernels = Particles(mosaic=False, config=tall, interpret=True)
+    forward = Forward(q, k, v, jnp.zeros((1, n)), jnp.ones(1))
+    residuals = *forward, *Blocked().forward(forward, problem)
+    tangent = Tangent(*residuals, normal(1, 64, 3), normal(1, n, 3), normal(1, n, 2), forward.b)
+    for operands in (forward, tangent, Cotangent(*residuals, g, normal(1, 64))):
+        found = evaluate(kernels, operands, problem)
+        right = evaluate(Blocked(), operands, problem)
+        for f, r in zip(found[:3], right[:3], strict=True):
+            np.testing.assert_allclose(f, r, rtol=0, atol=1e-5 * float(jnp.abs(r).max()))
+
+
 @pytest.mark.parametrize("weighted, n", [(True, 300), (False, 300), (False, 32)])
 def test_particles_on_mosaic(weighted, n, interpreter):
     """Also without padding, where log-weights are left out."""

@@ -123,7 +123,7 @@ class Case:
 # Hopper 16, 32, ... channels in 16 bits, tensor cores the rest; cuDNN what has no weights.
 CASES = (
     Case("particles, masked", 70, 301, 3, 2, batch=3, weighted=True),
-    Case("particles", 1500, 1500, 16, 16),
+    Case("particles, in segments", 1500, 2560, 16, 16),
     Case("heads, masked", 150, 333, 64, 64, batch=3, weighted=True),
     Case("heads, causal", 1000, 1000, 128, 128, batch=2, band=(None, 0), mean_only=True),
     Case("heads, window", 200, 200, 64, 64, batch=2, band=(40, 0)),

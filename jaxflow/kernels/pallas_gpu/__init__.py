@@ -44,10 +44,8 @@ DTYPES = "float32", "bfloat16", "float16"
 CHANNELS = 256  # that registers hold
 FEW = 16  # up to here the particles' kernels win
 AMPERE, HOPPER = (8, 0), (9, 0)
-MOSAIC = (
-    9,
-    10,
-)  # majors that Mosaic GPU compiles for; it asks more of a GeForce's 12 than that has
+# Majors that Mosaic GPU compiles for: it asks more of a GeForce's 12 than that has.
+MOSAIC = (9, 10)
 SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 99 KiB a block: smaller tiles where wide
 # By what the names of devices contain, the first that fits: for programs lowered without a device.
 CAPABILITIES = {

@@ -196,11 +196,11 @@ class Particles(AbstractFamily):
         k, v, g = (a.astype(dtype) for a in (k, v, g))
         u, b2, lse = _base2(q, scale), LOG2E * b[..., None], LOG2E * lse[..., None]
         centre, weighted = operands.centre[..., None], problem.weighted
+        rows, columns = [u, g, finite(lse), centre], [(k, None), (v, 0.0)]
         # Padding must weigh nothing, which takes log-weights here.
-        biased = weighted or k.shape[1] % _chunk(k.shape[1]) != 0
-        columns = [(k, None), (v, 0.0), (b2, -jnp.inf)][: 2 + biased]
-        tile = partial(_rows, p, r, biased)
-        gu = self._fold(tile, [u, g, finite(lse), centre], columns, p)
+        biased = weighted or self._division(rows, columns, p).width > k.shape[1]
+        columns = [*columns, (b2, -jnp.inf)][: 2 + biased]
+        gu = self._fold(partial(_rows, p, r, biased), rows, columns, p)
         # A query without a visible key weighs nothing, like padding.
         columns = [(u, 0.0), (g, 0.0), (vanishing(lse), jnp.inf), (centre, 0.0)]
         rows, tile = [k, v, b2][: 2 + weighted], partial(_columns, p, r, weighted)
@@ -231,22 +231,36 @@ class Particles(AbstractFamily):
         `rows` are (batch, m, channels) each, `columns` (batch, n, channels) with what pads them
         (None: the last column again).
         """
+        (batch, m, _), division = rows[0].shape, self._division(rows, columns, outputs)
+        x = jnp.concatenate([pad(a, division.height, axis=1) for a in rows], axis=-1)
+        y = jnp.concatenate([_padded(a, division.width, fill) for a, fill in columns], axis=-1)
+        largest = skip is not None
+        skip = skip.astype(jnp.int32) if largest else jnp.zeros(batch, jnp.int32)
+        options = {"outputs": outputs, "segments": division.segments, "largest": largest}
+        options |= {"config": division.config, "interpret": self.interpret}
+        run = _mosaic if self.mosaic else _triton
+        out = run(tile, jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2), skip, **options)
+        out = out.max(axis=1) if largest else out.sum(axis=1)
+        return jnp.swapaxes(out, 1, 2)[:, :m]
+
+    def _division(self, rows, columns, outputs: int) -> "_Division":
+        """How a fold of these rows and columns is divided among blocks."""
         (batch, m, _), n = rows[0].shape, columns[0][0].shape[1]
         channels = sum(a.shape[-1] for a in rows), sum(a.shape[-1] for a, _ in columns)
         least = 64 if self.mosaic else 16
         config = self.config or default_config(m, *channels, outputs, least)
         blocks = -(-m // config.rows)
         segments, length = _segments(blocks * batch, n)
-        x = jnp.concatenate([pad(a, blocks * config.rows, axis=1) for a in rows], axis=-1)
-        y = jnp.concatenate([_padded(a, segments * length, fill) for a, fill in columns], axis=-1)
-        largest = skip is not None
-        skip = skip.astype(jnp.int32) if largest else jnp.zeros(batch, jnp.int32)
-        options = {"outputs": outputs, "segments": segments, "largest": largest}
-        options |= {"config": config, "interpret": self.interpret}
-        run = _mosaic if self.mosaic else _triton
-        out = run(tile, jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2), skip, **options)
-        out = out.max(axis=1) if largest else out.sum(axis=1)
-        return jnp.swapaxes(out, 1, 2)[:, :m]
+        return _Division(config, blocks * config.rows, segments, segments * length)
+
+
+class _Division(NamedTuple):
+    """Rows and columns with their padding; each segment of the columns is summed by itself."""
+
+    config: Config
+    height: int
+    segments: int
+    width: int
 
 
 def _base2(q, scale):
