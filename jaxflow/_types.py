@@ -59,11 +59,18 @@ def on_automatic_mesh(a: Array) -> Array:
 
 
 def error_where(wrong: Array, tree: Tree, message: str) -> Tree:
-    """The tree, whose numbers need that nothing is wrong: a run-time error where something is.
+    """The tree, each number of which is a run-time error where something is wrong.
 
     `equinox.error_if` on the arrays themselves would pass them through the branches of its
-    callback, which XLA gathers onto one device where they are divided among several.
+    callback, which XLA gathers onto one device where they are divided among several. So it has a
+    scalar, on which all of them depend: a program that uses one alone keeps the check.
     """
     zero = eqx.error_if(jnp.zeros(()), wrong, message)  # NaN where the user turns errors to NaN
-    keep = lambda a: jnp.where(zero == 0, a, jnp.nan) if eqx.is_inexact_array(a) else a
+
+    def keep(a):
+        if not isinstance(a, jax.Array) or jnp.issubdtype(a.dtype, jax.dtypes.extended):
+            return a
+        nothing = jnp.nan if eqx.is_inexact_array(a) else 0
+        return jnp.where(zero == 0, a, jnp.full_like(a, nothing))
+
     return jax.tree_util.tree_map(keep, tree)

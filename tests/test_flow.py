@@ -474,6 +474,17 @@ def test_traced_input_is_checked_at_run_time():
             jax.block_until_ready(run(x, jnp.array(t0), times))
 
 
+def test_a_program_that_takes_one_number_keeps_the_check():
+    """Also a whole number, on which nothing else depends."""
+
+    @eqx.filter_jit
+    def steps(x):
+        return jf.flow(jf.SelfAttention(), jf.Measure(x), t1=9.0, max_steps=2).stats["num_steps"]
+
+    with pytest.raises(eqx.EquinoxRuntimeError, match="the flow failed"):
+        jax.block_until_ready(steps(jf.measure.simplex(3, 3).points))
+
+
 def test_a_program_that_raises_nothing_calls_no_host():
     """So that it can be kept on disk, and compiled for a device that is not there."""
     flow = lambda x: jf.flow(jf.SelfAttention(), jf.Measure(x), t1=1.0, throw=False)
