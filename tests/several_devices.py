@@ -91,6 +91,11 @@ def cases() -> dict:
 
     divided = jax.shard_map(lambda x: heads({}, x), mesh=MESH, in_specs=PartitionSpec("a"),
                             out_specs=PartitionSpec("a"), check_vma=True)  # fmt: skip
+    partly = jax.shard_map(lambda x: heads({}, x), mesh=MESH, in_specs=PartitionSpec("a"),
+                           out_specs=PartitionSpec("a"), axis_names={"a"})  # fmt: skip
+    results["partly manual"] = {
+        "cotangent": found(jax.grad(square(partly)), (x,), (place(x, "a"),))
+    }
     results["manual"] = {"cotangent": found(jax.grad(square(divided)), (x,), (place(x, "a"),))}
     return results
 

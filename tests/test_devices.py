@@ -56,5 +56,6 @@ def test_a_mesh_with_explicit_axes(found):
     assert found["explicit"] == {"spec": ["a"], "devices": 8}
 
 
-def test_a_manual_division_with_checked_types(found):
-    assert found["manual"]["cotangent"]["error"] < 2e-5
+@pytest.mark.parametrize("how", ["manual", "partly manual"])
+def test_a_manual_division_with_checked_types(found, how):
+    assert found[how]["cotangent"]["error"] < 2e-5

@@ -28,13 +28,16 @@ WITHOUT_RULES = ("tpu",)
 Shared = dict[str, tuple[str, ...]]
 
 
-def is_divided(ctx) -> bool:
-    """Whether XLA divides the program that is being lowered; what is manual is divided already."""
+def dividing_mesh(ctx):
+    """The mesh over which XLA divides the program that is being lowered, or None.
+
+    None is also where `jax.shard_map` has divided a part of the axes: over the others XLA does what
+    it does with an operation without a rule.
+    """
     context = ctx.module_context.axis_context
-    mesh = getattr(context, "mesh", None)
-    if mesh is None:
-        return getattr(context, "num_devices", None) not in (None, 1)
-    return mesh.size > 1 and set(context.manual_axes) != set(mesh.axis_names)
+    if getattr(context, "num_devices", None) in (None, 1):
+        return None
+    return context.abstract_mesh
 
 
 def by_rule(run: Callable, kind: type[Operands], batch: int, problem: Problem) -> Callable:

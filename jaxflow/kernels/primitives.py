@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 
 from .base import Cotangent, Forward, Mode, Operands, Problem, Shapes, Tangent, evaluate
 from .blocked import Blocked
-from .partition import WITHOUT_RULES, by_rule, by_size, is_divided
+from .partition import WITHOUT_RULES, by_rule, by_size, dividing_mesh
 from .reference import Reference
 from .registry import choose, default_platform, load
 
@@ -57,16 +57,12 @@ def _lowering(mode: Mode, kind: type[Operands], platform: str):
 
     def rule(ctx, *args, problem: Problem, backend: str | None):
         run = partial(_run, mode, kind, platform, problem=problem, backend=backend)
-        if is_divided(ctx) and platform not in WITHOUT_RULES:
-            scale = ctx.avals_in[kind._fields.index("scale")]
-            run = by_rule(run, kind, scale.ndim, problem)
-        elif is_divided(ctx):
-            if (mesh := ctx.module_context.axis_context.abstract_mesh) is None:
-                raise NotImplementedError(
-                    f"on {platform} a program is divided by a mesh: place the operands by "
-                    "jax.NamedSharding(mesh, spec), or call it inside jax.shard_map."
-                )
-            run = by_size(run, kind, mesh, problem)
+        if (mesh := dividing_mesh(ctx)) is not None:
+            if platform in WITHOUT_RULES:
+                run = by_size(run, kind, mesh, problem)
+            else:
+                scale = ctx.avals_in[kind._fields.index("scale")]
+                run = by_rule(run, kind, scale.ndim, problem)
         return mlir.lower_fun(lambda *args: run(*args), multiple_results=True)(ctx, *args)
 
     return rule
