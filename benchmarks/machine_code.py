@@ -41,7 +41,8 @@ DEVICES = {
     "8.9": Device("NVIDIA GeForce RTX 4090", (8, 9), 128, 101376),
     "9.0": Device("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448),
     "10.0": Device("NVIDIA B200", (10, 0), 148, 232448),
-    "12.0": Device("NVIDIA GeForce RTX 5090", (12, 0), 170, 101376),
+    # Of GeForces JAX 0.11 knows no newer than the 4090 where none is at hand.
+    "12.0": Device("NVIDIA RTX PRO 6000", (12, 0), 188, 101376),
 }
 # A message of XLA in text form (GpuTargetConfigProto); the rest matters to none of the kernels.
 DESCRIPTION = """
@@ -122,10 +123,13 @@ def lower(fn: Callable, args, device: Device, *, over: int = 1):
         return traced.lower(lowering_platforms=("cuda",))
 
 
-def compiled(lowered, folder: str | None = None):
-    """The program in machine code; with a folder, its kernels' PTX is written there."""
+def compiled(lowered, device: Device, folder: str | None = None):
+    """The program in machine code; with a folder, its kernels' PTX is written there.
+
+    What is divided among devices is lowered while it is compiled, so for the device here too.
+    """
     options = {} if folder is None else {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-    with _environment(folder):
+    with _environment(folder), _named(device):
         return lowered.compile(compiler_options=options)
 
 
@@ -150,7 +154,7 @@ def _process(device: Device) -> concurrent.futures.Executor:
 def _kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
     jax.config.update("jax_enable_compilation_cache", False)  # What is read there tells no PTX.
     with tempfile.TemporaryDirectory() as folder:
-        compiled(lower(fn, args, device), folder)
+        compiled(lower(fn, args, device), device, folder)
         return tuple(_kernel(file) for file in _sources(Path(folder)))
 
 
@@ -268,12 +272,15 @@ def _name(instruction: str) -> str:
     return ".".join(parts[:2]) if parts[0] in ("MUFU", "LDS") else parts[0]
 
 
+def cuda() -> int:
+    """The newest version of CUDA that this JAX has a plugin for."""
+    return 12 if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11) else 13
+
+
 def requirements() -> list[str]:
     """What pip installs beside this JAX: its plugin, for CUDA 13 where there is one, and tools."""
-    version = jax.__version__
-    old = tuple(map(int, version.split(".")[:2])) < (0, 11)
-    cuda, compiler = ("cuda12", ["nvidia-cuda-nvcc-cu12"]) if old else ("cuda13", CUDA13)
-    plugin = [f"jax-{cuda}-{part}=={version}" for part in ("plugin", "pjrt")]
+    compiler = CUDA13 if cuda() == 13 else ["nvidia-cuda-nvcc-cu12"]
+    plugin = [f"jax-cuda{cuda()}-{part}=={jax.__version__}" for part in ("plugin", "pjrt")]
     return [*plugin, *compiler, "nvidia-cuda-nvdisasm"]
 
 

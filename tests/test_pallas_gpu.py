@@ -215,9 +215,10 @@ def test_particles_in_segments(n):
     problem, tall = Problem(weighted=False), particles.Config(rows=64, keys=64)
     kernels = Particles(mosaic=False, config=tall, interpret=True)
     forward = Forward(q, k, v, jnp.zeros((1, n)), jnp.ones(1))
-    residuals = *forward, *Blocked().forward(forward, problem)
-    tangent = Tangent(*residuals, normal(1, 64, 3), normal(1, n, 3), normal(1, n, 2), forward.b)
-    for operands in (forward, tangent, Cotangent(*residuals, g, normal(1, 64))):
+    mean, lse = Blocked().forward(forward, problem)
+    directions = normal(1, 64, 3), normal(1, n, 3), normal(1, n, 2), forward.b
+    tangent = Tangent(*forward, mean, lse, *directions)
+    for operands in (forward, tangent, Cotangent(*forward, mean, lse, g, normal(1, 64))):
         found = evaluate(kernels, operands, problem)
         right = evaluate(Blocked(), operands, problem)
         for f, r in zip(found[:3], right[:3], strict=True):

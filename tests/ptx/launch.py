@@ -96,7 +96,7 @@ def _compiled(lowered, device: Device) -> Kernel:
     text = lowered.as_text()
     if text not in COMPILED:
         with tempfile.TemporaryDirectory() as folder, _without_cache():
-            machine_code.compiled(lowered, folder)
+            machine_code.compiled(lowered, device, folder)
             read = _mosaic_kernel if device == MOSAIC else _triton_kernel
             COMPILED[text] = read(Path(folder), text)
     return COMPILED[text]
