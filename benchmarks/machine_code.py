@@ -20,11 +20,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 
 class Device(NamedTuple):
@@ -129,7 +130,7 @@ def compiled(lowered, device: Device, folder: str | None = None):
     What is divided among devices is lowered while it is compiled, so for the device here too.
     """
     options = {} if folder is None else {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-    with _environment(folder), _named(device):
+    with _environment(folder), _named(device), _without_cache():
         return lowered.compile(compiler_options=options)
 
 
@@ -152,7 +153,6 @@ def _process(device: Device) -> concurrent.futures.Executor:
 
 
 def _kernels(fn: Callable, args, device: Device) -> tuple[Kernel, ...]:
-    jax.config.update("jax_enable_compilation_cache", False)  # What is read there tells no PTX.
     with tempfile.TemporaryDirectory() as folder:
         compiled(lower(fn, args, device), device, folder)
         return tuple(_kernel(file) for file in _sources(Path(folder)))
@@ -194,6 +194,20 @@ def _environment(folder: str | None) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(old)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """A program that is read from JAX's cache tells no PTX, and needs the device to be read."""
+    config: Any = jax.config
+    enabled = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX asks once whether there is a cache.
+    try:
+        yield
+    finally:
+        config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
 
 
 def _plugin() -> Path | None:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import machine_code
@@ -95,25 +94,11 @@ COMPILED: dict[str, Kernel] = {}  # The plugin writes nothing for a kernel that 
 def _compiled(lowered, device: Device) -> Kernel:
     text = lowered.as_text()
     if text not in COMPILED:
-        with tempfile.TemporaryDirectory() as folder, _without_cache():
+        with tempfile.TemporaryDirectory() as folder:
             machine_code.compiled(lowered, device, folder)
             read = _mosaic_kernel if device == MOSAIC else _triton_kernel
             COMPILED[text] = read(Path(folder), text)
     return COMPILED[text]
-
-
-@contextmanager
-def _without_cache() -> Iterator[None]:
-    """Nothing is compiled, and no PTX written, where a program is read from JAX's cache."""
-    config: Any = jax.config
-    enabled = config.jax_enable_compilation_cache
-    config.update("jax_enable_compilation_cache", False)
-    reset_cache()  # JAX asks once whether there is a cache.
-    try:
-        yield
-    finally:
-        config.update("jax_enable_compilation_cache", enabled)
-        reset_cache()
 
 
 # ------------------------------------------------------------------ Triton
