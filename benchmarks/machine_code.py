@@ -130,7 +130,7 @@ def compiled(lowered, device: Device, folder: str | None = None):
     What is divided among devices is lowered while it is compiled, so for the device here too.
     """
     options = {} if folder is None else {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-    with _environment(folder), _named(device), _without_cache():
+    with _environment(folder), _named(device), without_cache():
         return lowered.compile(compiler_options=options)
 
 
@@ -197,7 +197,7 @@ def _environment(folder: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
+def without_cache() -> Iterator[None]:
     """A program that is read from JAX's cache tells no PTX, and needs the device to be read."""
     config: Any = jax.config
     enabled = config.jax_enable_compilation_cache
