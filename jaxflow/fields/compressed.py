@@ -173,7 +173,9 @@ def _matrices(field: SelfAttention | MultiHeadAttention, d: int, dtype) -> Float
         beta = field.beta
     else:
         query, key, beta = field.query, field.key, field._scale
-    product = jnp.einsum("hpi,hpj->hij", key.astype(dtype), query.astype(dtype), precision="highest")
+    product = jnp.einsum(
+        "hpi,hpj->hij", key.astype(dtype), query.astype(dtype), precision="highest"
+    )
     return jnp.asarray(beta, dtype) * product
 
 
@@ -202,7 +204,9 @@ def _longest(field: AbstractField, space: Space) -> float:
         radius, d = float(np.linalg.norm(corner)), space.d
     attention = _smooth(field, 0.0)
     with jax.ensure_compile_time_eval():
-        matrices = [_matrices(one, d or _dimension(one), jnp.result_type(float)) for one in attention]
+        matrices = [
+            _matrices(one, d or _dimension(one), jnp.result_type(float)) for one in attention
+        ]
     norms = [np.linalg.norm(np.asarray(m, float), 2, axis=(1, 2)).max() for m in matrices]
     return float(radius * max(norms, default=1.0)) or 1.0
 

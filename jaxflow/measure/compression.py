@@ -2,7 +2,7 @@
 
 With s_g = sum_j w_j K_g(y_j) on a fixed grid of points g,
 
-    sum_j w_j exp(<q, y_j>) = sum_g s_g exp(<q, g>)     up to a relative error, for every |q| <= reach
+    sum_j w_j exp(<q, y_j>) = sum_g s_g exp(<q, g>)   to a relative accuracy, for |q| <= reach
 
 so that attention, which asks a measure for nothing but such integrals and their derivatives, costs
 n times the number of points instead of n^2.
@@ -13,9 +13,9 @@ the token,
 
     f(a) = sum_g D(a_g - a) W(a_g - a) f(a_g),    W(s) = exp(kappa (cos s - 1))
 
-with D the periodic sinc (Dirichlet) kernel. As a function of s, f W = exp(R cos(s - ...) - kappa) is
-again such an exponential, R = |r e^{i alpha} + kappa| where alpha is the angle between q and the
-token, so that the error of trigonometric interpolation is known: it is at most twice the modes
+with D the periodic sinc (Dirichlet) kernel. As a function of s, f W = exp(R cos(s - b) - kappa)
+is such an exponential again, R = |r e^{i alpha} + kappa| where alpha is the angle between q and
+the token, so that the error of trigonometric interpolation is known: it is at most twice the modes
 beyond those of the grid, and relative to f(a) = exp(r cos alpha)
 
     error(alpha) <= 4 sum_{k >= N/2} I_k(R) exp(-kappa - r cos alpha)
@@ -33,7 +33,8 @@ colatitudes, gone round twice. The kernel of a product is the product of kernels
 """
 
 import math
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from operator import and_
 from typing import NamedTuple
 
 import equinox as eqx
@@ -142,10 +143,7 @@ def compress(
         return SignedMeasure(mu.points, mu.log_probabilities, jnp.ones(mu.points.shape[:-1]))
     dtype = accumulation_dtype(mu.points.dtype)
     points = _checked(mu.points.astype(dtype), space)
-    one = partial(_weights, grid=grid)
-    for _ in range(points.ndim - 2):
-        one = jax.vmap(one)
-    s = one(points, mu.weights.astype(dtype))
+    s = _weights(points, mu.weights.astype(dtype), grid)
     places = jnp.asarray(grid.places(), mu.points.dtype)
     return SignedMeasure.of_weights(jnp.broadcast_to(places, (*s.shape, mu.d)), s)
 
@@ -155,24 +153,26 @@ def compress(
 
 def _checked(points: Array, space: Space) -> Array:
     """The points, which are of the space; those that are known are looked at on the host."""
-    off = _off(points, space)
     rule = f"the tokens must lie in the space {space}, for which the points were chosen"
-    if is_concrete(points):
-        if (where := np.argwhere(np.asarray(off))).size:
-            first = tuple(int(i) for i in where[0])
-            raise ValueError(
-                f"{rule}; the one at index {first} is {np.asarray(points)[first]}. Retract the "
-                "tokens first, or pass a space that holds them."
-            )
-        return points
-    return error_where(off.any(), points, f"{rule}: retract them first, or pass a larger one.")
+    if not is_concrete(points):
+        off = ~_inside(points, space).all()
+        return error_where(off, points, f"{rule}: retract them first, or pass a larger space.")
+    if (where := np.argwhere(~_inside(host := np.asarray(points), space))).size:
+        first = tuple(map(int, where[0]))
+        raise ValueError(
+            f"{rule}; the one at index {first} is {host[first]}. Retract the tokens first, or pass "
+            "a space that holds them."
+        )
+    return points
 
 
-def _off(points, space):
+def _inside(points, space: Space):
     if isinstance(space, Sphere):
-        return ~space.contains(points)
-    low, high = (jnp.asarray(a, points.dtype) for a in (space.low, space.high))
-    return ~((points >= low) & (points <= high)).all(axis=-1)
+        return space.contains(points)
+    ends = enumerate(zip(space.low, space.high, strict=True))
+    return reduce(
+        and_, [(low <= points[..., i]) & (points[..., i] <= high) for i, (low, high) in ends]
+    )
 
 
 # ------------------------------------------------------------------ grids
@@ -237,7 +237,7 @@ def grid_of(space: Space, d: int, reach: float, tolerance: float, dtype) -> Grid
 
     **Raises:** as [`jaxflow.measure.compress`][].
     """
-    instance("space", space, Space, "jaxflow.Sphere()")  # pyright: ignore[reportArgumentType]
+    instance("space", space, (Sphere, Box), "jaxflow.Sphere()")
     reach = constant("reach, the longest query,", reach, "positive and finite", positive)
     tolerance = check_tolerance(tolerance)
     least = 8 * float(jnp.finfo(accumulation_dtype(dtype)).eps)
@@ -290,9 +290,9 @@ def _axis(r: float, tolerance: float, allowed: float) -> Axis:
 def _modes(R: np.ndarray, tolerance: np.ndarray) -> np.ndarray:
     """The least K with 4 exp(-R) sum_{k >= K} I_k(R) <= tolerance, by bisection.
 
-    The ratio I_{k+1}(R) / I_k(R) falls with k, and is at most R / (c + sqrt(c^2 + R^2)), c = k + 1/2
-    (Amos, Computation of modified Bessel functions and their ratios, 1974), so that a geometric
-    series bounds the tail.
+    The ratio I_{k+1}(R) / I_k(R) falls with k, and is at most R / (c + sqrt(c^2 + R^2)) with
+    c = k + 1/2 (Amos, Computation of modified Bessel functions and their ratios, 1974), so that a
+    geometric series bounds the tail.
     """
     low, high = np.zeros(R.shape, int), np.full(R.shape, 64 + 40 * int(np.sqrt(R.max()) + 1))
     while (high - low > 1).any():
@@ -307,8 +307,17 @@ def _modes(R: np.ndarray, tolerance: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------ weights
 
 
-def _weights(points: Float[Array, "n d"], w: Float[Array, " n"], grid: Grid):
-    """s_g = sum_j w_j K_g(y_j), a block of tokens after the other."""
+@partial(jax.jit, static_argnames="grid")
+def _weights(points: Float[Array, "*batch n d"], w: Float[Array, "*batch n"], grid: Grid):
+    """s_g = sum_j w_j K_g(y_j)."""
+    one = partial(_weights_of_one, grid=grid)
+    for _ in range(points.ndim - 2):
+        one = jax.vmap(one)
+    return one(points, w)
+
+
+def _weights_of_one(points: Float[Array, "n d"], w: Float[Array, " n"], grid: Grid):
+    """The same of one measure, a block of tokens after the other."""
     first = math.prod(axis.size for axis in grid.axes[:-1])
     block = max(1, min(AT_ONCE // max(first, grid.axes[-1].size), len(w)))
     count = -(-len(w) // block)
@@ -375,23 +384,48 @@ def _root(square):
     return jnp.sqrt(jnp.maximum(square, 1e-30))
 
 
-def _kernel(cosine, sine, axis: Axis) -> Float[Array, "n size"]:
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _kernel(cosine: Array, sine: Array, axis: Axis) -> Float[Array, "n size"]:
     """D(a_g - a) W(a_g - a) for tokens at angles a and the angles a_g of an axis.
 
-    For N angles D(s) = sin(N s / 2) / (N tan(s / 2)), whose numerator is that of the token but for
-    signs. Since D sums to 1 over the angles it need not be known, as in the barycentric formula
-    (Berrut and Trefethen, 2004), which is right to rounding also next to an angle. The largest is
-    written as 1 minus the others: then its derivative is, too.
+    For N angles D(s) = sin(N s / 2) / (N tan(s / 2)), whose numerator is one number for a token,
+    but for signs. Since D sums to 1 over the angles that number need not be known, as in the
+    barycentric formula (Berrut and Trefethen, Barycentric Lagrange interpolation, 2004), which is
+    right to rounding also next to an angle.
     """
+    cotangents, window, _ = _pieces(cosine, sine, axis)
+    return cotangents * window / cotangents.sum(axis=1, keepdims=True)
+
+
+@_kernel.defjvp
+def _kernel_jvp(axis: Axis, primals, tangents):
+    """The derivative in the angle, in which the largest value is 1 minus the others: they have
+    derivatives that do not cancel."""
+    (cosine, sine), (dcosine, dsine) = primals, tangents
+    cotangents, window, across = _pieces(cosine, sine, axis)
+    slopes = -0.5 * (cotangents**2 + 1) * _signs(axis, cosine.dtype)
+    total, slope = (a.sum(axis=1, keepdims=True) for a in (cotangents, slopes))
+    dirichlet = cotangents / total
+    size = jnp.abs(cotangents)
+    nearest = size == size.max(axis=1, keepdims=True)
+    others = jnp.where(nearest, 0, (slopes - dirichlet * slope) / total)
+    derivative = jnp.where(nearest, -others.sum(axis=1, keepdims=True), others)
+    derivative = (derivative - dirichlet * axis.kappa * across) * window
+    turn = cosine * dsine - sine * dcosine
+    return dirichlet * window, derivative * turn[:, None]
+
+
+def _pieces(cosine, sine, axis: Axis):
+    """(-1)^g cot(s / 2), W(s) and sin(s), s = a - a_g; an s of 0 is one too small to see."""
     dtype = cosine.dtype
-    c, s = (jnp.asarray(f(axis.angles), dtype) for f in (np.cos, np.sin))
-    across, along = sine[:, None] * c - cosine[:, None] * s, cosine[:, None] * c + sine[:, None] * s
+    c, s = (jnp.asarray(f(axis.angles), dtype)[None] for f in (np.cos, np.sin))
+    cosine, sine = cosine[:, None], sine[:, None]
+    across, along = sine * c - cosine * s, cosine * c + sine * s
     across = jnp.where(jnp.abs(across) < 1e-15, jnp.asarray(1e-15, dtype), across)
-    signs = jnp.asarray((-1.0) ** np.arange(axis.size), dtype)
-    u = signs * (1 + along) / across  # cotangents of half the angles
-    size = jnp.abs(u)
-    nearest = jax.lax.stop_gradient(size == size.max(axis=1, keepdims=True))
-    others = jnp.where(nearest, 0, u / u.sum(axis=1, keepdims=True))
-    dirichlet = jnp.where(nearest, 1 - others.sum(axis=1, keepdims=True), others)
-    away = (cosine[:, None] - c) ** 2 + (sine[:, None] - s) ** 2  # 2 (1 - cos)
-    return dirichlet * jnp.exp(-axis.kappa / 2 * away)
+    away = (cosine - c) ** 2 + (sine - s) ** 2  # 2 (1 - cos s), which does not cancel
+    window = jnp.exp(-axis.kappa / 2 * away)
+    return _signs(axis, dtype) * (1 + along) / across, window, across
+
+
+def _signs(axis: Axis, dtype) -> Array:
+    return jnp.asarray((-1.0) ** np.arange(axis.size), dtype)[None]

@@ -26,7 +26,6 @@ from .._types import ArrayLike, ScalarLike
 from .base import Measure
 
 
-
 def uniform_sphere(n: int, d: int, *, key: PRNGKeyArray, radius: float = 1.0) -> Measure:
     """n independent uniform points on the sphere of that radius in R^d.
 
