@@ -26,7 +26,6 @@ from .._types import Keys, LogWeights, Queries, ScalarLike, Values, accumulation
 from ..kernels import softmax_expectation
 from ..kernels.base import Window, visible
 from ..kernels.base import band as _band
-from ..measure import Measure, SignedMeasure
 
 
 class Tokens(NamedTuple):
@@ -84,11 +83,6 @@ class Tokens(NamedTuple):
         if self.log_weights is None:
             return jnp.full(n, -np.log(n), dtype)
         return jax.nn.log_softmax(self.log_weights.astype(dtype))
-
-
-def density(mu: Measure) -> Array | None:
-    """The signs of the weights of a compressed measure; None for one that is positive."""
-    return mu.density if isinstance(mu, SignedMeasure) else None
 
 
 def _positive(tokens: Tokens, name: str):

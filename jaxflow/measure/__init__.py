@@ -1,6 +1,6 @@
 """Measures, their samplers, and measures of few points that stand for those of many."""
 
-from .base import Measure, SignedMeasure, check_measure
+from .base import Measure, check_measure
 from .compression import Box, compress
 from .samplers import (
     circle,
@@ -17,7 +17,6 @@ from .samplers import (
 __all__ = [
     "Box",
     "Measure",
-    "SignedMeasure",
     "check_measure",
     "circle",
     "compress",

@@ -25,6 +25,10 @@ class Measure(eqx.Module):
     - `log_weights`: log w_j up to a constant, shape `(n,)` (shared by every system and time) or
       `(*batch, n)`. `-inf` is a token without mass (padding). `None` is the uniform weight 1/n.
 
+    - `density`: `None`, or the signs of weights exp(log_weights) density that are not all positive,
+      `(*batch, n)`: what [`jaxflow.measure.compress`][] gives. Fields of attention take such a
+      measure, and what needs positive weights, such as a count of clusters, refuses it.
+
     Indexing, iteration and `len` run over the leading axis: `sol.measures[-1]`.
 
     **Raises:** `ValueError` or `TypeError` for shapes and dtypes that make no measure, and, where
@@ -40,8 +44,14 @@ class Measure(eqx.Module):
 
     points: Points
     log_weights: LogWeights | None = None
+    density: LogWeights | None = None
 
-    def __init__(self, points: ArrayLike, log_weights: ArrayLike | None = None):
+    def __init__(
+        self,
+        points: ArrayLike,
+        log_weights: ArrayLike | None = None,
+        density: Array | None = None,
+    ):
         points = array("points", points)
         if points.ndim < 2 or 0 in points.shape:
             raise ValueError(
@@ -62,6 +72,9 @@ class Measure(eqx.Module):
             _check_mass(known(log_weights))
         self.points = jnp.asarray(points, points.dtype)  # Never weakly typed.
         self.log_weights = log_weights
+        if density is not None and (log_weights is None or density.shape != log_weights.shape):
+            raise ValueError("density has one sign a log-weight, in an array of the same shape.")
+        self.density = density
 
     @property
     def n(self) -> int:
@@ -75,7 +88,12 @@ class Measure(eqx.Module):
 
     @property
     def log_probabilities(self) -> Float[Array, "*batch n"]:
-        """log w_j, normalised to sum_j w_j = 1."""
+        """log w_j, normalised to sum_j w_j = 1.
+
+        **Raises:** `TypeError` for weights with signs, which have no logarithms.
+        """
+        if self.density is not None:
+            raise TypeError("a compressed measure has weights of both signs, without logarithms.")
         if self.log_weights is None:
             return jnp.full(
                 self.points.shape[:-1], -np.log(self.n), accumulation_dtype(self.points.dtype)
@@ -88,6 +106,8 @@ class Measure(eqx.Module):
     @property
     def weights(self) -> Float[Array, "*batch n"]:
         """w_j, with sum_j w_j = 1."""
+        if self.density is not None:
+            return jnp.exp(self.log_weights) * self.density
         return jnp.exp(self.log_probabilities)
 
     def __len__(self) -> int:
@@ -99,8 +119,9 @@ class Measure(eqx.Module):
         index = np.asarray(index) if isinstance(index, list | int | np.integer) else index
         self._check_index(index)
         if self.log_weights is None or self.log_weights.ndim == 1:
-            return Measure(self.points[index], self.log_weights)
-        return Measure(self.points[index], self.log_weights[index])
+            return Measure(self.points[index], self.log_weights, self.density)
+        density = None if self.density is None else self.density[index]
+        return Measure(self.points[index], self.log_weights[index], density)
 
     def _check_index(self, index: Any):
         """JAX would take the nearest entry for an index beyond the last."""
@@ -155,7 +176,7 @@ class Measure(eqx.Module):
 
         **Raises:** `ValueError` or `TypeError` where fn maps no token to a vector.
         """
-        return Measure(self._map(fn), self.log_weights)
+        return Measure(self._map(fn), self.log_weights, self.density)
 
     def _map(self, fn: Callable) -> Array:
         function("what maps a token", fn)
@@ -166,43 +187,6 @@ class Measure(eqx.Module):
         for _ in range(self.points.ndim - 1):
             fn = jax.vmap(fn)
         return fn(self.points)
-
-
-class SignedMeasure(Measure):
-    """A measure with weights of both signs: what [`jaxflow.measure.compress`][] gives.
-
-        s_g = exp(log_weights_g) density_g,    sum_g s_g = 1
-
-    Fields of attention take it in the place of a measure. What needs weights that are positive,
-    such as a count of clusters, refuses it.
-
-    **Arguments:** `points` `(*batch, n, d)`; `log_weights`, log |s_g|, `(*batch, n)`; `density`,
-    the signs, `(*batch, n)`, through which derivatives pass.
-    """
-
-    density: Float[Array, "*batch n"] | None
-
-    def __init__(self, points: ArrayLike, log_weights: Array, density: Array):
-        super().__init__(points, log_weights)
-        self.density = density
-
-    @staticmethod
-    def of_weights(points: Array, s: Float[Array, "*batch n"]) -> "SignedMeasure":
-        """The measure sum_g s_g delta_g."""
-        size = jax.lax.stop_gradient(jnp.abs(s))
-        there = size >= 4 * jnp.finfo(s.dtype).tiny  # its reciprocal is finite
-        size = jnp.where(there, size, 1)
-        logs = jnp.where(there, jnp.log(size), -jnp.inf)
-        return SignedMeasure(points, logs, jnp.where(there, s / size, 0))
-
-    @property
-    def log_probabilities(self):
-        raise TypeError("a compressed measure has signed weights, which have no logarithms.")
-
-    @property
-    def weights(self) -> Float[Array, "*batch n"]:
-        """s_g, with sum_g s_g = 1."""
-        return jnp.exp(self.log_weights) * self.density
 
 
 def _check_mass(log_weights: np.ndarray | None):
@@ -221,7 +205,7 @@ def check_measure(name: str, value: Any, *, signed: bool = False):
 
     **Raises:** `TypeError` for anything else.
     """
-    if isinstance(value, SignedMeasure) and not signed:
+    if isinstance(value, Measure) and value.density is not None and not signed:
         raise TypeError(
             f"{name} must have positive weights, and those of a compressed measure have signs: "
             "pass the measure that was compressed."

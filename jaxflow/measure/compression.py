@@ -47,10 +47,10 @@ from scipy.special import ive
 from .._rules import constant, instance, known, positive, reals
 from .._types import ArrayLike, accumulation_dtype, error_where, is_concrete
 from ..geometry import Sphere
-from .base import Measure, SignedMeasure, check_measure
+from .base import Measure, check_measure
 
 # Kernel values that are held at a time.
-AT_ONCE = 2**18
+AT_ONCE = 2**16
 # The grid's poles on S^2, where longitudes end, are away from the axes, where users put tokens.
 _TURN = np.linalg.qr(np.array([[0.36, 0.48, 0.8], [0.2, -0.9, 0.4], [0.9, 0.1, -0.4]]))[0]
 MOST_POINTS = 2**22
@@ -102,7 +102,7 @@ Space = Sphere | Box
 
 def compress(
     mu: Measure, space: Space = Sphere(), *, reach: float, tolerance: float = 1e-6
-) -> SignedMeasure:
+) -> Measure:
     """A measure of few signed points with the integrals of mu against exp(<q, .>), |q| <= reach.
 
         |sum_g s_g exp(<q, g>) - sum_j w_j exp(<q, y_j>)| <= tolerance sum_j w_j exp(<q, y_j>)
@@ -122,8 +122,8 @@ def compress(
     - `tolerance`: of the relative error above, which also bounds that of means (relative to the
       largest value). Rounding comes on top: float32 allows 1e-6, float64 2e-15 at the least.
 
-    **Returns:** a [`jaxflow.measure.SignedMeasure`][] with points `(points, d)` or, for batches,
-    `(*batch, points, d)`.
+    **Returns:** a signed [`jaxflow.Measure`][], whose `weights` are s_g, with points `(points, d)`
+    or, for batches, `(*batch, points, d)`.
 
     **Raises:** `ValueError` or `TypeError` for spaces, reaches and tolerances that are not such,
     and for tokens that are not of the space (under `jit`, the run-time error of
@@ -140,12 +140,22 @@ def compress(
     check_measure("mu", mu)
     grid = grid_of(space, mu.d, reach, tolerance, mu.points.dtype)
     if mu.n <= grid.points:
-        return SignedMeasure(mu.points, mu.log_probabilities, jnp.ones(mu.points.shape[:-1]))
+        logs = mu.log_probabilities
+        return Measure(mu.points, logs, jnp.ones_like(logs))
     dtype = accumulation_dtype(mu.points.dtype)
     points = _checked(mu.points.astype(dtype), space)
     s = _weights(points, mu.weights.astype(dtype), grid)
     places = jnp.asarray(grid.places(), mu.points.dtype)
-    return SignedMeasure.of_weights(jnp.broadcast_to(places, (*s.shape, mu.d)), s)
+    return _signed(jnp.broadcast_to(places, (*s.shape, mu.d)), s)
+
+
+def _signed(points: Array, s: Float[Array, "*batch points"]) -> Measure:
+    """The measure sum_g s_g delta_g; derivatives pass through the signs."""
+    size = jax.lax.stop_gradient(jnp.abs(s))
+    there = size >= 4 * jnp.finfo(s.dtype).tiny  # its reciprocal is finite
+    size = jnp.where(there, size, 1)
+    logs = jnp.where(there, jnp.log(size), -jnp.inf)
+    return Measure(points, logs, jnp.where(there, s / size, 0))
 
 
 # ------------------------------------------------------------------ tokens of the space
@@ -399,20 +409,26 @@ def _kernel(cosine: Array, sine: Array, axis: Axis) -> Float[Array, "n size"]:
 
 @_kernel.defjvp
 def _kernel_jvp(axis: Axis, primals, tangents):
-    """The derivative in the angle, in which the largest value is 1 minus the others: they have
-    derivatives that do not cancel."""
+    """The derivative in the angle a.
+
+    With cotangents u, D = u / sum u. Where an angle is near, its u is large and the derivative of
+    its D cancels; it is minus the sum of the others, as the D sum to 1.
+    """
     (cosine, sine), (dcosine, dsine) = primals, tangents
-    cotangents, window, across = _pieces(cosine, sine, axis)
-    slopes = -0.5 * (cotangents**2 + 1) * _signs(axis, cosine.dtype)
-    total, slope = (a.sum(axis=1, keepdims=True) for a in (cotangents, slopes))
-    dirichlet = cotangents / total
-    size = jnp.abs(cotangents)
-    nearest = size == size.max(axis=1, keepdims=True)
-    others = jnp.where(nearest, 0, (slopes - dirichlet * slope) / total)
-    derivative = jnp.where(nearest, -others.sum(axis=1, keepdims=True), others)
-    derivative = (derivative - dirichlet * axis.kappa * across) * window
+    u, window, across = _pieces(cosine, sine, axis)
+    slopes = -0.5 * _signs(axis, cosine.dtype) * (u * u + 1)
+    near = jnp.abs(u) > 1 / np.tan(np.pi / 4 / axis.size)  # nearer than a quarter of the gap
+    total, far, near_slope, far_slope = (
+        jnp.where(mask, a, 0).sum(axis=1, keepdims=True)
+        for a, mask in ((u, True), (u, ~near), (slopes, near), (slopes, ~near))
+    )
+    slope = near_slope + far_slope
+    dirichlet = u / total
+    others = (slopes - dirichlet * slope) / total
+    nearest = (far / total * slope - far_slope) / total
+    derivative = jnp.where(near, nearest, others) - axis.kappa * dirichlet * across
     turn = cosine * dsine - sine * dcosine
-    return dirichlet * window, derivative * turn[:, None]
+    return dirichlet * window, derivative * window * turn[:, None]
 
 
 def _pieces(cosine, sine, axis: Axis):

@@ -14,7 +14,7 @@ from .._rules import real
 from .._types import Scalar, ScalarLike
 from ..fields import AbstractField, token_velocities
 from ..kernels import softmax_expectation
-from ..measure import Measure, SignedMeasure, check_measure
+from ..measure import Measure, check_measure
 from .base import AbstractObservable, or_nan, over_leading
 
 
@@ -29,7 +29,7 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
     check_measure("mu", mu, signed=True)
     beta = _inverse_temperature(beta)
     signs = jnp.ones(mu.points.shape[:-1], mu.points.dtype)
-    if not isinstance(mu, SignedMeasure):
+    if mu.density is None:
         return or_nan(over_leading(partial(_energy, beta), mu, signs), mu)
     sizes, signs = Measure(mu.points, mu.log_weights), mu.density.astype(mu.points.dtype)
     mass = jnp.exp(jax.nn.logsumexp(mu.log_weights, axis=-1))  # of the normalised sizes
