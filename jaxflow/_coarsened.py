@@ -1,0 +1,298 @@
+"""A solver around another one, in which tokens that meet become one token.
+
+Each step is the inner solver's, with the velocities of the tokens that stand for others. At its
+end tokens that are close and contract are put on one point, and the next step starts anew. diffrax
+discards what a step that it rejects has changed, mergers included.
+"""
+
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ._meeting import contracting, floats_stopped, least_close, parting_rates
+from ._saving import FlowArgs
+from ._types import LogWeights, Points, Scalar, ScalarLike
+from .explicit import evaluations_per_step
+from .fields import AbstractField, token_velocities
+from .measure import Measure
+from .solvers import AbstractFieldSolver
+
+LEAST = 64  # tokens, below which a smaller measure saves nothing
+
+
+class Merged(NamedTuple):
+    """The tokens that are one, each array `(*batch, n)`.
+
+    - `labels`: the token that stands for each.
+    - `times`, `into`, `log_bound`: as in `Mergers`.
+    - `rates`: at which tokens part where each one stands, where a bound is asked for.
+    """
+
+    labels: Int[Array, "*batch n"]
+    times: Float[Array, "*batch n"]
+    into: Int[Array, "*batch n"]
+    log_bound: Float[Array, "*batch n"] | None
+    rates: Float[Array, "*batch n"] | None
+
+
+class Turn(NamedTuple):
+    """Of the last step: its number, whether tokens merged at its end, and how many evaluations of
+    the field all mergers have cost so far."""
+
+    number: Int[Array, ""]
+    merged: Array
+    again: Int[Array, ""]
+
+
+def nothing_merged(y: Points, t: Array, bounded: bool) -> Merged:
+    """All tokens apart."""
+    own = jnp.broadcast_to(jnp.arange(y.shape[-2]), y.shape[:-1])
+    filled = lambda value, like: jnp.full(own.shape, value, like.dtype)
+    return Merged(
+        labels=own,
+        times=filled(jnp.inf, t),
+        into=own,
+        log_bound=filled(-jnp.inf, y) if bounded else None,
+        rates=filled(0, y) if bounded else None,
+    )
+
+
+class Coarsened(AbstractFieldSolver):
+    """Any solver, at the end of each step of which tokens that meet become one.
+
+    **Arguments:** `wrapped`, a solver for the field and its geometry; `root`, the frame of the
+    geometry; `radius`, the distance at which tokens meet, `None` for never; `everywhere`, merge
+    tokens that part as well, and carry a bound; `start`, what is one token at the start.
+    """
+
+    wrapped: diffrax.AbstractSolver
+    root: Float[Array, "d d"]
+    radius: Scalar | None
+    everywhere: bool = eqx.field(static=True)
+    start: Merged
+
+    def init(self, terms, t0, t1, y0, args):
+        inner = self.wrapped.init(terms, t0, t1, y0, args)
+        zero = jnp.array(0)
+        return inner, self.start, Turn(zero, jnp.array(False), zero)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        inner, merged, turn = solver_state
+        system = System(merged.labels, _log_masses(merged.labels, _logs(y0, args)))
+        y1, error, dense_info, inner, result = self.wrapped.step(
+            diffrax.ODETerm(system.velocity), t0, t1, y0, args, inner, made_jump | turn.merged
+        )
+        y1 = _stand(y1, merged.labels)
+        y1, merged = self.meet(t0, t1, y0, y1, args, merged, turn.number)
+        changed = (merged.labels != solver_state[1].labels).any()
+        counts = evaluations_per_step(self.wrapped, len(args.field.parts)) or (0, 0)
+        turn = Turn(turn.number + 1, changed, turn.again + counts[0] * changed)
+        return y1, error, dense_info, (inner, merged, turn), result
+
+    def compose(self, step, field, t0, t1, y):
+        return step(field, t0, t1, y)
+
+    def meet(
+        self,
+        t0: ScalarLike,
+        t1: ScalarLike,
+        y0: Points,
+        y1: Points,
+        args: FlowArgs,
+        merged: Merged,
+        number: ScalarLike,
+    ) -> tuple[Points, Merged]:
+        """The points after those that are close at the end of a step have merged."""
+        if self.radius is None:
+            return y1, merged
+        field, t0, t1 = floats_stopped((args.field, t0, t1))
+
+        def one(y0, y1, logs, merged):
+            return self._meet(field, t0, t1, y0, y1, logs, merged, number)
+
+        for _ in range(y1.ndim - 2):
+            one = jax.vmap(one)
+        return one(y0, y1, _logs(y1, args), merged)
+
+    def _meet(self, field, t0, t1, y0, y1, logs, merged, number):
+        """The same of one system.
+
+        A token with another one close to it, and before it, is crowded. It goes into the first of
+        those close to it that is not crowded: clusters are balls around such a token, and a dense
+        ring of tokens does not become one. What is left meets at the end of the next step.
+        """
+        own = jnp.arange(len(y1))
+        start, end, mass = floats_stopped((y0, y1, jnp.exp(logs)))
+        standing = (merged.labels == own) & (mass > 0)
+        places = jnp.matmul(end, self.root, precision="highest")
+        places = jnp.where(standing[:, None], places, jnp.nan)
+        crowded = least_close(places, standing, self.radius) < len(y1)
+        if merged.rates is not None:
+            merged = self._longer(field, t0, t1, end, logs, merged)
+
+        def meet():
+            target = least_close(places, standing & ~crowded, self.radius)
+            absorbed = crowded & (target < len(y1))
+            into = jnp.where(absorbed, target, own)
+            centres = _centres(field.geometry, y1, into, absorbed, merged.labels, logs)
+            together = jnp.zeros_like(absorbed).at[into].max(absorbed)
+            if not self.everywhere:
+                system = System(merged.labels, _log_masses(merged.labels, logs))
+                together = self._contracting(field, t1, floats_stopped((end, centres, system)), together, number)
+            absorbed = absorbed & together[into]
+            into = jnp.where(absorbed, into, own)
+            labels = into[merged.labels]
+            y = _stand(jnp.where(together[:, None], centres, y1), labels)
+            times = _crossing(field.geometry, t0, t1, start, end, into, self.radius)
+            bound = merged.log_bound
+            if bound is not None:
+                moved = field.geometry.distance(end, jax.lax.stop_gradient(y))
+                bound = jnp.logaddexp(bound, jnp.log(moved))
+            return y, merged._replace(
+                labels=labels,
+                times=jnp.where(absorbed, times, merged.times),
+                into=jnp.where(absorbed, into, merged.into),
+                log_bound=bound,
+            )
+
+        return jax.lax.cond(eqxi.unvmap_any(crowded.any()), meet, lambda: (y1, merged))
+
+    def _contracting(self, field, t, tokens, candidates, number):
+        """Those of the candidates at whose centres tokens come closer.
+
+        As many of them at once as cost less than an evaluation of the field, others in turn: those
+        that do not contract would be asked first for ever.
+        """
+        end, centres, system = tokens
+        n, d = end.shape
+        total, rank = jnp.maximum(candidates.sum(), 1), jnp.cumsum(candidates) - 1
+
+        def check(index):
+            mu = system.measure(end, index)
+            most = min(n, max(16, mu.n // (2 * d)))
+            chosen = candidates & ((rank - number * most) % total < most)
+            places = jnp.nonzero(chosen, size=most, fill_value=0)[0]
+            rates, sizes = parting_rates(field, t, centres[places], mu, self.root)
+            found = jnp.zeros_like(candidates).at[places].max(contracting(rates, sizes, d))
+            return found & chosen
+
+        return system.over_capacities(check)
+
+    def _longer(self, field, t0, t1, y, logs, merged):
+        """What is merged, with bounds that have grown for a step, by the trapezoidal rule."""
+        system = floats_stopped(System(merged.labels, _log_masses(merged.labels, logs)))
+
+        def rates(index):
+            mu = system.measure(y, index)
+            return system.spread(parting_rates(field, t1, mu.points, mu, self.root)[0], index)
+
+        now = system.over_capacities(rates)
+        grown = merged.log_bound + ((t1 - t0) / 2).astype(now.dtype) * (merged.rates + now)
+        return merged._replace(log_bound=grown, rates=now)
+
+
+# ------------------------------------------------------------------ systems of fewer tokens
+
+
+class System(eqx.Module):
+    """Tokens of which some stand for others.
+
+    **Arguments:** `labels`, the token that stands for each; `log_masses`, the weights of those with
+    all that they stand for, -inf for the others; both `(*batch, n)`.
+
+    The field is evaluated at the first of n, n/4, n/16, ... tokens that have room for all that
+    stand for others: one program, whose cost falls as clusters form.
+    """
+
+    labels: Int[Array, "*batch n"]
+    log_masses: LogWeights
+
+    def velocity(self, t: ScalarLike, y: Points, args: FlowArgs) -> Points:
+        """X_t[mu](x_i) of all tokens, at the retracted points."""
+        y = args.field.geometry.retract(y)
+
+        def one(system, y):
+            def at(index):
+                mu = system.measure(y, index)
+                return system.spread(token_velocities(args.field, t, mu), index)
+
+            return system.over_capacities(at)
+
+        for _ in range(y.ndim - 2):
+            one = jax.vmap(one)
+        return one(self, y)
+
+    def measure(self, y, index):
+        """The measure of the tokens of this index; `None` is all."""
+        if index is None:
+            return Measure(y, self.log_masses)
+        return Measure(y[index], self.log_masses[index])
+
+    def spread(self, values, index):
+        """What the tokens of an index have, given to all that they stand for."""
+        if index is not None:
+            values = jnp.zeros((len(self.labels), *values.shape[1:]), values.dtype).at[index].set(values)
+        return values[self.labels]
+
+    def over_capacities(self, fn):
+        """fn(index) with the first capacity for all tokens that stand for others, or `None`."""
+        n = self.labels.shape[0]
+        standing = self.labels == jnp.arange(n)
+        capacities = [n]
+        while capacities[-1] > 4 * LEAST:
+            capacities.append(-(-capacities[-1] // 4))
+        if len(capacities) == 1:
+            return fn(None)
+        order = jnp.argsort(~standing)  # which stand first, in their order
+        branch = lambda c: lambda: fn(None if c == n else order[:c])
+        enough = (eqxi.unvmap_max(standing.sum()) <= jnp.asarray(capacities)).sum() - 1
+        return jax.lax.switch(enough, [branch(c) for c in capacities])
+
+
+def _logs(y, args):
+    return Measure(y, args.log_weights).log_probabilities
+
+
+def _log_masses(labels, logs):
+    def one(labels, logs):
+        mass = jnp.zeros_like(logs).at[labels].add(jnp.exp(logs))
+        some = mass > 0
+        return jnp.where(some, jnp.log(jnp.where(some, mass, 1)), -jnp.inf)
+
+    for _ in range(labels.ndim - 1):
+        one = jax.vmap(one)
+    return one(labels, logs)
+
+
+def _stand(y, labels):
+    """Each token on the point of the one that stands for it."""
+    return jnp.take_along_axis(y, labels[..., None], axis=-2)
+
+
+def _centres(geometry, y, into, absorbed, labels, logs):
+    """The weighted means of tokens and those that go into them, on the geometry."""
+    mass = jnp.zeros_like(logs).at[labels].add(jnp.exp(logs))
+    total = jnp.zeros_like(logs).at[into].add(mass)[into]
+    # One that nothing goes into keeps its place, whatever its mass.
+    alone = (total == mass) | (total == 0)
+    share = jnp.where(alone, 1, mass / jnp.where(alone, 1, total))
+    means = jnp.zeros_like(y).at[into].add(share[:, None].astype(y.dtype) * y)
+    return geometry.retract(jnp.where(absorbed[:, None], y, means))
+
+
+def _crossing(geometry, t0, t1, start, end, into, radius):
+    """When the distance to the token that each one goes into was the radius, if it fell
+    exponentially within the step; at its start for tokens that were as close there."""
+    before = geometry.distance(start, start[into])
+    after = geometry.distance(end, end[into])
+    least = jnp.finfo(after.dtype).tiny
+    fell = jnp.log(jnp.maximum(before, least) / jnp.maximum(after, least))
+    part = jnp.log(jnp.maximum(before, least) / radius) / jnp.where(fell > 0, fell, 1)
+    part = jnp.where(fell > 0, jnp.clip(part, 0, 1), 0)
+    return t0 + part.astype(jnp.result_type(t0)) * (t1 - t0)

@@ -1,0 +1,220 @@
+"""The flow in which tokens that have met are one token.
+
+    |x_i - x_j| <= delta   ->   one token of weight w_i + w_j at retract((w_i x_i + w_j x_j) / (w_i + w_j))
+
+Clusters contract at a rate of about 1 while they drift at rates like e^{-beta (1 - cos)}: all that
+makes metastable flows stiff is the contraction of tokens that are one already. Where they are one,
+an explicit method takes steps as long as the drift allows (arXiv 2410.06833 for the drift).
+
+The state of the solve stays the array of all n points, in which tokens that have met have the same
+coordinates. A solver around the solver evaluates the field at one token a cluster, and lets tokens
+meet at the end of each step that is accepted.
+"""
+
+import math
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from ._flow_input import Observables, check_kinds, check_tolerances
+from ._coarsened import Coarsened, nothing_merged
+from ._meeting import frame
+from ._mergers import Mergers
+from ._rules import flag, positive, real
+from ._saving import FlowArgs
+from ._solution import FlowSolution
+from ._types import Scalar, ScalarLike, accumulation_dtype, is_concrete
+from .fields import AbstractCompositeField, AbstractField, Constant, TimeDependent
+from .flow import AbstractAround, default_controller, flow_around
+from .geometry import AbstractGeometry, Ellipsoid, Sphere
+from .measure import Measure
+
+PROBES = 16  # tokens at which a field is asked whether it knows their order
+
+
+def coarsen(
+    field: AbstractField,
+    mu0: Measure,
+    *,
+    t0: ScalarLike = 0.0,
+    t1: ScalarLike,
+    delta: ScalarLike | None = None,
+    everywhere: bool = False,
+    dt0: ScalarLike | None = None,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),
+    event: diffrax.Event | None = None,
+    max_steps: int | None = 4096,
+    throw: bool = True,
+    progress_meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter(),
+    observe: Observables | None = None,
+) -> FlowSolution:
+    """docs"""
+    check_kinds(
+        field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
+        max_steps,
+    )  # fmt: skip
+    _check_adjoint(adjoint)
+    _check_order(field)
+    dtype = accumulation_dtype(mu0.points.dtype)
+    controller = stepsize_controller or default_controller(solver, dt0, dtype)
+    check_tolerances(controller)
+    delta = _default_delta(controller) if delta is None else delta
+    delta = _checked_delta(delta, field.geometry)
+    together = flag("everywhere", everywhere) or not _moves(field, mu0, t0, t1)
+    return flow_around(
+        Coarsening(delta.astype(dtype) if together else None, bool(everywhere)),
+        field,
+        mu0,
+        t0=t0,
+        t1=t1,
+        dt0=dt0,
+        solver=solver,
+        stepsize_controller=controller,
+        saveat=saveat,
+        adjoint=adjoint,
+        event=event,
+        max_steps=max_steps,
+        throw=throw,
+        progress_meter=progress_meter,
+        observe=observe,
+    )
+
+
+# ------------------------------------------------------------------ what is checked
+
+
+def _check_adjoint(adjoint):
+    if isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint):
+        raise ValueError(
+            f"{type(adjoint).__name__} solves an equation of its own, in which no tokens merge. "
+            "Use diffrax.RecursiveCheckpointAdjoint(), or diffrax.DirectAdjoint() for jvp."
+        )
+
+
+def _all_fields(field: AbstractField) -> list[AbstractField]:
+    """The field and all that it is made of."""
+    inside = field.inside(0.0) if isinstance(field, AbstractCompositeField) else ()
+    return [field, *(found for inner in inside for found in _all_fields(inner))]
+
+
+def _check_order(field: AbstractField):
+    """The field knows no order of the tokens, as far as it says so itself."""
+    for inner in _all_fields(field):
+        for name in ("causal", "window", "rotary"):
+            if getattr(inner, name, None) not in (None, False):
+                raise ValueError(
+                    f"{type(inner).__name__}({name}={getattr(inner, name)}) tells tokens apart by "
+                    "their index, so that two of them at one place are not one token. Coarsen a "
+                    f"field without {name}, or call jaxflow.flow."
+                )
+
+
+def _default_delta(controller) -> ScalarLike:
+    """sqrt(rtol): the error of a cluster's moments is then of the size of rtol."""
+    is_pid = lambda x: isinstance(x, diffrax.PIDController)
+    for pid in filter(is_pid, jtu.tree_leaves(controller, is_leaf=is_pid)):
+        rtol = jtu.tree_leaves(pid.rtol)
+        if len(rtol) == 1 and np.shape(rtol[0]) == () and not (
+            is_concrete(rtol[0]) and rtol[0] == 0
+        ):
+            return rtol[0] ** 0.5
+    raise ValueError(
+        f"delta, the distance at which tokens become one, is sqrt(rtol) where it is not given, and "
+        f"{type(controller).__name__} has no rtol: pass delta, such as delta=1e-4."
+    )
+
+
+def _checked_delta(delta: ScalarLike, geometry: AbstractGeometry) -> Scalar:
+    if isinstance(geometry, Sphere | Ellipsoid):
+        rule = "an angle above 0 and below pi/2, in radians: tokens further apart have no mean"
+        return real("delta", delta, rule, lambda angle: (angle > 0) & (angle < math.pi / 2))
+    return real("delta", delta, "a distance above 0, and finite", positive)
+
+
+def _moves(field: AbstractField, mu0: Measure, t0, t1) -> bool:
+    """Whether the field changes in time by more than a positive factor.
+
+    Of a field with known arrays it is looked up at a few tokens, and also whether the field, which
+    may be of the user's own, depends on the law of the tokens alone.
+    """
+    curves = [inner.curve for inner in _all_fields(field) if isinstance(inner, TimeDependent)]
+    moving = any(not isinstance(curve, Constant) for curve in curves)
+    if not is_concrete(*jtu.tree_leaves(eqx.filter((field, mu0, t0, t1), eqx.is_array_like))):
+        return moving
+    points = mu0.points.reshape(-1, mu0.n, mu0.d)[0, :PROBES]
+    points = points.astype(accumulation_dtype(points.dtype))
+    ts = np.linspace(t0, t1, 3).astype(points.dtype)
+    with jax.ensure_compile_time_eval():
+        try:
+            exchangeable, steady = _probe(field, field.geometry.retract(points), jnp.asarray(ts))
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(_ORDER.format(name=type(field).__name__)) from error
+    if not exchangeable:
+        raise ValueError(_ORDER.format(name=type(field).__name__))
+    return moving or not steady
+
+
+_ORDER = (
+    "coarsen needs a field that depends on the law of the tokens alone, and {name} does not: with "
+    "its tokens in another order, and two tokens at one place made one, it has other values. Call "
+    "jaxflow.flow."
+)
+
+
+@eqx.filter_jit
+def _probe(field, x, ts):
+    """Whether the field is one of measures; whether it keeps its direction in time."""
+    n = len(x)
+    twice = Measure(jnp.concatenate([x, x[:1]]))
+    weights = jnp.concatenate([jnp.array([-jnp.inf]), jnp.zeros(n - 1), jnp.log(2.0)[None]])
+    once = Measure(jnp.concatenate([x[-1:], x[::-1]]), jnp.append(weights[:1], weights[1:]))
+    tolerance = jnp.sqrt(jnp.finfo(x.dtype).eps)
+    near = lambda a, b: jnp.abs(a - b).max() <= tolerance * jnp.maximum(jnp.abs(a).max(), 1e-30)
+    first = field(ts[0], x, twice)
+    other = field(ts[0], x[::-1], once)[::-1]
+    later = [field(t, x, twice) for t in ts[1:]]
+    along = lambda v: (v * first).sum() / jnp.maximum((first**2).sum(), 1e-30)
+    steady = [(along(v) > 0) & near(v, along(v) * first) | ~first.any() & ~v.any() for v in later]
+    return near(first, other), jnp.stack(steady).all()
+
+
+# ------------------------------------------------------------------ around the solver
+
+
+class Coarsening(AbstractAround):
+    """Puts a [`jaxflow.coarsen`][] around a solver.
+
+    **Arguments:** `delta`, the angle or distance, `None` to let no tokens merge; `everywhere`, also
+    where tokens part.
+    """
+
+    delta: Scalar | None
+    everywhere: bool = eqx.field(static=True)
+
+    def __call__(self, solver, field, t0, y0, log_weights):
+        geometry = field.geometry
+        root = frame(geometry, y0)
+        length = _length(geometry, y0.shape[-1])
+        radius = None if self.delta is None else self.delta * length
+        apart = nothing_merged(y0, t0, self.everywhere)
+        merging = Coarsened(solver, root, radius, self.everywhere, apart)
+        y0, merged = merging.meet(t0, t0, y0, y0, FlowArgs(field, log_weights, {}), apart, 0)
+        return eqx.tree_at(lambda s: s.start, merging, merged), y0
+
+    def mergers(self, solver_state):
+        _, merged, turn = solver_state
+        return Mergers(merged.times, merged.into, merged.log_bound), turn.again
+
+
+def _length(geometry: AbstractGeometry, d: int):
+    """The distance to which an angle of 1 belongs."""
+    if isinstance(geometry, Sphere):
+        return geometry.radius
+    return math.sqrt(d) if isinstance(geometry, Ellipsoid) else 1.0
