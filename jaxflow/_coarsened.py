@@ -12,14 +12,20 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._meeting import contracting, floats_stopped, least_close, parting_rates
+from ._meeting import (
+    contracting,
+    floats_stopped,
+    frame,
+    least_close,
+    parting_rates,
+    unit_length,
+)
 from ._saving import FlowArgs
 from ._types import LogWeights, Points, Scalar, ScalarLike
 from .explicit import evaluations_per_step
-from .fields import AbstractField, token_velocities
+from .fields import token_velocities
 from .measure import Measure
 from .solvers import AbstractFieldSolver
 
@@ -66,21 +72,22 @@ def nothing_merged(y: Points, t: Array, bounded: bool) -> Merged:
 class Coarsened(AbstractFieldSolver):
     """Any solver, at the end of each step of which tokens that meet become one.
 
-    **Arguments:** `wrapped`, a solver for the field and its geometry; `root`, the frame of the
-    geometry; `radius`, the distance at which tokens meet, `None` for never; `everywhere`, merge
-    tokens that part as well, and carry a bound; `start`, what is one token at the start.
+    The first step meets tokens that are close at its start, so that none has to at the start.
+
+    **Arguments:** `wrapped`, a solver for the field and its geometry; `delta`, the angle or the
+    distance at which tokens meet, `None` for never; `everywhere`, merge tokens that part as well,
+    and carry a bound.
     """
 
     wrapped: diffrax.AbstractSolver
-    root: Float[Array, "d d"]
-    radius: Scalar | None
+    delta: Scalar | None
     everywhere: bool = eqx.field(static=True)
-    start: Merged
 
     def init(self, terms, t0, t1, y0, args):
         inner = self.wrapped.init(terms, t0, t1, y0, args)
         zero = jnp.array(0)
-        return inner, self.start, Turn(zero, jnp.array(False), zero)
+        apart = nothing_merged(y0, jnp.asarray(t0), self.everywhere)
+        return inner, apart, Turn(zero, jnp.array(False), zero)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         inner, merged, turn = solver_state
@@ -88,28 +95,18 @@ class Coarsened(AbstractFieldSolver):
         y1, error, dense_info, inner, result = self.wrapped.step(
             diffrax.ODETerm(system.velocity), t0, t1, y0, args, inner, made_jump | turn.merged
         )
-        y1 = _stand(y1, merged.labels)
-        y1, merged = self.meet(t0, t1, y0, y1, args, merged, turn.number)
-        changed = (merged.labels != solver_state[1].labels).any()
-        counts = evaluations_per_step(self.wrapped, len(args.field.parts)) or (0, 0)
-        turn = Turn(turn.number + 1, changed, turn.again + counts[0] * changed)
-        return y1, error, dense_info, (inner, merged, turn), result
+        y1, after = self._met(t0, t1, y0, _stand(y1, merged.labels), args, merged, turn.number)
+        changed = (after.labels != merged.labels).any()
+        first, _ = evaluations_per_step(self.wrapped, len(args.field.parts)) or (0, 0)
+        turn = Turn(turn.number + 1, changed, turn.again + first * changed)
+        return y1, error, dense_info, (inner, after, turn), result
 
     def compose(self, step, field, t0, t1, y):
         return step(field, t0, t1, y)
 
-    def meet(
-        self,
-        t0: ScalarLike,
-        t1: ScalarLike,
-        y0: Points,
-        y1: Points,
-        args: FlowArgs,
-        merged: Merged,
-        number: ScalarLike,
-    ) -> tuple[Points, Merged]:
+    def _met(self, t0, t1, y0, y1, args, merged, number):
         """The points after those that are close at the end of a step have merged."""
-        if self.radius is None:
+        if self.delta is None:
             return y1, merged
         field, t0, t1 = floats_stopped((args.field, t0, t1))
 
@@ -127,32 +124,35 @@ class Coarsened(AbstractFieldSolver):
         those close to it that is not crowded: clusters are balls around such a token, and a dense
         ring of tokens does not become one. What is left meets at the end of the next step.
         """
-        own = jnp.arange(len(y1))
+        own, geometry = jnp.arange(len(y1)), field.geometry
+        radius = self.delta.astype(y1.dtype) * unit_length(geometry, y1.shape[1])
         start, end, mass = floats_stopped((y0, y1, jnp.exp(logs)))
         standing = (merged.labels == own) & (mass > 0)
-        places = jnp.matmul(end, self.root, precision="highest")
+        root = frame(geometry, end)
+        places = jnp.matmul(end, root, precision="highest")
         places = jnp.where(standing[:, None], places, jnp.nan)
-        crowded = least_close(places, standing, self.radius) < len(y1)
+        crowded = least_close(places, standing, radius) < len(y1)
         if merged.rates is not None:
             merged = self._longer(field, t0, t1, end, logs, merged)
 
         def meet():
-            target = least_close(places, standing & ~crowded, self.radius)
+            target = least_close(places, standing & ~crowded, radius)
             absorbed = crowded & (target < len(y1))
             into = jnp.where(absorbed, target, own)
-            centres = _centres(field.geometry, y1, into, absorbed, merged.labels, logs)
+            centres = _centres(geometry, y1, into, absorbed, merged.labels, logs)
             together = jnp.zeros_like(absorbed).at[into].max(absorbed)
             if not self.everywhere:
                 system = System(merged.labels, _log_masses(merged.labels, logs))
-                together = self._contracting(field, t1, floats_stopped((end, centres, system)), together, number)
+                tokens = floats_stopped((end, centres, system))
+                together = self._contracting(field, t1, tokens, together, number)
             absorbed = absorbed & together[into]
             into = jnp.where(absorbed, into, own)
             labels = into[merged.labels]
             y = _stand(jnp.where(together[:, None], centres, y1), labels)
-            times = _crossing(field.geometry, t0, t1, start, end, into, self.radius)
+            times = _crossing(geometry, t0, t1, start, end, into, radius)
             bound = merged.log_bound
             if bound is not None:
-                moved = field.geometry.distance(end, jax.lax.stop_gradient(y))
+                moved = geometry.distance(end, jax.lax.stop_gradient(y))
                 bound = jnp.logaddexp(bound, jnp.log(moved))
             return y, merged._replace(
                 labels=labels,
@@ -178,7 +178,7 @@ class Coarsened(AbstractFieldSolver):
             most = min(n, max(16, mu.n // (2 * d)))
             chosen = candidates & ((rank - number * most) % total < most)
             places = jnp.nonzero(chosen, size=most, fill_value=0)[0]
-            rates, sizes = parting_rates(field, t, centres[places], mu, self.root)
+            rates, sizes = parting_rates(field, t, centres[places], mu)
             found = jnp.zeros_like(candidates).at[places].max(contracting(rates, sizes, d))
             return found & chosen
 
@@ -190,7 +190,7 @@ class Coarsened(AbstractFieldSolver):
 
         def rates(index):
             mu = system.measure(y, index)
-            return system.spread(parting_rates(field, t1, mu.points, mu, self.root)[0], index)
+            return system.spread(parting_rates(field, t1, mu.points, mu)[0], index)
 
         now = system.over_capacities(rates)
         grown = merged.log_bound + ((t1 - t0) / 2).astype(now.dtype) * (merged.rates + now)
@@ -237,7 +237,8 @@ class System(eqx.Module):
     def spread(self, values, index):
         """What the tokens of an index have, given to all that they stand for."""
         if index is not None:
-            values = jnp.zeros((len(self.labels), *values.shape[1:]), values.dtype).at[index].set(values)
+            empty = jnp.zeros((len(self.labels), *values.shape[1:]), values.dtype)
+            values = empty.at[index].set(values)
         return values[self.labels]
 
     def over_capacities(self, fn):

@@ -4,6 +4,7 @@ Distances and eigenvalues are those of a geometry's inner product, a constant on
 Cholesky factor L of its matrix, u -> L^T u are coordinates in which it is the usual one.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._types import Scalar, ScalarLike
 from .fields import AbstractField
-from .geometry import AbstractGeometry
+from .geometry import AbstractGeometry, Ellipsoid, Sphere
 from .measure import Measure
 from .observables.tiles import squared_distances
 
@@ -24,6 +25,13 @@ def frame(geometry: AbstractGeometry, like: Float[Array, "*shape d"]) -> Float[A
     basis = jnp.eye(like.shape[-1], dtype=like.dtype)
     inner = jax.vmap(jax.vmap(geometry.inner, (None, 0)), (0, None))
     return jnp.linalg.cholesky(inner(basis, basis))
+
+
+def unit_length(geometry: AbstractGeometry, d: int) -> ScalarLike:
+    """The distance to which an angle of 1 belongs; 1 where distances are no angles."""
+    if isinstance(geometry, Sphere):
+        return geometry.radius
+    return math.sqrt(d) if isinstance(geometry, Ellipsoid) else 1.0
 
 
 # ------------------------------------------------------------------ close tokens
@@ -86,7 +94,6 @@ def parting_rates(
     t: ScalarLike,
     x: Float[Array, "m d"],
     mu: Measure,
-    root: Float[Array, "d d"],
 ) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """The largest rate at which two tokens near x part, and the size of what it is made of.
 
@@ -95,11 +102,10 @@ def parting_rates(
     tangent space (Coppel, Stability and asymptotic behavior of differential equations, 1965: the
     logarithmic norm). By d forward derivatives in the queries alone.
 
-    **Arguments:** `x`, points of the geometry; `root`, its `frame`.
-
     **Returns:** lambda, and the Frobenius norm of P D X P.
     """
     geometry = field.geometry
+    root = frame(geometry, x)
     basis = jnp.linalg.inv(root)  # rows are orthonormal in the inner product
     _, push = jax.linearize(lambda x: field(t, x, mu), x)
 

@@ -20,12 +20,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from ._coarsened import Coarsened
 from ._flow_input import Observables, check_kinds, check_tolerances
-from ._coarsened import Coarsened, nothing_merged
-from ._meeting import frame
 from ._mergers import Mergers
 from ._rules import flag, positive, real
-from ._saving import FlowArgs
 from ._solution import FlowSolution
 from ._types import Scalar, ScalarLike, accumulation_dtype, is_concrete
 from .fields import AbstractCompositeField, AbstractField, Constant, TimeDependent
@@ -121,8 +119,10 @@ def _default_delta(controller) -> ScalarLike:
     is_pid = lambda x: isinstance(x, diffrax.PIDController)
     for pid in filter(is_pid, jtu.tree_leaves(controller, is_leaf=is_pid)):
         rtol = jtu.tree_leaves(pid.rtol)
-        if len(rtol) == 1 and np.shape(rtol[0]) == () and not (
-            is_concrete(rtol[0]) and rtol[0] == 0
+        if (
+            len(rtol) == 1
+            and np.shape(rtol[0]) == ()
+            and not (is_concrete(rtol[0]) and rtol[0] == 0)
         ):
             return rtol[0] ** 0.5
     raise ValueError(
@@ -141,16 +141,18 @@ def _checked_delta(delta: ScalarLike, geometry: AbstractGeometry) -> Scalar:
 def _moves(field: AbstractField, mu0: Measure, t0, t1) -> bool:
     """Whether the field changes in time by more than a positive factor.
 
-    Of a field with known arrays it is looked up at a few tokens, and also whether the field, which
-    may be of the user's own, depends on the law of the tokens alone.
+    What is of the user's own is looked up at a few tokens where it is known, and also whether it
+    depends on the law of the tokens alone.
     """
     curves = [inner.curve for inner in _all_fields(field) if isinstance(inner, TimeDependent)]
     moving = any(not isinstance(curve, Constant) for curve in curves)
-    if not is_concrete(*jtu.tree_leaves(eqx.filter((field, mu0, t0, t1), eqx.is_array_like))):
+    of_the_users = any(map(_is_foreign, jtu.tree_leaves(field, is_leaf=_is_foreign)))
+    known = is_concrete(*jtu.tree_leaves(eqx.filter((field, mu0, t0, t1), eqx.is_array_like)))
+    if not (of_the_users and known):
         return moving
     points = mu0.points.reshape(-1, mu0.n, mu0.d)[0, :PROBES]
     points = points.astype(accumulation_dtype(points.dtype))
-    ts = np.linspace(t0, t1, 3).astype(points.dtype)
+    ts = np.linspace(float(t0), float(t1), 3).astype(points.dtype)
     with jax.ensure_compile_time_eval():
         try:
             exchangeable, steady = _probe(field, field.geometry.retract(points), jnp.asarray(ts))
@@ -158,7 +160,11 @@ def _moves(field: AbstractField, mu0: Measure, t0, t1) -> bool:
             raise ValueError(_ORDER.format(name=type(field).__name__)) from error
     if not exchangeable:
         raise ValueError(_ORDER.format(name=type(field).__name__))
-    return moving or not steady
+    return moving or not bool(steady)
+
+
+def _is_foreign(x) -> bool:
+    return isinstance(x, eqx.Module) and not type(x).__module__.startswith("jaxflow.")
 
 
 _ORDER = (
@@ -171,17 +177,19 @@ _ORDER = (
 @eqx.filter_jit
 def _probe(field, x, ts):
     """Whether the field is one of measures; whether it keeps its direction in time."""
-    n = len(x)
-    twice = Measure(jnp.concatenate([x, x[:1]]))
-    weights = jnp.concatenate([jnp.array([-jnp.inf]), jnp.zeros(n - 1), jnp.log(2.0)[None]])
-    once = Measure(jnp.concatenate([x[-1:], x[::-1]]), jnp.append(weights[:1], weights[1:]))
     tolerance = jnp.sqrt(jnp.finfo(x.dtype).eps)
-    near = lambda a, b: jnp.abs(a - b).max() <= tolerance * jnp.maximum(jnp.abs(a).max(), 1e-30)
-    first = field(ts[0], x, twice)
+    near = lambda a, b: jnp.abs(a - b).max() <= tolerance * jnp.abs(a).max()
+    # The first token twice; and once, of twice the weight, in another order, after one without any.
+    twice = Measure(jnp.concatenate([x, x[:1]]))
+    weights = jnp.ones(len(x) + 1, x.dtype).at[0].set(0).at[-1].set(2)
+    once = Measure(jnp.concatenate([x[-1:], x[::-1]]), jnp.log(weights))
+    first, *later = (field(t, x, twice) for t in ts)
     other = field(ts[0], x[::-1], once)[::-1]
-    later = [field(t, x, twice) for t in ts[1:]]
-    along = lambda v: (v * first).sum() / jnp.maximum((first**2).sum(), 1e-30)
-    steady = [(along(v) > 0) & near(v, along(v) * first) | ~first.any() & ~v.any() for v in later]
+    square = (first**2).sum()
+    factors = [(v * first).sum() / jnp.where(square > 0, square, 1) for v in later]
+    steady = [
+        near(v, c * first) & ((c > 0) | ~v.any()) for v, c in zip(later, factors, strict=True)
+    ]
     return near(first, other), jnp.stack(steady).all()
 
 
@@ -198,23 +206,9 @@ class Coarsening(AbstractAround):
     delta: Scalar | None
     everywhere: bool = eqx.field(static=True)
 
-    def __call__(self, solver, field, t0, y0, log_weights):
-        geometry = field.geometry
-        root = frame(geometry, y0)
-        length = _length(geometry, y0.shape[-1])
-        radius = None if self.delta is None else self.delta * length
-        apart = nothing_merged(y0, t0, self.everywhere)
-        merging = Coarsened(solver, root, radius, self.everywhere, apart)
-        y0, merged = merging.meet(t0, t0, y0, y0, FlowArgs(field, log_weights, {}), apart, 0)
-        return eqx.tree_at(lambda s: s.start, merging, merged), y0
+    def __call__(self, solver, field):
+        return Coarsened(solver, self.delta, self.everywhere)
 
     def mergers(self, solver_state):
         _, merged, turn = solver_state
         return Mergers(merged.times, merged.into, merged.log_bound), turn.again
-
-
-def _length(geometry: AbstractGeometry, d: int):
-    """The distance to which an angle of 1 belongs."""
-    if isinstance(geometry, Sphere):
-        return geometry.radius
-    return math.sqrt(d) if isinstance(geometry, Ellipsoid) else 1.0

@@ -44,7 +44,6 @@ from ._saving import (
 )
 from ._solution import FlowSolution, Mergers, measures_at
 from ._types import (
-    LogWeights,
     Points,
     ScalarLike,
     accumulation_dtype,
@@ -165,14 +164,9 @@ class AbstractAround(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self,
-        solver: diffrax.AbstractSolver,
-        field: AbstractField,
-        t0: Array,
-        y0: Points,
-        log_weights: LogWeights | None,
-    ) -> tuple[diffrax.AbstractSolver, Points]:
-        """The solver, and where it starts."""
+        self, solver: diffrax.AbstractSolver, field: AbstractField
+    ) -> diffrax.AbstractSolver:
+        """The solver with what is around it."""
 
     @abc.abstractmethod
     def mergers(self, solver_state: Any) -> tuple[Mergers, Array]:
@@ -276,7 +270,7 @@ def _solve(
         y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
     saveat = times.saveat if plain else saving(times.saveat, geometry)
     if around is not None:
-        solver, y0 = around(solver, field, times.t0, y0, log_weights)
+        solver = around(solver, field)
         saveat = dataclasses.replace(saveat, solver_state=True)
     with times_checked(times.checked):
         sol = diffrax.diffeqsolve(
