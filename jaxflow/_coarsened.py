@@ -5,6 +5,7 @@ end tokens that are close and contract are put on one point, and the next step s
 discards what a step that it rejects has changed, mergers included.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import diffrax
@@ -23,7 +24,7 @@ from ._meeting import (
     unit_length,
 )
 from ._saving import FlowArgs
-from ._types import LogWeights, Points, Scalar, ScalarLike
+from ._types import LogWeights, Points, Scalar, ScalarLike, accumulation_dtype
 from .explicit import evaluations_per_step
 from .fields import token_velocities
 from .measure import Measure
@@ -91,14 +92,14 @@ class Coarsened(AbstractFieldSolver):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         inner, merged, turn = solver_state
-        system = System(merged.labels, _log_masses(merged.labels, _logs(y0, args)))
+        system = _over(y0.ndim - 2, system_of)(merged.labels, _logs(y0, args))
         y1, error, dense_info, inner, result = self.wrapped.step(
             diffrax.ODETerm(system.velocity), t0, t1, y0, args, inner, made_jump | turn.merged
         )
         y1, after = self._met(t0, t1, y0, _stand(y1, merged.labels), args, merged, turn.number)
         changed = (after.labels != merged.labels).any()
         first, _ = evaluations_per_step(self.wrapped, len(args.field.parts)) or (0, 0)
-        turn = Turn(turn.number + 1, changed, turn.again + first * changed)
+        turn = Turn(turn.number + 1, changed, turn.again + jnp.where(changed, first, 0))
         return y1, error, dense_info, (inner, after, turn), result
 
     def compose(self, step, field, t0, t1, y):
@@ -109,15 +110,10 @@ class Coarsened(AbstractFieldSolver):
         if self.delta is None:
             return y1, merged
         field, t0, t1 = floats_stopped((args.field, t0, t1))
+        one = lambda *system: self._meet(field, t0, t1, number, *system)
+        return _over(y1.ndim - 2, one)(y0, y1, _logs(y1, args), merged)
 
-        def one(y0, y1, logs, merged):
-            return self._meet(field, t0, t1, y0, y1, logs, merged, number)
-
-        for _ in range(y1.ndim - 2):
-            one = jax.vmap(one)
-        return one(y0, y1, _logs(y1, args), merged)
-
-    def _meet(self, field, t0, t1, y0, y1, logs, merged, number):
+    def _meet(self, field, t0, t1, number, y0, y1, logs, merged):
         """The same of one system.
 
         A token with another one close to it, and before it, is crowded. It goes into the first of
@@ -125,9 +121,10 @@ class Coarsened(AbstractFieldSolver):
         ring of tokens does not become one. What is left meets at the end of the next step.
         """
         own, geometry = jnp.arange(len(y1)), field.geometry
-        radius = self.delta.astype(y1.dtype) * unit_length(geometry, y1.shape[1])
-        start, end, mass = floats_stopped((y0, y1, jnp.exp(logs)))
-        standing = (merged.labels == own) & (mass > 0)
+        dtype = accumulation_dtype(y1.dtype)
+        start, end = floats_stopped((y0.astype(dtype), y1.astype(dtype)))
+        radius = self.delta * jnp.asarray(unit_length(geometry, y1.shape[1]), dtype)
+        standing = (merged.labels == own) & (jnp.exp(logs) > 0)
         root = frame(geometry, end)
         places = jnp.matmul(end, root, precision="highest")
         places = jnp.where(standing[:, None], places, jnp.nan)
@@ -142,7 +139,7 @@ class Coarsened(AbstractFieldSolver):
             centres = _centres(geometry, y1, into, absorbed, merged.labels, logs)
             together = jnp.zeros_like(absorbed).at[into].max(absorbed)
             if not self.everywhere:
-                system = System(merged.labels, _log_masses(merged.labels, logs))
+                system = system_of(merged.labels, logs)
                 tokens = floats_stopped((end, centres, system))
                 together = self._contracting(field, t1, tokens, together, number)
             absorbed = absorbed & together[into]
@@ -152,7 +149,7 @@ class Coarsened(AbstractFieldSolver):
             times = _crossing(geometry, t0, t1, start, end, into, radius)
             bound = merged.log_bound
             if bound is not None:
-                moved = geometry.distance(end, jax.lax.stop_gradient(y))
+                moved = geometry.distance(end, floats_stopped(y.astype(dtype)))
                 bound = jnp.logaddexp(bound, jnp.log(moved))
             return y, merged._replace(
                 labels=labels,
@@ -186,7 +183,7 @@ class Coarsened(AbstractFieldSolver):
 
     def _longer(self, field, t0, t1, y, logs, merged):
         """What is merged, with bounds that have grown for a step, by the trapezoidal rule."""
-        system = floats_stopped(System(merged.labels, _log_masses(merged.labels, logs)))
+        system = floats_stopped(system_of(merged.labels, logs))
 
         def rates(index):
             mu = system.measure(y, index)
@@ -204,7 +201,8 @@ class System(eqx.Module):
     """Tokens of which some stand for others.
 
     **Arguments:** `labels`, the token that stands for each; `log_masses`, the weights of those with
-    all that they stand for, -inf for the others; both `(*batch, n)`.
+    all that they stand for, -inf for the others; `order`, those that stand first; all
+    `(*batch, n)`.
 
     The field is evaluated at the first of n, n/4, n/16, ... tokens that have room for all that
     stand for others: one program, whose cost falls as clusters form.
@@ -212,6 +210,7 @@ class System(eqx.Module):
 
     labels: Int[Array, "*batch n"]
     log_masses: LogWeights
+    order: Int[Array, "*batch n"]
 
     def velocity(self, t: ScalarLike, y: Points, args: FlowArgs) -> Points:
         """X_t[mu](x_i) of all tokens, at the retracted points."""
@@ -224,9 +223,7 @@ class System(eqx.Module):
 
             return system.over_capacities(at)
 
-        for _ in range(y.ndim - 2):
-            one = jax.vmap(one)
-        return one(self, y)
+        return _over(y.ndim - 2, one)(self, y)
 
     def measure(self, y, index):
         """The measure of the tokens of this index; `None` is all."""
@@ -250,25 +247,28 @@ class System(eqx.Module):
             capacities.append(-(-capacities[-1] // 4))
         if len(capacities) == 1:
             return fn(None)
-        order = jnp.argsort(~standing)  # which stand first, in their order
-        branch = lambda c: lambda: fn(None if c == n else order[:c])
+        branch = lambda c: lambda: fn(None if c == n else self.order[:c])
         enough = (eqxi.unvmap_max(standing.sum()) <= jnp.asarray(capacities)).sum() - 1
         return jax.lax.switch(enough, [branch(c) for c in capacities])
 
 
+def system_of(labels: Int[Array, " n"], logs: LogWeights) -> System:
+    """The system of tokens with these log-weights."""
+    mass = jnp.zeros_like(logs).at[labels].add(jnp.exp(logs))
+    some = mass > 0
+    log_masses = jnp.where(some, jnp.log(jnp.where(some, mass, 1)), -jnp.inf)
+    return System(labels, log_masses, jnp.argsort(labels != jnp.arange(len(labels))))
+
+
+def _over(axes: int, fn: Callable) -> Callable:
+    """fn over so many leading axes of all its arguments."""
+    for _ in range(axes):
+        fn = jax.vmap(fn)
+    return fn
+
+
 def _logs(y, args):
     return Measure(y, args.log_weights).log_probabilities
-
-
-def _log_masses(labels, logs):
-    def one(labels, logs):
-        mass = jnp.zeros_like(logs).at[labels].add(jnp.exp(logs))
-        some = mass > 0
-        return jnp.where(some, jnp.log(jnp.where(some, mass, 1)), -jnp.inf)
-
-    for _ in range(labels.ndim - 1):
-        one = jax.vmap(one)
-    return one(labels, logs)
 
 
 def _stand(y, labels):
@@ -283,8 +283,9 @@ def _centres(geometry, y, into, absorbed, labels, logs):
     # One that nothing goes into keeps its place, whatever its mass.
     alone = (total == mass) | (total == 0)
     share = jnp.where(alone, 1, mass / jnp.where(alone, 1, total))
-    means = jnp.zeros_like(y).at[into].add(share[:, None].astype(y.dtype) * y)
-    return geometry.retract(jnp.where(absorbed[:, None], y, means))
+    wide = y.astype(share.dtype)
+    means = jnp.zeros_like(wide).at[into].add(share[:, None] * wide)
+    return geometry.retract(jnp.where(absorbed[:, None], wide, means)).astype(y.dtype)
 
 
 def _crossing(geometry, t0, t1, start, end, into, radius):

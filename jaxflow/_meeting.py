@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ._types import Scalar, ScalarLike
+from ._types import Scalar, ScalarLike, accumulation_dtype
 from .fields import AbstractField
 from .geometry import AbstractGeometry, Ellipsoid, Sphere
 from .measure import Measure
@@ -22,7 +22,7 @@ BLOCK = 128  # tokens that are compared with each other at a time
 
 def frame(geometry: AbstractGeometry, like: Float[Array, "*shape d"]) -> Float[Array, "d d"]:
     """L, with <u, v> = (L^T u)^T (L^T v) in the inner product of the geometry."""
-    basis = jnp.eye(like.shape[-1], dtype=like.dtype)
+    basis = jnp.eye(like.shape[-1], dtype=accumulation_dtype(like.dtype))
     inner = jax.vmap(jax.vmap(geometry.inner, (None, 0)), (0, None))
     return jnp.linalg.cholesky(inner(basis, basis))
 
@@ -106,19 +106,19 @@ def parting_rates(
     """
     geometry = field.geometry
     root = frame(geometry, x)
-    basis = jnp.linalg.inv(root)  # rows are orthonormal in the inner product
+    basis = jnp.linalg.inv(root).astype(x.dtype)  # rows are orthonormal in the inner product
     _, push = jax.linearize(lambda x: field(t, x, mu), x)
 
     def along(v):
         v = geometry.project(x, jnp.broadcast_to(v, x.shape))
         return geometry.project(x, push(v))
 
-    moved = jax.vmap(along)(basis)
+    moved = jax.vmap(along)(basis).astype(root.dtype)
     matrix = jnp.einsum("kmd,de->mek", moved, root, precision="highest")
     symmetric = (matrix + matrix.swapaxes(1, 2)) / 2
     size = jnp.sqrt((matrix**2).sum(axis=(1, 2)))
     for normal in geometry.normals(x):  # moved below all others
-        normal = jnp.matmul(normal, root, precision="highest")
+        normal = jnp.matmul(normal.astype(root.dtype), root, precision="highest")
         outer = normal[:, :, None] * normal[:, None, :]
         symmetric = symmetric - (1 + size)[:, None, None] * outer
     return jnp.linalg.eigvalsh(symmetric)[:, -1], size

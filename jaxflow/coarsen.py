@@ -1,6 +1,6 @@
 """The flow in which tokens that have met are one token.
 
-    |x_i - x_j| <= delta   ->   one token of weight w_i + w_j at retract((w_i x_i + w_j x_j) / (w_i + w_j))
+    |x_i - x_j| <= delta:    w = w_i + w_j,    x = retract((w_i x_i + w_j x_j) / w)
 
 Clusters contract at a rate of about 1 while they drift at rates like e^{-beta (1 - cos)}: all that
 makes metastable flows stiff is the contraction of tokens that are one already. Where they are one,
@@ -53,7 +53,59 @@ def coarsen(
     progress_meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter(),
     observe: Observables | None = None,
 ) -> FlowSolution:
-    """docs"""
+    """Moves a measure along a field, where tokens that have met are one token from then on.
+
+        dx_i/dt = X[mu_t](x_i),    |x_i - x_j| <= delta:  w = w_i + w_j, x = retract of their mean
+
+    Tokens come together at a rate of about 1, and clusters drift exponentially slowly (arXiv
+    2410.06833): a plain solver takes short steps for a motion that is over. Where tokens merge, the
+    steps of an explicit method grow with the time of the drift, and each costs less.
+
+    Two tokens of one measure obey d(x - y)/dt = D X[mu](x) (x - y) + O(|x - y|^2). They merge where
+    they contract: where the largest eigenvalue of the symmetric part of D X[mu] on the tangent
+    space is negative, at the place where they would be one. Elsewhere tokens are left apart, and so
+    are all tokens of a field that changes in time by more than a positive factor, which may part
+    them again. Merging keeps the mean of a cluster, and moves its second moments by O(delta^2).
+
+    Tokens that are close to the same one merge together, at the end of a step. Tokens without mass
+    never merge. All systems of a batch merge on their own.
+
+    **Arguments:**
+
+    - `field`: as in [`jaxflow.flow`][], where it depends on the law of the tokens alone: no mask by
+      index (`causal`, `window`), and no positions (`rotary`).
+    - `mu0`, `t0`, `t1`, `dt0`, `solver`, `stepsize_controller`, `saveat`, `event`, `max_steps`,
+      `throw`, `progress_meter`, `observe`: as in [`jaxflow.flow`][]. All n tokens are saved; those
+      that are one have the same coordinates. Use float64 for metastable times: rounding alone
+      keeps the steps of float32 below about 100.
+    - `delta`: the distance at which tokens merge; on a sphere or an ellipsoid an angle, in radians.
+      `None` is sqrt(rtol), so that the moments of a cluster are right to rtol.
+    - `everywhere`: whether tokens merge also where they part, in time-dependent fields too. The
+      solution's `bound` then says how far each may be from where it stands, at the cost of d
+      derivatives of the field a step.
+    - `adjoint`: as in [`jaxflow.flow`][], but for `BacksolveAdjoint` and `ImplicitAdjoint`.
+      Derivatives pass through mergers, whose times and pairs count as constants.
+
+    **Returns:** a [`jaxflow.FlowSolution`][], with more of it known:
+
+    - `merges`: a [`jaxflow.observables.MergeTree`][], the times at which distances fell to delta,
+      the pairs of clusters and their sizes; a list of trees for a batch of systems. A time is
+      interpolated within its step, as that of a distance that falls exponentially.
+    - `labels`, `labels_at(t)`: the token that stands for each at the end, and at time t.
+    - `coarse`: the measure at the end with one token a cluster, and the weights of all in it.
+    - `bound`: with `everywhere`, a bound for each token; else `None`.
+
+    **Raises:** `ValueError` for a field that tells tokens apart, a delta that is no such distance,
+    and an adjoint that solves another equation; and what [`jaxflow.flow`][] raises.
+
+    ```python
+    >>> mu0 = jaxflow.measure.simplex(4, 4)  # four tokens at right angles meet at one time
+    >>> sol = jaxflow.coarsen(jaxflow.SelfAttention(), mu0, t1=20.0)
+    >>> sol.merges.sizes.tolist(), sol.labels.tolist()
+    ([2, 3, 4], [0, 0, 0, 0])
+
+    ```
+    """
     check_kinds(
         field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
         max_steps,
@@ -197,10 +249,10 @@ def _probe(field, x, ts):
 
 
 class Coarsening(AbstractAround):
-    """Puts a [`jaxflow.coarsen`][] around a solver.
+    """A solver in which tokens that meet merge, around the one of a flow.
 
-    **Arguments:** `delta`, the angle or distance, `None` to let no tokens merge; `everywhere`, also
-    where tokens part.
+    **Arguments:** `delta`, the angle or distance, `None` for a flow in which none merge;
+    `everywhere`, whether they merge where they part as well.
     """
 
     delta: Scalar | None
