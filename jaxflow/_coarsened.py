@@ -20,8 +20,8 @@ from ._meeting import (
     floats_stopped,
     frame,
     least_close,
+    lengths,
     parting_rates,
-    unit_length,
 )
 from ._saving import FlowArgs
 from ._types import LogWeights, Points, Scalar, ScalarLike, accumulation_dtype
@@ -31,6 +31,7 @@ from .measure import Measure
 from .solvers import AbstractFieldSolver
 
 LEAST = 64  # tokens, below which a smaller measure saves nothing
+PARTS = 16  # of a step, within which the time of a merger is interpolated
 
 
 class Merged(NamedTuple):
@@ -96,7 +97,9 @@ class Coarsened(AbstractFieldSolver):
         y1, error, dense_info, inner, result = self.wrapped.step(
             diffrax.ODETerm(system.velocity), t0, t1, y0, args, inner, made_jump | turn.merged
         )
-        y1, after = self._met(t0, t1, y0, _stand(y1, merged.labels), args, merged, turn.number)
+        path = self.interpolation_cls(t0=t0, t1=t1, **dense_info)
+        y1 = _stand(y1, merged.labels)
+        y1, after = self._met(t0, t1, path, y0, y1, args, merged, turn.number)
         changed = (after.labels != merged.labels).any()
         first, _ = evaluations_per_step(self.wrapped, len(args.field.parts)) or (0, 0)
         turn = Turn(turn.number + 1, changed, turn.again + jnp.where(changed, first, 0))
@@ -105,15 +108,21 @@ class Coarsened(AbstractFieldSolver):
     def compose(self, step, field, t0, t1, y):
         return step(field, t0, t1, y)
 
-    def _met(self, t0, t1, y0, y1, args, merged, number):
+    def _met(self, t0, t1, path, y0, y1, args, merged, number):
         """The points after those that are close at the end of a step have merged."""
         if self.delta is None:
             return y1, merged
-        field, t0, t1 = floats_stopped((args.field, t0, t1))
-        one = lambda *system: self._meet(field, t0, t1, number, *system)
-        return _over(y1.ndim - 2, one)(y0, y1, _logs(y1, args), merged)
+        field, delta, t0, t1, path = floats_stopped((args.field, self.delta, t0, t1, path))
+        parts = jnp.linspace(0, 1, PARTS + 1, dtype=y1.dtype)[1:-1]
+        inside = jax.vmap(lambda part: path.evaluate(t0 + part.astype(t0.dtype) * (t1 - t0)))(parts)
+        ys = jnp.concatenate([y0[None], field.geometry.retract(inside), y1[None]])
 
-    def _meet(self, field, t0, t1, number, y0, y1, logs, merged):
+        def one(y1, ys, logs, merged):
+            return self._meet(field, delta, t0, t1, number, y1, ys, logs, merged)
+
+        return _over(y1.ndim - 2, one)(y1, jnp.moveaxis(ys, 0, -3), _logs(y1, args), merged)
+
+    def _meet(self, field, delta, t0, t1, number, y1, ys, logs, merged):
         """The same of one system.
 
         A token with another one close to it, and before it, is crowded. It goes into the first of
@@ -122,18 +131,19 @@ class Coarsened(AbstractFieldSolver):
         """
         own, geometry = jnp.arange(len(y1)), field.geometry
         dtype = accumulation_dtype(y1.dtype)
-        start, end = floats_stopped((y0.astype(dtype), y1.astype(dtype)))
-        radius = self.delta * jnp.asarray(unit_length(geometry, y1.shape[1]), dtype)
+        ys = floats_stopped(ys.astype(dtype))  # at the ends of equal parts of the step
+        end = ys[-1]
+        radius, chord = lengths(geometry, delta, y1.shape[1])
         standing = (merged.labels == own) & (jnp.exp(logs) > 0)
         root = frame(geometry, end)
         places = jnp.matmul(end, root, precision="highest")
         places = jnp.where(standing[:, None], places, jnp.nan)
-        crowded = least_close(places, standing, radius) < len(y1)
+        crowded = least_close(places, standing, chord) < len(y1)
         if merged.rates is not None:
             merged = self._longer(field, t0, t1, end, logs, merged)
 
         def meet():
-            target = least_close(places, standing & ~crowded, radius)
+            target = least_close(places, standing & ~crowded, chord)
             absorbed = crowded & (target < len(y1))
             into = jnp.where(absorbed, target, own)
             centres = _centres(geometry, y1, into, absorbed, merged.labels, logs)
@@ -146,7 +156,7 @@ class Coarsened(AbstractFieldSolver):
             into = jnp.where(absorbed, into, own)
             labels = into[merged.labels]
             y = _stand(jnp.where(together[:, None], centres, y1), labels)
-            times = _crossing(geometry, t0, t1, start, end, into, radius)
+            times = _crossing(geometry, t0, t1, ys, into, radius)
             bound = merged.log_bound
             if bound is not None:
                 moved = geometry.distance(end, floats_stopped(y.astype(dtype)))
@@ -288,13 +298,17 @@ def _centres(geometry, y, into, absorbed, labels, logs):
     return geometry.retract(jnp.where(absorbed[:, None], wide, means)).astype(y.dtype)
 
 
-def _crossing(geometry, t0, t1, start, end, into, radius):
-    """When the distance to the token that each one goes into was the radius, if it fell
-    exponentially within the step; at its start for tokens that were as close there."""
-    before = geometry.distance(start, start[into])
-    after = geometry.distance(end, end[into])
-    least = jnp.finfo(after.dtype).tiny
-    fell = jnp.log(jnp.maximum(before, least) / jnp.maximum(after, least))
-    part = jnp.log(jnp.maximum(before, least) / radius) / jnp.where(fell > 0, fell, 1)
-    part = jnp.where(fell > 0, jnp.clip(part, 0, 1), 0)
-    return t0 + part.astype(jnp.result_type(t0)) * (t1 - t0)
+def _crossing(geometry, t0, t1, ys, into, radius):
+    """When the distance to the token that each one goes into fell to the radius, last of all; the
+    start of the step for tokens that were as close there.
+
+    In each of equal parts of the step distances fall exponentially.
+    """
+    gaps = jnp.log(geometry.distance(ys, ys[:, into]) / radius)
+    parts = len(gaps) - 1
+    before, after = gaps[:-1], gaps[1:]
+    fell = (before > 0) & (after <= 0)
+    share = jnp.where(fell, before / jnp.where(fell, before - after, 1), 0)
+    ends = (jnp.arange(parts, dtype=gaps.dtype)[:, None] + share) / parts
+    part = jnp.where(fell, ends, 0).max(axis=0)
+    return t0 + part.astype(t0.dtype) * (t1 - t0)

@@ -27,11 +27,14 @@ def frame(geometry: AbstractGeometry, like: Float[Array, "*shape d"]) -> Float[A
     return jnp.linalg.cholesky(inner(basis, basis))
 
 
-def unit_length(geometry: AbstractGeometry, d: int) -> ScalarLike:
-    """The distance to which an angle of 1 belongs; 1 where distances are no angles."""
-    if isinstance(geometry, Sphere):
-        return geometry.radius
-    return math.sqrt(d) if isinstance(geometry, Ellipsoid) else 1.0
+def lengths(geometry: AbstractGeometry, delta: Scalar, d: int) -> tuple[Scalar, Scalar]:
+    """The distance on the geometry to which delta belongs, an angle on spheres and ellipsoids, and
+    that along a straight line."""
+    if not isinstance(geometry, Sphere | Ellipsoid):
+        return delta, delta
+    radius = geometry.radius if isinstance(geometry, Sphere) else math.sqrt(d)
+    radius = jnp.asarray(radius, delta.dtype)
+    return radius * delta, radius * 2 * jnp.sin(delta / 2)
 
 
 # ------------------------------------------------------------------ close tokens

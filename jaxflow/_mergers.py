@@ -38,35 +38,37 @@ class Mergers(eqx.Module):
         follow = lambda label: jnp.take_along_axis(label, label, axis=-1)
         return jax.lax.while_loop(lambda l: (follow(l) != l).any(), follow, first)
 
-    def tree(self, end: Array, log_weights: Any) -> Any:
-        """The tree of each system, in a list of lists for batches of them."""
-        times, into, end = (np.asarray(a) for a in (self.times, self.into, end))
+    def tree(self, end: Array, log_weights: Array | None) -> Any:
+        """The tree of each system up to its end, in a list of lists for batches of them."""
         weights = None if log_weights is None else np.asarray(log_weights)
-        if times.ndim > 1:
-            pick = lambda a, k, least: a[k] if a is not None and a.ndim > least else a
-            return [
-                Mergers(times[k], into[k], None).tree(pick(end, k, 0), pick(weights, k, 1))
-                for k in range(len(times))
-            ]
-        # At one time the last token first: what absorbs others is absorbed after them.
-        order = np.lexsort((-np.arange(len(times)), times))
-        order = order[times[order] <= end]
-        first, sizes = np.arange(len(times)), np.ones(len(times), int)
-        massive = None if weights is None else ~np.isneginf(weights)
-        pairs, counts = [], []
-        for token in order.tolist():
-            other = int(into[token])
-            pairs.append(sorted((int(first[other]), int(first[token]))))
-            first[other] = pairs[-1][0]
-            sizes[other] += sizes[token]
-            counts.append(int(sizes[other]))
-        return MergeTree(
-            len(times),
-            times=np.asarray(times[order], float),
-            pairs=np.asarray(pairs, int).reshape(-1, 2),
-            sizes=np.asarray(counts, int),
-            leaves=None if massive is None or massive.all() else np.flatnonzero(massive),
-        )
+        return _tree(np.asarray(self.times), np.asarray(self.into), np.asarray(end), weights)
+
+
+def _tree(times, into, end, weights) -> Any:
+    if times.ndim > 1:
+        # One end for all systems of a flow, one for each of jax.vmap.
+        ends = end if end.ndim else np.full(len(times), end)
+        own = lambda k: weights if weights is None or weights.ndim == 1 else weights[k]
+        return [_tree(times[k], into[k], ends[k], own(k)) for k in range(len(times))]
+    # At one time the last token first: what absorbs others is absorbed after them.
+    order = np.lexsort((-np.arange(len(times)), times))
+    order = order[times[order] <= end]
+    first, sizes = np.arange(len(times)), np.ones(len(times), int)
+    massive = None if weights is None else ~np.isneginf(weights)
+    pairs, counts = [], []
+    for token in order.tolist():
+        other = int(into[token])
+        pairs.append(sorted((int(first[other]), int(first[token]))))
+        first[other] = pairs[-1][0]
+        sizes[other] += sizes[token]
+        counts.append(int(sizes[other]))
+    return MergeTree(
+        len(times),
+        times=np.asarray(times[order], float),
+        pairs=np.asarray(pairs, int).reshape(-1, 2),
+        sizes=np.asarray(counts, int),
+        leaves=None if massive is None or massive.all() else np.flatnonzero(massive),
+    )
 
 
 def representatives(mu: Measure, labels: Int[Array, " n"], geometry: Any) -> Measure:
