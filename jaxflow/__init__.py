@@ -10,6 +10,7 @@ The map, in reading order:
                                        Compressed
     time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
     flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
+    coarsen      the same              where tokens that have met are one token
     observables  functions of (t, mu)  `jaxflow.observables`
     phase        p(beta, t)            phase_diagram(betas, ts, n=..., d=...)
     models       embed, flow, read out `jaxflow.models`, trained by `jaxflow.training`
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import events, measure, models, observables, phase, solvers, training, viz
     from ._cache import enable_compilation_cache
+    from .coarsen import coarsen
     from .fields import (
         NGPT,
         AbstractField,
@@ -102,6 +104,7 @@ __all__ = [
     "TimeDependent",
     "UnitNorm",
     "Unnormalised",
+    "coarsen",
     "divergence",
     "enable_compilation_cache",
     "events",
@@ -143,14 +146,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    @property
-    def flow(self) -> Any:
-        """The function. Python would put the module of that name in its place."""
-        return import_module(".flow", __name__).flow
+def _function(name: str) -> property:
+    """The function. Python would put the module of that name in its place."""
+    return property(
+        lambda package: getattr(import_module(f".{name}", __name__), name),
+        lambda package, module: None,
+    )
 
-    @flow.setter
-    def flow(self, module: ModuleType): ...
+
+class _Package(ModuleType):
+    coarsen = _function("coarsen")
+    flow = _function("flow")
 
 
 sys.modules[__name__].__class__ = _Package

@@ -7,12 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float, Int
 
 from ._flow_input import check_number
+from ._mergers import Mergers, check_known, representatives
 from ._types import ArrayLike, LogWeights, ScalarLike, is_concrete
 from .geometry import AbstractGeometry
 from .measure import Measure
+from .observables import MergeTree
 
 
 class Sides(NamedTuple):
@@ -42,6 +44,9 @@ class FlowSolution(eqx.Module):
 
     With `SaveAt(subs=...)` these hold trees like `subs`.
 
+    A solution of [`jaxflow.coarsen`][] also has `merges`, `labels`, `labels_at(t)`, `coarse` and
+    `bound`, of the tokens that have become one.
+
     ```python
     >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
     >>> sol = jaxflow.flow(
@@ -67,6 +72,7 @@ class FlowSolution(eqx.Module):
     interpolation: diffrax.DenseInterpolation | None
     geometry: AbstractGeometry
     log_weights: LogWeights | None
+    mergers: Mergers | None = None
 
     @property
     def last(self) -> Measure:
@@ -103,6 +109,70 @@ class FlowSolution(eqx.Module):
         there = lambda side: jnp.where(reached.reshape(shape), side, 0)
         ends = there(sides.after)[:-1] + there(sides.before)[1:]
         return (gaps.reshape(shape) * ends / 2).sum(axis=0)
+
+    @property
+    def merges(self) -> MergeTree | list:
+        """The mergers of tokens in the order of time: when, of which two clusters, and their size.
+
+        Of a batch of systems a list, one tree each.
+
+        **Raises:** `ValueError` for a flow without coarsening, `TypeError` while it is traced.
+        """
+        mergers = self._merged("merges")
+        check_known("merges", mergers)
+        return mergers.tree(self.end, self.log_weights)
+
+    @property
+    def labels(self) -> Int[Array, "*batch n"]:
+        """The token that stands for each at the end of the flow: the first of its cluster.
+
+        **Raises:** `ValueError` for a flow without coarsening.
+        """
+        return self._merged("labels").labels(self.end)
+
+    def labels_at(self, t: ScalarLike) -> Int[Array, "*batch n"]:
+        """The token that stood for each at time t; mergers at that time have happened.
+
+        **Raises:** `ValueError` for a flow without coarsening.
+        """
+        mergers = self._merged("labels_at")
+        check_number("t", t)
+        return mergers.labels(t)
+
+    @property
+    def coarse(self) -> Measure:
+        """The measure at the end of the flow, of one token a cluster with the weights of all in it.
+
+        **Raises:** `ValueError` for a flow without coarsening and for several systems, `TypeError`
+        while it is traced.
+        """
+        mergers = self._merged("coarse")
+        check_known("coarse", mergers)
+        if self.final.points.ndim != 2:
+            raise ValueError(
+                f"coarse is of one system, got points of shape {self.final.points.shape}: take "
+                "final and labels, which have all of them."
+            )
+        return representatives(self.final, self.labels, self.geometry)
+
+    @property
+    def bound(self) -> Float[Array, "*batch n"] | None:
+        """How far each token may be from where it stands, to first order: what merging has moved it
+        by, times exp(int of the largest rate at which tokens part there). `None` where tokens
+        merged only while they contract.
+
+        **Raises:** `ValueError` for a flow without coarsening.
+        """
+        logs = self._merged("bound").log_bound
+        return None if logs is None else jnp.exp(logs)
+
+    def _merged(self, name: str) -> Mergers:
+        if self.mergers is None:
+            raise ValueError(
+                f"{name} is of a flow whose tokens merge: call jaxflow.coarsen in place of "
+                "jaxflow.flow. For the merges of any flow there is jaxflow.events.merges."
+            )
+        return self.mergers
 
     def evaluate(self, t: ScalarLike | ArrayLike) -> Measure:
         """The measure at any time between t0 and `end`, for a flow with `SaveAt(dense=True)`.

@@ -6,6 +6,8 @@ The state is the array of points. On a submanifold the field is evaluated at the
 and each step is retracted, so repulsive fields keep the space to rounding as attractive ones do.
 """
 
+import abc
+import dataclasses
 import math
 from typing import Any, cast
 
@@ -40,7 +42,7 @@ from ._saving import (
     save_points,
     saving,
 )
-from ._solution import FlowSolution, measures_at
+from ._solution import FlowSolution, Mergers, measures_at
 from ._types import (
     Points,
     ScalarLike,
@@ -138,6 +140,62 @@ def flow(
 
     ```
     """
+    return flow_around(
+        None,
+        field,
+        mu0,
+        t0=t0,
+        t1=t1,
+        dt0=dt0,
+        solver=solver,
+        stepsize_controller=stepsize_controller,
+        saveat=saveat,
+        adjoint=adjoint,
+        event=event,
+        max_steps=max_steps,
+        throw=throw,
+        progress_meter=progress_meter,
+        observe=observe,
+    )
+
+
+class AbstractAround(eqx.Module):
+    """What is put around the solver of a flow, once its step is that of the field's geometry."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, solver: diffrax.AbstractSolver, field: AbstractField
+    ) -> diffrax.AbstractSolver:
+        """The solver with what is around it."""
+
+    @abc.abstractmethod
+    def mergers(self, solver_state: Any) -> tuple[Mergers, Array]:
+        """From the solver's last state: which tokens it merged, and how often it evaluated the
+        field anew."""
+
+
+def flow_around(
+    around: AbstractAround | None,
+    field: AbstractField,
+    mu0: Measure,
+    *,
+    t0: ScalarLike,
+    t1: ScalarLike,
+    dt0: ScalarLike | None,
+    solver: diffrax.AbstractSolver,
+    stepsize_controller: diffrax.AbstractStepSizeController | None,
+    saveat: diffrax.SaveAt,
+    adjoint: diffrax.AbstractAdjoint,
+    event: diffrax.Event | None,
+    max_steps: int | None,
+    throw: bool,
+    progress_meter: diffrax.AbstractProgressMeter,
+    observe: Observables | None,
+) -> FlowSolution:
+    """A flow, with something around its solver: `None`, or an `AbstractAround`.
+
+    The other arguments, what is returned and what is raised are those of [`jaxflow.flow`][].
+    """
     check_kinds(
         field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
         max_steps,
@@ -146,7 +204,7 @@ def flow(
     mu0 = jtu.tree_map(on_automatic_mesh, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)
     if stepsize_controller is None:
-        stepsize_controller = _default_controller(solver, dt0, dtype)
+        stepsize_controller = default_controller(solver, dt0, dtype)
     check_tolerances(stepsize_controller)
     check_fits(
         memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps),
@@ -171,6 +229,7 @@ def flow(
     on_geometry = is_concrete(mu0.points)
     try:
         sol = _solve(
+            around,
             arguments,
             _with_newton(solver),
             adjoint,
@@ -189,7 +248,9 @@ def flow(
 
 
 @eqx.filter_jit
-def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geometry, throw):
+def _solve(
+    around, arguments, solver, adjoint, event, max_steps, meter, observe, on_geometry, throw
+):
     """The solution; its last time and state, whether it failed, and whether it is finite."""
     field, mu0, times = arguments
     geometry, log_weights = field.geometry, mu0.log_weights
@@ -207,6 +268,10 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
                 y0 = jnp.where(off, jnp.nan, y0)
         # In 16 bits no step would be near enough.
         y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
+    saveat = times.saveat if plain else saving(times.saveat, geometry)
+    if around is not None:
+        solver = around(solver, field)
+        saveat = dataclasses.replace(saveat, solver_state=True)
     with times_checked(times.checked):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(particle_velocity),
@@ -216,7 +281,7 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
             times.dt0,
             y0,
             FlowArgs(field, log_weights, observe),
-            saveat=times.saveat if plain else saving(times.saveat, geometry),
+            saveat=saveat,
             stepsize_controller=times.controller,
             adjoint=adjoint,
             event=event and looking(event, geometry),
@@ -232,6 +297,10 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
         last = end, final = last_t[-1], last_y[-1]
     unpack = lambda fn: jtu.tree_map(fn, saved, is_leaf=lambda x: isinstance(x, Saved))
     evaluations = _evaluations(sol.stats, field, times, solver)
+    mergers = None
+    if around is not None:
+        mergers, again = around.mergers(sol.solver_state)
+        evaluations = None if evaluations is None else evaluations + again
     out = FlowSolution(
         ts=ts,
         measures=unpack(lambda s: measures_at(s.points, log_weights)),
@@ -246,6 +315,7 @@ def _solve(arguments, solver, adjoint, event, max_steps, meter, observe, on_geom
         interpolation=sol.interpolation,
         geometry=geometry,
         log_weights=log_weights,
+        mergers=mergers,
     )
     return out, last, jnp.invert(diffrax.is_okay(sol.result)), _finite(out)
 
@@ -272,7 +342,13 @@ def _evaluations(stats, field, times, solver):
 # ------------------------------------------------------------------ controllers
 
 
-def _default_controller(solver, dt0, dtype):
+def default_controller(
+    solver: diffrax.AbstractSolver, dt0: ScalarLike | None, dtype: np.dtype
+) -> diffrax.AbstractStepSizeController:
+    """Adaptive steps where the solver estimates its error, and fixed ones otherwise.
+
+    **Raises:** `ValueError` for fixed steps without `dt0`.
+    """
     if isinstance(solver, diffrax.AbstractAdaptiveSolver):
         tolerance = 1e-8 if dtype == jnp.float64 else 1e-5
         return diffrax.PIDController(rtol=tolerance, atol=tolerance)

@@ -96,9 +96,6 @@ class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
     def error_order(self, terms):
         return self.solver.error_order(terms)
 
-    def init(self, terms, t0, t1, y0, args):
-        return self.wrapped.init(terms, t0, t1, y0, args)
-
     def func(self, terms, t0, y0, args):
         return self.solver.func(terms, t0, y0, args)
 
@@ -121,6 +118,9 @@ class Retracted(AbstractFieldSolver):
 
     wrapped: diffrax.AbstractSolver
     geometry: AbstractGeometry
+
+    def init(self, terms, t0, t1, y0, args):
+        return self.wrapped.init(terms, t0, t1, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         y1, error, dense_info, solver_state, result = self.wrapped.step(
@@ -145,6 +145,9 @@ class Frozen(AbstractFieldSolver):
 
     wrapped: diffrax.AbstractSolver
     jumps: tuple[float, ...] = eqx.field(static=True)
+
+    def init(self, terms, t0, t1, y0, args):
+        return self.wrapped.init(terms, t0, t1, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
