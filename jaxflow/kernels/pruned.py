@@ -1,0 +1,437 @@
+"""Only the pairs that matter, to a stated tolerance, in any dimension.
+
+Keys are ordered once into balls of at most `BALL` keys and queries into blocks of `ROWS`. A ball B
+of mass M_B = sum_{j in B} e^{b_j}, mean key c_B and mean value v_B acts on a query u as one key,
+
+    D_B = sum_{j in B} e^{s_j}  is replaced by  D'_B = M_B e^{<u, c_B>},
+    N_B = sum_{j in B} e^{s_j} (v_j - v_0)  by  N'_B = D'_B (v_B - v_0),
+
+unless that could be wrong by too much for a query of a block: then the block asks its keys one by
+one. So most balls cost one pair for each query, and of the n^2 pairs few are left.
+
+**The bound.** Let X = <u, k_j - c_B> under the law of weights e^{b_j} / M_B in the ball: E X = 0,
+X <= a = |u| r_B with r_B the radius, and E X^2 <= |u|^2 l_B with l_B the norm of the covariance of
+the keys; likewise l'_B of the values. With psi(a) = (e^a - 1 - a) / a^2, which is increasing,
+e^X <= 1 + X + X^2 psi(a) (as in Bennett's inequality; Boucheron, Lugosi and Massart, Concentration
+Inequalities, 2013, theorem 2.9), and |e^X - 1| <= |X| (e^a - 1) / a. Hence
+
+    0 <= D_B - D'_B <= D'_B eps,    eps = |u|^2 l_B psi(a)                        (Jensen, Bennett)
+    |N_B - N'_B| <= D'_B (eta + eps) R,  eta R = min(2 R, |u| sqrt(l_B l'_B) (e^a - 1) / a)
+
+(Cauchy and Schwarz), R the largest |v_j - v_0|, v_0 the mean of all values. Summing over the
+replaced balls, with Z = sum_B D_B, Z' <= Z its approximation, N and N' likewise, |N'| <= R Z':
+
+    |N / Z - N' / Z'| <= |N - N'| / Z + (|N'| / Z') |Z - Z'| / Z <= R sum_B (D'_B / Z) g_B,
+    g = eta + 2 eps,    0 <= log Z - log Z' <= -log(1 - sum_B (D'_B / Z) g_B / 2).
+
+A ball is replaced where g_B D'_B <= (tolerance / 2) max(D'_B, Z_low M_B / M), M the mass of all keys
+and Z_low = sum_B D'_B <= Z over all balls. As the D'_B sum to at most Z and the M_B to M, the sum is
+at most the tolerance: the mean is wrong by at most tolerance * R in norm, the log-partition by at
+most the tolerance, beside rounding.
+
+**Derivatives** leave balls out or ask their keys: a ball is left out where D'_B (1 + eps) <=
+tolerance Z M_B / M, so that the weights p_ij of all pairs left out sum to at most the tolerance.
+Tangent and cotangent leave out the same pairs, and stay each other's transpose.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .base import (
+    LOG2E,
+    MASKED,
+    AbstractBackend,
+    Cotangent,
+    Forward,
+    Mode,
+    Operands,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+    finite,
+    inner_products,
+    on_one_batch_axis,
+    vanishing,
+)
+from .blocked import Blocked, _exp2, _matmul, _normalise, _unmasked, _with_columns
+
+# Keys in a ball, queries in a block, and balls that a block asks at a time.
+BALL, ROWS, TOGETHER = 128, 128, 4
+# Balls of which a block looks at the moments at a time.
+LOOK = 256
+# Landmarks: one for so many rows, up to so many, found in so many rounds among a sample of so many
+# rows for each.
+CELL, CELLS, ROUNDS, SAMPLE = 256, 2048, 8, 16
+# With fewer pairs than this the portable backend is as fast, whatever the law.
+FEW = 2**28
+# The portable backend runs where more than this share of all pairs would be asked.
+MOST = 0.6
+
+PORTABLE = Blocked()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned(AbstractBackend):
+    """The backend with this tolerance; None is the default of the dtype."""
+
+    tolerance: float | None = None
+
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        return self._each(_forward, operands, problem)
+
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        return self._each(_tangent, operands, problem)
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        return self._each(_cotangent, operands, problem)
+
+    def _each(self, fn: Callable, operands: Operands, problem: Problem) -> Results:
+        if operands.q.shape[-2] * operands.k.shape[-2] < FEW:
+            return PORTABLE_OF[type(operands)](operands, problem)
+        tolerance = self.tolerance
+        one = lambda operands: fn(operands, problem, tolerance)
+        batched = lambda operands, _: jax.lax.map(one, operands)
+        return on_one_batch_axis(batched, operands, problem)
+
+    def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
+        return None
+
+    def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
+        return "balls of keys"
+
+
+PORTABLE_OF = {
+    Forward: PORTABLE.forward,
+    Tangent: PORTABLE.tangent,
+    Cotangent: PORTABLE.cotangent,
+}
+
+
+# ------------------------------------------------------------------ order
+
+
+class Groups(NamedTuple):
+    """Rows of a matrix in groups of equal size that lie close together."""
+
+    index: Array  # (groups, size): a row; in places left over, another of the same cell
+    valid: Array  # (groups, size): no place left over
+    used: Array  # the number of groups that hold a row; they come first
+
+    def take(self, a: Array) -> Array:
+        return a[self.index]
+
+    def back(self, grouped: Array, length: int) -> Array:
+        """The rows in their own order."""
+        flat = grouped.reshape((-1, *grouped.shape[2:]))
+        index = jnp.where(self.valid, self.index, length).reshape(-1)
+        place = jnp.zeros(length, int).at[index].set(jnp.arange(len(index)), mode="drop")
+        return flat[place]
+
+
+def group(x: Array, size: int) -> Groups:
+    """The rows by the nearest of some landmarks, each cell in groups of `size`."""
+    n = len(x)
+    landmarks = _landmarks(x, min(max(n // CELL, 1), CELLS))
+    count = len(landmarks)
+    cell = _nearest(x, landmarks)[1]
+    order = jnp.argsort(cell)
+    first = jnp.searchsorted(cell[order], jnp.arange(count + 1))
+    groups = -(-(first[1:] - first[:-1]) // size)
+    start = jnp.cumsum(groups) - groups
+    # One more than can be used: the last group is always empty.
+    number = jnp.arange(n // size + count + 1)
+    own = jnp.searchsorted(start, number, side="right") - 1
+    place = first[own] + (number - start[own]) * size
+    place = place[:, None] + jnp.arange(size)[None, :]
+    last = first[own + 1][:, None]
+    return Groups(order[jnp.clip(place, 0, last - 1)], place < last, groups.sum())
+
+
+def _landmarks(x: Array, count: int) -> Array:
+    """At least so many rows, among which each row finds one close to it.
+
+    The first ones are evenly spaced; each later round is drawn with probability proportional to
+    the squared distance to those before it (k-means||: Bahmani et al. 2012), systematically. So a
+    cluster that has none yet gets most of the next.
+    """
+    round_size = -(-count // ROUNDS)
+    x = x[:: max(1, len(x) // (SAMPLE * count))]
+    chosen = x[jnp.arange(round_size) * len(x) // round_size]
+    distance, levels = _nearest(x, chosen)[0], (jnp.arange(round_size) + 0.5) / round_size
+    for _ in range(ROUNDS - 1):
+        total = jnp.cumsum(distance)
+        place = jnp.searchsorted(total, levels.astype(total.dtype) * total[-1])
+        more = x[jnp.clip(place, 0, len(x) - 1)]
+        chosen = jnp.concatenate([chosen, more])
+        distance = jnp.minimum(distance, _nearest(x, more)[0])
+    return chosen
+
+
+def _nearest(x: Array, landmarks: Array) -> tuple[Array, Array]:
+    """The squared distance to the nearest landmark, and its number."""
+    squares = (landmarks**2).sum(axis=1)
+    numbers = jnp.arange(len(landmarks))
+
+    def one(x):
+        half = squares[:, None] / 2 - inner_products(landmarks, x)
+        least = half.min(axis=0)
+        # Like argmin, in two reductions that are vectorised.
+        number = jnp.where(half == least[None, :], numbers[:, None], len(landmarks) - 1).min(axis=0)
+        return (x**2).sum(axis=1) + 2 * least, number
+
+    block = 1024
+    blocks = -(-len(x) // block)
+    padded = jnp.pad(x, ((0, blocks * block - len(x)), (0, 0)))
+    distance, number = jax.lax.map(one, padded.reshape(blocks, block, -1))
+    return jnp.maximum(distance.reshape(-1)[: len(x)], 0), number.reshape(-1)[: len(x)]
+
+
+# ------------------------------------------------------------------ balls
+
+
+class Balls(NamedTuple):
+    """What is known of each ball."""
+
+    log_mass: Array  # (balls,)
+    key: Array  # (balls, p)
+    value: Array  # (balls, r)
+    radius: Array  # (balls,): of the keys, about their mean
+    spread: Array  # (balls,): at least the norm of the covariance of the keys
+    value_spread: Array  # (balls,)
+
+
+def moments(k: Array, v: Array, b: Array) -> Balls:
+    """Of one ball of keys."""
+    top = finite(b.max())
+    weights = jnp.exp(b - top)
+    mass = weights.sum()
+    share = weights / jnp.where(mass == 0, 1, mass)
+    key, value = share @ k, share @ v
+    seen = jnp.where(jnp.isneginf(b), 0.0, 1.0).astype(k.dtype)[:, None]
+    e = seen * (k - key[None])
+    radius = jnp.sqrt((e**2).sum(axis=1).max())
+    return Balls(
+        jnp.log(mass) + top, key, value, radius, _spread(share, e), _spread(share, v - value[None])
+    )
+
+
+def _spread(share: Array, e: Array) -> Array:
+    """The Frobenius norm of the covariance, which bounds its largest eigenvalue."""
+    scaled = jnp.sqrt(share)[:, None] * e
+    short = scaled.T if e.shape[1] < len(e) else scaled
+    return jnp.sqrt((inner_products(short, short) ** 2).sum())
+
+
+def log_excess(size: Array, balls: Balls) -> Array:
+    """log eps of balls for queries of this norm, by which exp exceeds its value at the mean."""
+    a = size * balls.radius
+    return 2 * jnp.log(size) + jnp.log(balls.spread) + _log_psi(a)
+
+
+def log_error(size: Array, balls: Balls, diameter: Array) -> Array:
+    """log g of balls for queries of this norm."""
+    a = jnp.maximum(size * balls.radius, jnp.finfo(size.dtype).tiny)
+    slope = a + jnp.log(-jnp.expm1(-a) / a)
+    both = (jnp.log(balls.spread) + jnp.log(balls.value_spread)) / 2
+    eta = jnp.log(size) + both + slope - jnp.log(diameter)
+    log2 = math.log(2)
+    return jnp.logaddexp(jnp.minimum(eta, log2), log2 + log_excess(size, balls))
+
+
+def _log_psi(a: Array) -> Array:
+    """log((e^a - 1 - a) / a^2), from above where it is small."""
+    large = jnp.maximum(a, 0.5)
+    exact = large + jnp.log((1 - (1 + large) * jnp.exp(-large)) / large**2)
+    return jnp.where(a < 0.5, a / 2 - math.log(2), exact)
+
+
+# ------------------------------------------------------------------ one system
+
+
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """Queries in blocks and keys in balls, and the loops over them."""
+
+    u: Array
+    k: Array
+    v: Array
+    b: Array
+    rows: Groups
+    keys: Groups
+    balls: Balls
+    tolerance: float
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, b: Array, scale: Array, tolerance: float):
+        u, k, v = scale * q.astype(b.dtype), k.astype(b.dtype), v.astype(b.dtype)
+        keys = group(k, BALL)
+        each = keys.take(k), keys.take(v), jnp.where(keys.valid, keys.take(b), -jnp.inf)
+        balls = jax.lax.map(lambda ball: moments(*ball), each, batch_size=64)
+        return cls(u, k, v, b, group(u, ROWS), keys, balls, tolerance)
+
+    @property
+    def log_share(self) -> Array:
+        """log(tolerance / M), M the mass of all keys."""
+        total = jax.nn.logsumexp(self.balls.log_mass)
+        return math.log(self.tolerance) - finite(total)
+
+    @property
+    def holds_keys(self) -> Array:
+        return ~jnp.isneginf(self.balls.log_mass)
+
+    @property
+    def diameter(self) -> Array:
+        """R, the largest distance of a value from the mean of all."""
+        weights = jax.nn.softmax(self.b)
+        weights = jnp.where(jnp.isneginf(self.b), 0, weights)
+        squares = ((self.v - (weights @ self.v)[None]) ** 2).sum(axis=1)
+        squares = jnp.where(jnp.isneginf(self.b), 0, squares)
+        return jnp.maximum(jnp.sqrt(squares.max()), jnp.finfo(self.v.dtype).tiny)
+
+    def look(self, replace: bool):
+        """Which balls each block asks, and the fold (shift, total) of those that are replaced."""
+        balls, log_share = self.balls, self.log_share - math.log(2)
+        log_mass = jnp.where(self.holds_keys, balls.log_mass, MASKED)
+        values, diameter = _with_columns(balls.value, 1), self.diameter
+        number = len(log_mass)
+
+        def block(i):
+            u = self.u[self.rows.index[i]]
+            size = jnp.sqrt((u**2).sum(axis=1).max())
+            left_out = math.log(2) + jnp.logaddexp(log_excess(size, balls), 0.0)
+            near = ~(left_out + self.worst_of_all(u, log_mass) <= log_share) & self.holds_keys
+            places, chunks = _places(near, LOOK)
+
+            def chunk(j):
+                some = jax.lax.dynamic_slice_in_dim(places, j * LOOK, LOOK)
+                s = inner_products(u, balls.key[some])
+                return some, s, s + log_mass[some][None]
+
+            def bound(j, carry):
+                shift, total = carry
+                logits = chunk(j)[2]
+                new = jnp.maximum(shift, _unmasked(logits.max(axis=1)))
+                return new, total * _exp(shift - new) + _exp(logits - new[:, None]).sum(axis=1)
+
+            lowest = jnp.full(len(u), MASKED, u.dtype)
+            shift, total = jax.lax.fori_loop(0, chunks, bound, (lowest, jnp.zeros_like(lowest)))
+            low = jnp.log(total) + shift
+
+            def decide(j, carry):
+                asked, total = carry
+                some, s, logits = chunk(j)
+                worst = (s - low[:, None]).max(axis=0)
+                if replace:
+                    error = log_error(size, jax.tree.map(lambda a: a[some], balls), diameter)
+                    fine = (error <= math.log(self.tolerance / 2)) | (error + worst <= log_share)
+                else:
+                    fine = left_out[some] + worst <= log_share
+                mine = ~fine & self.holds_keys[some]
+                asked = asked.at[some].max(mine)
+                if not replace:
+                    return asked, total
+                weights = jnp.where(mine[None], 0, _exp(logits - shift[:, None]))
+                return asked, total + _matmul(weights, values[some])
+
+            init = jnp.zeros(number, bool), jnp.zeros((len(u), values.shape[1]), u.dtype)
+            asked, total = jax.lax.fori_loop(0, chunks, decide, init)
+            return (asked, shift, total) if replace else asked
+
+        return self.each_block(block)
+
+    def worst_of_all(self, u: Array, log_mass: Array) -> Array:
+        """Of each ball, a bound on <u, c_B> - log Z_low(u) over these queries.
+
+        log Z_low is convex with the gradient k', the Gibbs mean of the c_B. So with u_0 in the
+        middle of the queries, <u, c_B> - log Z_low(u) <= <u_0, c_B> - log Z_low(u_0) +
+        |u - u_0| |c_B - k'|.
+        """
+        keys, middle = self.balls.key, u.mean(axis=0)
+        reach = jnp.sqrt(((u - middle[None]) ** 2).sum(axis=1).max())
+        s = keys @ middle
+        logits = s + log_mass
+        mean = jax.nn.softmax(logits) @ keys
+        away = jnp.sqrt(((keys - mean[None]) ** 2).sum(axis=1))
+        return s - jax.nn.logsumexp(logits) + reach * away
+
+    def sparse(self, asked: Array) -> Array:
+        """Whether few enough of the pairs are asked."""
+        share = asked.sum(axis=1).astype(self.u.dtype).sum() * (ROWS * BALL)
+        return share < MOST * len(self.u) * len(self.k)
+
+    def each_block(self, fn: Callable):
+        """fn(i) for each block of queries, stacked; blocks without a query are left zero."""
+        like = jax.eval_shape(fn, 0)
+        blocks = len(self.rows.index)
+        init = jax.tree.map(lambda x: jnp.zeros((blocks, *x.shape), x.dtype), like)
+
+        def body(i, outs):
+            return jax.tree.map(lambda a, x: a.at[i].set(x), outs, fn(i))
+
+        return jax.lax.fori_loop(0, self.rows.used, body, init)
+
+    def fold(self, asked: Array, step: Callable, init, *keys: Array):
+        """carry = step(carry, places, *keys) over the balls asked, some at a time.
+
+        Each of `keys` has its rows in balls, (balls, BALL, channels).
+        """
+        places, turns = _places(asked, TOGETHER)
+
+        def body(j, carry):
+            some = jax.lax.dynamic_slice_in_dim(places, j * TOGETHER, TOGETHER)
+            return step(carry, some, *(a[some].reshape(TOGETHER * BALL, -1) for a in keys))
+
+        return jax.lax.fori_loop(0, turns, body, init)
+
+    def with_weights(self, k: Array) -> Array:
+        """(k_j, b_j) in balls."""
+        b = jnp.where(self.keys.valid, self.keys.take(self.b), -jnp.inf)
+        b = jnp.where(jnp.isneginf(b), MASKED, b)
+        return jnp.concatenate([self.keys.take(k), b[..., None]], axis=2)
+
+
+def _forward(operands: Forward, problem: Problem, tolerance: float) -> Results:
+    system = _System.of(*operands, tolerance)
+    asked, shifts, totals = system.look(replace=True)
+    keys, values = system.with_weights(system.k), system.keys.take(_with_columns(system.v, 1))
+
+    def block(i):
+        u = _with_columns(system.u[system.rows.index[i]], 1)
+
+        def step(carry, _, k, values):
+            shift, total = carry
+            s = inner_products(u, k)
+            new = jnp.maximum(shift, _unmasked(s.max(axis=1)))
+            return new, total * _exp(shift - new)[:, None] + _matmul(_exp(s - new[:, None]), values)
+
+        shift, total = system.fold(asked[i], step, (shifts[i], totals[i]), keys, values)
+        return _normalise(shift, total)
+
+    def ask():
+        mean, lse = system.each_block(block)
+        back = partial(system.rows.back, length=len(system.u))
+        return back(mean).astype(operands.v.dtype), back(lse)
+
+    return jax.lax.cond(system.sparse(asked), ask, lambda: PORTABLE.forward(operands, problem))
+
+
+def _places(mask: Array, together: int) -> tuple[Array, Array]:
+    """Where the mask is true, and how many turns of so many places that makes.
+
+    The last turn is filled up with the last place, which is an empty ball.
+    """
+    size = -(-len(mask) // together) * together
+    places = jnp.nonzero(mask, size=size, fill_value=len(mask) - 1)[0]
+    return places, -(-mask.sum() // together)
+
+
+def _exp(x: Array) -> Array:
+    return _exp2(LOG2E * x) if x.dtype == jnp.float32 else jnp.exp(x)
