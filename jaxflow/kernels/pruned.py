@@ -38,12 +38,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._types import accumulation_dtype
 from .base import (
     LOG2E,
     MASKED,
@@ -56,17 +57,16 @@ from .base import (
     Results,
     Shapes,
     Tangent,
+    evaluate,
     finite,
     inner_products,
     on_one_batch_axis,
-    vanishing,
 )
 from .blocked import Blocked, _exp2, _matmul, _normalise, _unmasked, _with_columns
 
-# Keys in a ball, queries in a block, and balls that a block asks at a time.
-BALL, ROWS, TOGETHER = 128, 128, 4
-# Balls of which a block looks at the moments at a time.
-LOOK = 256
+# Keys in a ball, queries in a block, balls that a block asks at a time, and balls of which it looks
+# at the moments at a time.
+BALL, ROWS, TOGETHER, LOOK = 128, 128, 4, 256
 # Landmarks: one for so many rows, up to so many, found in so many rounds among a sample of so many
 # rows for each.
 CELL, CELLS, ROUNDS, SAMPLE = 256, 2048, 8, 16
@@ -74,6 +74,10 @@ CELL, CELLS, ROUNDS, SAMPLE = 256, 2048, 8, 16
 FEW = 2**28
 # The portable backend runs where more than this share of all pairs would be asked.
 MOST = 0.6
+
+# By the dtype of sums: where nothing is said, and the least. Scores of size 10 are rounded there.
+DEFAULT = {"float32": 1e-6, "float64": 1e-10}
+LEAST = {"float32": 1e-6, "float64": 1e-13}
 
 PORTABLE = Blocked()
 
@@ -93,26 +97,40 @@ class Pruned(AbstractBackend):
     def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
         return self._each(_cotangent, operands, problem)
 
-    def _each(self, fn: Callable, operands: Operands, problem: Problem) -> Results:
-        if operands.q.shape[-2] * operands.k.shape[-2] < FEW:
-            return PORTABLE_OF[type(operands)](operands, problem)
-        tolerance = self.tolerance
-        one = lambda operands: fn(operands, problem, tolerance)
-        batched = lambda operands, _: jax.lax.map(one, operands)
-        return on_one_batch_axis(batched, operands, problem)
+    def _each(self, ask: Callable, operands: Operands, problem: Problem) -> Results:
+        """The systems of a batch in turn: each has its own balls, and may hand over."""
+        if few(operands):
+            return evaluate(PORTABLE, operands, problem)
+        tolerance = self.tolerance or DEFAULT[operands.b.dtype.name]
+
+        def one(operands):
+            system = System.of(operands, tolerance)
+            look = system.look(replace=isinstance(operands, Forward))
+            return jax.lax.cond(
+                system.sparse(look.asked),
+                lambda: ask(operands, system, look),
+                lambda: evaluate(PORTABLE, operands, problem),
+            )
+
+        systems = lambda operands, _: jax.lax.map(one, operands)
+        return on_one_batch_axis(systems, operands, problem)
 
     def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
+        if problem.band != (None, None):
+            return "it orders the keys by where they lie, so causal and window are not for it"
+        name = accumulation_dtype(shapes.q.dtype).name
+        if self.tolerance is not None and self.tolerance < LEAST[name]:
+            least = f"its tolerance must be at least {LEAST[name]:g} where sums are {name}"
+            return f"{least}, got {self.tolerance:g}"
         return None
 
     def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
-        return "balls of keys"
+        return "balls of keys in XLA"
 
 
-PORTABLE_OF = {
-    Forward: PORTABLE.forward,
-    Tangent: PORTABLE.tangent,
-    Cotangent: PORTABLE.cotangent,
-}
+def few(operands) -> bool:
+    """Whether there are so few pairs that it is not worth a look."""
+    return operands.q.shape[-2] * operands.k.shape[-2] < FEW
 
 
 # ------------------------------------------------------------------ order
@@ -256,8 +274,18 @@ def _log_psi(a: Array) -> Array:
 # ------------------------------------------------------------------ one system
 
 
+class Look(NamedTuple):
+    """What each block of queries does with each ball, and what it has of the balls replaced."""
+
+    asked: Array  # (blocks, balls)
+    near: Array  # (blocks, balls): asked or replaced, for all others are left out
+    shift: Array  # (blocks, ROWS)
+    total: Array  # (blocks, ROWS, r + 1): sum_B e^{-shift} D'_B (v_B, 1) over the balls replaced
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _System:
+class System:
     """Queries in blocks and keys in balls, and the loops over them."""
 
     u: Array
@@ -267,115 +295,120 @@ class _System:
     rows: Groups
     keys: Groups
     balls: Balls
-    tolerance: float
+    log_tolerance: Array
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, b: Array, scale: Array, tolerance: float):
+    def of(cls, operands: Operands, tolerance: float | Array) -> Self:
+        """Ordered, with the moments of the balls."""
+        q, k, v, b, scale, *_ = operands
         u, k, v = scale * q.astype(b.dtype), k.astype(b.dtype), v.astype(b.dtype)
         keys = group(k, BALL)
         each = keys.take(k), keys.take(v), jnp.where(keys.valid, keys.take(b), -jnp.inf)
         balls = jax.lax.map(lambda ball: moments(*ball), each, batch_size=64)
-        return cls(u, k, v, b, group(u, ROWS), keys, balls, tolerance)
+        log_tolerance = jnp.log(jnp.asarray(tolerance, b.dtype))
+        return cls(u, k, v, b, group(u, ROWS), keys, balls, log_tolerance)
 
     @property
-    def log_share(self) -> Array:
-        """log(tolerance / M), M the mass of all keys."""
-        total = jax.nn.logsumexp(self.balls.log_mass)
-        return math.log(self.tolerance) - finite(total)
-
-    @property
-    def holds_keys(self) -> Array:
+    def seen(self) -> Array:
+        """The balls that hold a key of positive weight."""
         return ~jnp.isneginf(self.balls.log_mass)
 
     @property
-    def diameter(self) -> Array:
-        """R, the largest distance of a value from the mean of all."""
-        weights = jax.nn.softmax(self.b)
-        weights = jnp.where(jnp.isneginf(self.b), 0, weights)
-        squares = ((self.v - (weights @ self.v)[None]) ** 2).sum(axis=1)
-        squares = jnp.where(jnp.isneginf(self.b), 0, squares)
-        return jnp.maximum(jnp.sqrt(squares.max()), jnp.finfo(self.v.dtype).tiny)
+    def log_mass(self) -> Array:
+        return jnp.where(self.seen, self.balls.log_mass, MASKED)
 
-    def look(self, replace: bool):
-        """Which balls each block asks, and the fold (shift, total) of those that are replaced."""
-        balls, log_share = self.balls, self.log_share - math.log(2)
-        log_mass = jnp.where(self.holds_keys, balls.log_mass, MASKED)
-        values, diameter = _with_columns(balls.value, 1), self.diameter
-        number = len(log_mass)
+    @property
+    def radius(self) -> Array:
+        """R, the largest distance of a value from the mean of all."""
+        seen = ~jnp.isneginf(self.b)
+        weights = jnp.where(seen, jnp.exp(self.b - finite(self.b.max())), 0)
+        mean = (weights @ self.v) / jnp.maximum(weights.sum(), 1)
+        squares = ((self.v - mean[None]) ** 2).sum(axis=1)
+        largest = jnp.sqrt(jnp.where(seen, squares, 0).max())
+        return jnp.maximum(largest, jnp.finfo(self.v.dtype).tiny)
+
+    # -------------------------------------------------------------- the look
+
+    def look(self, replace: bool) -> Look:
+        """What each block does with each ball: replaced are balls only where that is allowed."""
+        # log(tolerance / 2 M), what a ball of mass 1 may err by.
+        share = self.log_tolerance - math.log(2) - finite(jax.nn.logsumexp(self.balls.log_mass))
+        radius, values = self.radius, _with_columns(self.balls.value, 1)
 
         def block(i):
             u = self.u[self.rows.index[i]]
             size = jnp.sqrt((u**2).sum(axis=1).max())
-            left_out = math.log(2) + jnp.logaddexp(log_excess(size, balls), 0.0)
-            near = ~(left_out + self.worst_of_all(u, log_mass) <= log_share) & self.holds_keys
-            places, chunks = _places(near, LOOK)
+            left_out = math.log(2) + jnp.logaddexp(log_excess(size, self.balls), 0.0)
+            near = ~(left_out + self._reach(u) <= share) & self.seen
+            places, turns = _places(near, LOOK)
+            shift, low = self._lower_bound(u, places, turns)
 
-            def chunk(j):
-                some = jax.lax.dynamic_slice_in_dim(places, j * LOOK, LOOK)
-                s = inner_products(u, balls.key[some])
-                return some, s, s + log_mass[some][None]
-
-            def bound(j, carry):
-                shift, total = carry
-                logits = chunk(j)[2]
-                new = jnp.maximum(shift, _unmasked(logits.max(axis=1)))
-                return new, total * _exp(shift - new) + _exp(logits - new[:, None]).sum(axis=1)
-
-            lowest = jnp.full(len(u), MASKED, u.dtype)
-            shift, total = jax.lax.fori_loop(0, chunks, bound, (lowest, jnp.zeros_like(lowest)))
-            low = jnp.log(total) + shift
-
-            def decide(j, carry):
+            def decide(turn, carry):
                 asked, total = carry
-                some, s, logits = chunk(j)
-                worst = (s - low[:, None]).max(axis=0)
+                some = _turn(places, turn, LOOK)
+                s = inner_products(u, self.balls.key[some])
+                error = left_out[some]
                 if replace:
-                    error = log_error(size, jax.tree.map(lambda a: a[some], balls), diameter)
-                    fine = (error <= math.log(self.tolerance / 2)) | (error + worst <= log_share)
-                else:
-                    fine = left_out[some] + worst <= log_share
-                mine = ~fine & self.holds_keys[some]
-                asked = asked.at[some].max(mine)
-                if not replace:
-                    return asked, total
-                weights = jnp.where(mine[None], 0, _exp(logits - shift[:, None]))
-                return asked, total + _matmul(weights, values[some])
+                    error = log_error(size, self._at(some), radius)
+                fine = error + (s - low[:, None]).max(axis=0) <= share
+                if replace:
+                    fine = fine | (error <= self.log_tolerance - math.log(2))
+                mine = ~fine & self.seen[some]
+                logits = jnp.where(mine, MASKED, self.log_mass[some])[None] + s
+                total = total + _matmul(_exp(logits - shift[:, None]), values[some])
+                return asked.at[some].max(mine), total
 
-            init = jnp.zeros(number, bool), jnp.zeros((len(u), values.shape[1]), u.dtype)
-            asked, total = jax.lax.fori_loop(0, chunks, decide, init)
-            return (asked, shift, total) if replace else asked
+            total = jnp.zeros((len(u), values.shape[1]), u.dtype)
+            asked, total = jax.lax.fori_loop(0, turns, decide, (jnp.zeros_like(near), total))
+            return Look(asked, near, shift, total)
 
         return self.each_block(block)
 
-    def worst_of_all(self, u: Array, log_mass: Array) -> Array:
+    def _reach(self, u: Array) -> Array:
         """Of each ball, a bound on <u, c_B> - log Z_low(u) over these queries.
 
-        log Z_low is convex with the gradient k', the Gibbs mean of the c_B. So with u_0 in the
-        middle of the queries, <u, c_B> - log Z_low(u) <= <u_0, c_B> - log Z_low(u_0) +
-        |u - u_0| |c_B - k'|.
+        log Z_low is convex, and its gradient is c', the Gibbs mean of the c_B. So with u_0 in the
+        middle, <u, c_B> - log Z_low(u) <= <u_0, c_B> - log Z_low(u_0) + |u - u_0| |c_B - c'|.
         """
         keys, middle = self.balls.key, u.mean(axis=0)
         reach = jnp.sqrt(((u - middle[None]) ** 2).sum(axis=1).max())
-        s = keys @ middle
-        logits = s + log_mass
-        mean = jax.nn.softmax(logits) @ keys
+        s = (keys * middle[None]).sum(axis=1)
+        logits = s + self.log_mass
+        weights = jnp.exp(logits - logits.max())
+        mean = (weights[:, None] * keys).sum(axis=0) / weights.sum()
         away = jnp.sqrt(((keys - mean[None]) ** 2).sum(axis=1))
         return s - jax.nn.logsumexp(logits) + reach * away
 
+    def _lower_bound(self, u: Array, places: Array, turns: Array) -> tuple[Array, Array]:
+        """The largest of <u, c_B> + log M_B, and log Z_low: over the balls at these places."""
+
+        def more(turn, carry):
+            shift, total = carry
+            some = _turn(places, turn, LOOK)
+            logits = inner_products(u, self.balls.key[some]) + self.log_mass[some][None]
+            new = jnp.maximum(shift, _unmasked(logits.max(axis=1)))
+            return new, total * _exp(shift - new) + _exp(logits - new[:, None]).sum(axis=1)
+
+        init = jnp.full(len(u), MASKED, u.dtype), jnp.zeros(len(u), u.dtype)
+        shift, total = jax.lax.fori_loop(0, turns, more, init)
+        return shift, shift + jnp.log(total)
+
+    def _at(self, some: Array) -> Balls:
+        return jax.tree.map(lambda a: a[some], self.balls)
+
     def sparse(self, asked: Array) -> Array:
         """Whether few enough of the pairs are asked."""
-        share = asked.sum(axis=1).astype(self.u.dtype).sum() * (ROWS * BALL)
-        return share < MOST * len(self.u) * len(self.k)
+        pairs = asked.sum(axis=1).astype(self.u.dtype).sum() * (ROWS * BALL)
+        return pairs < MOST * len(self.u) * len(self.k)
+
+    # -------------------------------------------------------------- loops
 
     def each_block(self, fn: Callable):
         """fn(i) for each block of queries, stacked; blocks without a query are left zero."""
-        like = jax.eval_shape(fn, 0)
-        blocks = len(self.rows.index)
-        init = jax.tree.map(lambda x: jnp.zeros((blocks, *x.shape), x.dtype), like)
-
-        def body(i, outs):
-            return jax.tree.map(lambda a, x: a.at[i].set(x), outs, fn(i))
-
+        stack = lambda x: jnp.zeros((len(self.rows.index), *x.shape), x.dtype)
+        put = lambda i, stacked, x: stacked.at[i].set(x)
+        body = lambda i, outs: jax.tree.map(partial(put, i), outs, fn(i))
+        init = jax.tree.map(stack, jax.eval_shape(fn, 0))
         return jax.lax.fori_loop(0, self.rows.used, body, init)
 
     def fold(self, asked: Array, step: Callable, init, *keys: Array):
@@ -385,23 +418,42 @@ class _System:
         """
         places, turns = _places(asked, TOGETHER)
 
-        def body(j, carry):
-            some = jax.lax.dynamic_slice_in_dim(places, j * TOGETHER, TOGETHER)
-            return step(carry, some, *(a[some].reshape(TOGETHER * BALL, -1) for a in keys))
+        def body(turn, carry):
+            some = _turn(places, turn, TOGETHER)
+            return step(carry, some, *(a[some].reshape(-1, a.shape[2]) for a in keys))
 
         return jax.lax.fori_loop(0, turns, body, init)
 
-    def with_weights(self, k: Array) -> Array:
-        """(k_j, b_j) in balls."""
-        b = jnp.where(self.keys.valid, self.keys.take(self.b), -jnp.inf)
-        b = jnp.where(jnp.isneginf(b), MASKED, b)
-        return jnp.concatenate([self.keys.take(k), b[..., None]], axis=2)
+    def in_balls(self, *columns: Array) -> Array:
+        """Columns of keys, in balls."""
+        return self.keys.take(_with_columns(*columns))
+
+    @property
+    def scored(self) -> Array:
+        """(k_j, b_j) in balls, what is left over masked."""
+        keys = self.in_balls(self.k, jnp.where(jnp.isneginf(self.b), MASKED, self.b))
+        return keys.at[..., -1].set(jnp.where(self.keys.valid, keys[..., -1], MASKED))
 
 
-def _forward(operands: Forward, problem: Problem, tolerance: float) -> Results:
-    system = _System.of(*operands, tolerance)
-    asked, shifts, totals = system.look(replace=True)
-    keys, values = system.with_weights(system.k), system.keys.take(_with_columns(system.v, 1))
+def _places(mask: Array, together: int) -> tuple[Array, Array]:
+    """Where the mask is true, and in how many turns of so many places.
+
+    The last turn is filled up with the last place, an empty ball.
+    """
+    size = -(-len(mask) // together) * together
+    places = jnp.nonzero(mask, size=size, fill_value=len(mask) - 1)[0]
+    return places, -(-mask.sum() // together)
+
+
+def _turn(places: Array, turn: Array, together: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(places, turn * together, together)
+
+
+# ------------------------------------------------------------------ the three functions
+
+
+def _forward(operands: Forward, system: System, look: Look) -> Results:
+    keys, values = system.scored, system.in_balls(system.v, 1)
 
     def block(i):
         u = _with_columns(system.u[system.rows.index[i]], 1)
@@ -412,25 +464,73 @@ def _forward(operands: Forward, problem: Problem, tolerance: float) -> Results:
             new = jnp.maximum(shift, _unmasked(s.max(axis=1)))
             return new, total * _exp(shift - new)[:, None] + _matmul(_exp(s - new[:, None]), values)
 
-        shift, total = system.fold(asked[i], step, (shifts[i], totals[i]), keys, values)
-        return _normalise(shift, total)
+        init = look.shift[i], look.total[i]
+        return _normalise(*system.fold(look.asked[i], step, init, keys, values))
 
-    def ask():
-        mean, lse = system.each_block(block)
-        back = partial(system.rows.back, length=len(system.u))
-        return back(mean).astype(operands.v.dtype), back(lse)
-
-    return jax.lax.cond(system.sparse(asked), ask, lambda: PORTABLE.forward(operands, problem))
+    mean, lse = (system.rows.back(a, len(system.u)) for a in system.each_block(block))
+    return mean.astype(operands.v.dtype), lse
 
 
-def _places(mask: Array, together: int) -> tuple[Array, Array]:
-    """Where the mask is true, and how many turns of so many places that makes.
+def _tangent(operands: Tangent, system: System, look: Look) -> Results:
+    dtype = operands.b.dtype
+    mean, lse = operands.mean.astype(dtype), finite(operands.lse)
+    dk, dv = operands.dk.astype(dtype), operands.dv.astype(dtype)
+    # <u, dk> + <du, k> + db is one product.
+    moved = system.in_balls(dk, system.k, operands.moving_db)
+    values, dvalues = system.in_balls(system.v, 1), system.in_balls(dv, 0)
 
-    The last turn is filled up with the last place, which is an empty ball.
-    """
-    size = -(-len(mask) // together) * together
-    places = jnp.nonzero(mask, size=size, fill_value=len(mask) - 1)[0]
-    return places, -(-mask.sum() // together)
+    def block(i):
+        index = system.rows.index[i]
+        u = system.u[index]
+        scored, directions = _with_columns(u, 1), _with_columns(u, operands.du[index], 1)
+
+        def step(total, _, k, moved, values, dvalues):
+            p = _exp(inner_products(scored, k) - lse[index][:, None])
+            ds = inner_products(directions, moved)
+            return total + _matmul(p, dvalues) + _matmul(p * ds, values)
+
+        init = jnp.zeros((len(u), values.shape[2]), dtype)
+        total = system.fold(look.asked[i], step, init, system.scored, moved, values, dvalues)
+        return total[:, :-1] - total[:, -1:] * mean[index], total[:, -1]
+
+    dmean, dlse = (system.rows.back(a, len(system.u)) for a in system.each_block(block))
+    return dmean.astype(operands.v.dtype), dlse
+
+
+def _cotangent(operands: Cotangent, system: System, look: Look) -> Results:
+    dtype = operands.b.dtype
+    lse, centre = finite(operands.lse), operands.centre
+    keys, values = system.scored, system.in_balls(system.v, 1)
+
+    def block(i, sums):
+        index = system.rows.index[i]
+        # A query that fills up a block is another's double.
+        mine = system.rows.valid[i].astype(dtype)[:, None]
+        u, g = _with_columns(system.u[index], 1), mine * operands.g[index].astype(dtype)
+        centred = _with_columns(g, -mine[:, 0] * centre[index])
+
+        def step(carry, some, k, values):
+            gu, (gk, gv) = carry
+            p = _exp(inner_products(k, u) - lse[index][None])
+            w = p * inner_products(values, centred)
+            add = lambda total, part: total.at[some].add(part.reshape(-1, BALL, part.shape[1]))
+            return gu + _matmul(w.T, k[:, :-1]), (add(gk, _matmul(w, u)), add(gv, _matmul(p, g)))
+
+        init = jnp.zeros((len(u), system.k.shape[1]), dtype), sums
+        return system.fold(look.asked[i], step, init, keys, values)
+
+    def body(i, carry):
+        outs, sums = carry
+        gu, sums = block(i, sums)
+        return outs.at[i].set(gu), sums
+
+    # The column of ones beside u sums w to the gradient in b.
+    sums = jnp.zeros(keys.shape, dtype), jnp.zeros_like(values[..., :-1])
+    outs = jnp.zeros((*system.rows.index.shape, system.k.shape[1]), dtype)
+    gu, (gk, gv) = jax.lax.fori_loop(0, system.rows.used, body, (outs, sums))
+    gk, gv = (system.keys.back(a, len(system.k)) for a in (gk, gv))
+    gu = system.rows.back(gu, len(system.u))
+    return gu, gk[:, :-1].astype(operands.k.dtype), gv.astype(operands.v.dtype), gk[:, -1]
 
 
 def _exp(x: Array) -> Array:

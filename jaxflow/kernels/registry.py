@@ -3,6 +3,7 @@
 A new backend is a file with a subclass of `AbstractBackend`, and an entry here.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from . import proof
 from .base import MODES, AbstractBackend, Mode, Problem, Shapes
 from .blocked import Blocked
+from .pruned import Pruned
 from .reference import Reference
 
 
@@ -41,13 +43,14 @@ class Entry(NamedTuple):
     platform: str | None = None
 
 
-BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn")
+BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn", "pruned")
 REGISTRY = {
     "reference": Entry(Reference),
     "blocked": Entry(Blocked),
     "pallas_gpu": Entry(_pallas_gpu, "cuda"),
     "pallas_tpu": Entry(_pallas_tpu, "tpu"),
     "cudnn": Entry(_cudnn, "cuda"),
+    "pruned": Entry(Pruned),
     # In Pallas's interpreter, for tests.
     "pallas_gpu:interpret": Entry(partial(_pallas_gpu, interpret=True)),
     "pallas_tpu:interpret": Entry(partial(_pallas_tpu, interpret=True)),
@@ -58,7 +61,31 @@ OTHERWISE = ("blocked",)
 
 
 def load(name: str) -> AbstractBackend:
-    return REGISTRY[name].load()
+    return entry(name).load()
+
+
+def entry(name: str) -> Entry:
+    """What is registered by a name, or by "pruned:" and a tolerance.
+
+    **Raises:** `KeyError` for an unknown name, `ValueError` for what is no tolerance.
+    """
+    kind, colon, tolerance = name.partition(":")
+    if kind == "pruned" and colon:
+        return Entry(partial(Pruned, _tolerance(tolerance)))
+    return REGISTRY[name]
+
+
+def _tolerance(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise ValueError(
+            "the tolerance behind 'pruned:' must be a number between 0 and 1, as in 'pruned:1e-4'; "
+            f"got {text!r}."
+        )
+    return number
 
 
 def check_named(name, shapes: Shapes, problem: Problem):
@@ -71,9 +98,10 @@ def check_named(name, shapes: Shapes, problem: Problem):
     remedy = "Leave it None to take the best for the platform."
     if not isinstance(name, str):
         raise TypeError(f"backend must be the name of {known}, got {name!r}. {remedy}")
-    if name not in REGISTRY:
-        raise ValueError(f"backend must be {known}, got {name!r}. {remedy}")
-    backend = load(name)
+    try:
+        backend = load(name)
+    except KeyError:
+        raise ValueError(f"backend must be {known}, got {name!r}. {remedy}") from None
     for mode in MODES:
         if (reason := backend.refusal(mode, shapes, problem)) is not None:
             raise NotImplementedError(
@@ -118,7 +146,7 @@ def candidates(mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> I
 def _candidate(name: str, mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> Candidate:
     kernel = kernel_of(name, mode, shapes, problem)
     refusal = load(name).refusal(mode, shapes, problem)
-    wants_proof = refusal is None and REGISTRY[name].platform in proof.PLATFORMS
+    wants_proof = refusal is None and entry(name).platform in proof.PLATFORMS
     return Candidate(name, kernel, refusal, proof.doubt(platform, kernel) if wants_proof else None)
 
 
@@ -137,7 +165,7 @@ def choose(mode: Mode, platform: str, shapes: Shapes, problem: Problem, name: st
     """
     if name is None:
         return _best(mode, platform, shapes, problem)
-    home = REGISTRY[name].platform
+    home = entry(name).platform
     if home not in (None, platform):
         interpreted = f"{name}:interpret"
         slow = f", or {interpreted!r} for a slow run" if interpreted in REGISTRY else ""
