@@ -24,14 +24,15 @@ replaced balls, with Z = sum_B D_B, Z' <= Z its approximation, N and N' likewise
     |N / Z - N' / Z'| <= |N - N'| / Z + (|N'| / Z') |Z - Z'| / Z <= R sum_B (D'_B / Z) g_B,
     g = eta + 2 eps,    0 <= log Z - log Z' <= -log(1 - sum_B (D'_B / Z) g_B / 2).
 
-A ball is replaced where g_B D'_B <= (tolerance / 2) max(D'_B, Z_low M_B / M), M the mass of all keys
-and Z_low = sum_B D'_B <= Z over all balls. As the D'_B sum to at most Z and the M_B to M, the sum is
-at most the tolerance: the mean is wrong by at most tolerance * R in norm, the log-partition by at
-most the tolerance, beside rounding.
+A ball is replaced where g_B D'_B <= (tolerance / 2) max(D'_B, Z_low M_B / M), M the mass of all
+keys and Z_low the sum of D'_B over some balls, at most Z. It is left out (nothing stands for it)
+where g_B = 2 (1 + eps) obeys this, for |N_B| <= D_B R and D_B <= (1 + eps) D'_B. As the D'_B sum to
+at most Z and the M_B to M, sum_B (D'_B / Z) g_B is at most the tolerance: the mean is wrong by at
+most tolerance * R in norm, the log-partition by at most the tolerance, beside rounding.
 
-**Derivatives** leave balls out or ask their keys: a ball is left out where D'_B (1 + eps) <=
-tolerance Z M_B / M, so that the weights p_ij of all pairs left out sum to at most the tolerance.
-Tangent and cotangent leave out the same pairs, and stay each other's transpose.
+**Derivatives** leave a ball out or ask its keys, by the same rule, so that the weights p_ij of all
+pairs that are left out sum to less than the tolerance for each query. Tangent and cotangent leave
+out the same pairs, and stay each other's transpose.
 """
 
 import dataclasses

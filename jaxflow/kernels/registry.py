@@ -71,19 +71,23 @@ def entry(name: str) -> Entry:
     """
     kind, colon, tolerance = name.partition(":")
     if kind == "pruned" and colon:
-        return Entry(partial(Pruned, _tolerance(tolerance)))
+        return Entry(partial(Pruned, tolerance_of(tolerance)))
     return REGISTRY[name]
 
 
-def _tolerance(text: str) -> float:
+def tolerance_of(given) -> float:
+    """The number that a tolerance means.
+
+    **Raises:** `ValueError` for what is no number between 0 and 1.
+    """
     try:
-        number = float(text)
-    except ValueError:
+        number = float(given)
+    except (TypeError, ValueError):
         number = math.nan
     if not 0 < number < 1:
         raise ValueError(
-            "the tolerance behind 'pruned:' must be a number between 0 and 1, as in 'pruned:1e-4'; "
-            f"got {text!r}."
+            "the tolerance of the backend 'pruned' must be a number between 0 and 1, as 1e-4 in "
+            f"'pruned:1e-4'; got {given!r}."
         )
     return number
 
