@@ -68,9 +68,9 @@ from .blocked import Blocked, _exp2, _matmul, _normalise, _unmasked, _with_colum
 # Keys in a ball, queries in a block, balls that a block asks at a time, and balls of which it looks
 # at the moments at a time.
 BALL, ROWS, TOGETHER, LOOK = 128, 128, 4, 256
-# Landmarks: one for so many rows, up to so many, found in so many rounds among a sample of so many
-# rows for each.
-CELL, CELLS, ROUNDS, SAMPLE = 256, 2048, 8, 16
+# Landmarks, which make the cells of the order: one for `CELL` rows, but up to `CELLS` where a cell
+# has `LEAST_CELL`; found in so many rounds among a sample of so many rows for each.
+CELL, CELLS, LEAST_CELL, ROUNDS, SAMPLE = 256, 400, 64, 8, 16
 # With fewer pairs than this the portable backend is as fast, whatever the law.
 FEW = 2**28
 # The portable backend runs where more than this share of all pairs would be asked.
@@ -158,7 +158,7 @@ class Groups(NamedTuple):
 def group(x: Array, size: int) -> Groups:
     """The rows by the nearest of some landmarks, each cell in groups of `size`."""
     n = len(x)
-    landmarks = _landmarks(x, min(max(n // CELL, 1), CELLS))
+    landmarks = _landmarks(x, max(n // CELL, min(n // LEAST_CELL, CELLS), 1))
     count = len(landmarks)
     cell = _nearest(x, landmarks)[1]
     order = jnp.argsort(cell)
@@ -181,17 +181,19 @@ def _landmarks(x: Array, count: int) -> Array:
     the squared distance to those before it (k-means||: Bahmani et al. 2012), systematically. So a
     cluster that has none yet gets most of the next.
     """
-    round_size = -(-count // ROUNDS)
+    size = -(-count // ROUNDS)
     x = x[:: max(1, len(x) // (SAMPLE * count))]
-    chosen = x[jnp.arange(round_size) * len(x) // round_size]
-    distance, levels = _nearest(x, chosen)[0], (jnp.arange(round_size) + 0.5) / round_size
-    for _ in range(ROUNDS - 1):
+    levels = ((jnp.arange(size) + 0.5) / size).astype(x.dtype)
+
+    def draw(distance, _):
         total = jnp.cumsum(distance)
-        place = jnp.searchsorted(total, levels.astype(total.dtype) * total[-1])
+        place = jnp.searchsorted(total, levels * total[-1])
         more = x[jnp.clip(place, 0, len(x) - 1)]
-        chosen = jnp.concatenate([chosen, more])
-        distance = jnp.minimum(distance, _nearest(x, more)[0])
-    return chosen
+        return jnp.minimum(distance, _nearest(x, more)[0]), more
+
+    first = x[jnp.arange(size) * len(x) // size]
+    _, more = jax.lax.scan(draw, _nearest(x, first)[0], length=ROUNDS - 1)
+    return jnp.concatenate([first, more.reshape(-1, x.shape[1])])
 
 
 def _nearest(x: Array, landmarks: Array) -> tuple[Array, Array]:
