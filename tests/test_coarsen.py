@@ -246,7 +246,7 @@ def test_tokens_that_part_later_are_left_apart_in_time_dependent_fields():
     merged = jf.coarsen(CURVE, mu0, t1=15.0, delta=1e-3, everywhere=True)
     assert merged.merges.pairs.tolist()[0] == [0, 1] and merged.merges.times[0] < 8
     off = np.linalg.norm(plain.final.points - merged.final.points, axis=1)
-    # To first order in the bound: some of it is far, and 0.1 of it is the second order.
+    # The bound is one to first order, and below 0.1 at the end.
     bound = np.asarray(merged.bound[:2])
     assert (off[:2] <= 1.1 * bound).all() and (off[:2] > 0.5 * bound).all() and (bound < 0.1).all()
 
@@ -314,6 +314,35 @@ def test_fields_of_the_users_own_are_asked():
         jf.coarsen(Ordered(jf.Euclidean()), mu0, t1=1.0)
     assert not _moves(Waning(jf.Euclidean(), False), mu0, 0.0, 3.0)
     assert _moves(Waning(jf.Euclidean(), True), mu0, 0.0, 3.0)
+
+
+# ------------------------------------------------------------------ one program
+
+
+class Counted(AbstractField):
+    """x' = rate (mean - x), which counts how often it is traced."""
+
+    geometry: AbstractGeometry
+    rate: jax.Array
+    traces: list = eqx.field(static=True)
+
+    def __call__(self, t, x, mu):
+        self.traces.append(None)
+        return self.rate * (mu.mean[None] - x)
+
+
+def test_no_number_and_no_merger_compiles_again():
+    """Distances fall as e^{-rate t}, to the last bit of what is interpolated."""
+    traces, mu0 = [], jf.Measure(np.array([[0.0], [0.5], [3.0]]))
+    counts = []
+    for rate, t1, delta in ((1.0, 5.0, 0.1), (2.0, 9.0, 1e-3)):
+        field = Counted(jf.Euclidean(), jnp.asarray(rate), traces)
+        sol = jf.coarsen(field, mu0, t1=t1, delta=delta)
+        exact = np.log(np.array([0.5, 2.75]) / delta) / rate
+        np.testing.assert_allclose(sol.merges.times, exact, rtol=1e-5)
+        np.testing.assert_allclose(sol.final.points, 3.5 / 3, rtol=0, atol=1e-15 + 2e-3 * delta)
+        counts.append(len(traces))
+    assert counts[0] == counts[1] > 0
 
 
 # ------------------------------------------------------------------ many tokens, many systems

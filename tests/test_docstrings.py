@@ -22,7 +22,7 @@ OWNERS = (
 # The most used names, each of which shows how.
 SHOWN = """
     Measure uniform_sphere Sphere SelfAttention MultiHeadAttention FeedForward divergence
-    softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution
+    softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution coarsen
     until_clustered merges cluster_labels cluster_count InteractionEnergy lyapunov_exponents
     phase_diagram LanguageModel fit
 """.split()

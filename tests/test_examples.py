@@ -76,6 +76,17 @@ def test_metastability(run):
 
 
 @pytest.mark.slow
+def test_coarsening(run, tmp_path):
+    result = run("coarsening")
+    tree = result["tree"]
+    # The time of the first grows from distances of 1e-3 that are right to 1e-8.
+    np.testing.assert_allclose(tree.times[-3:], [18.5497, 13195.2, 1.699581e9], rtol=1e-5)
+    assert len(tree.times) == 15 and result["steps"] < 600 and not result["labels"].any()
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "coarsening.png").exists()
+
+
+@pytest.mark.slow
 def test_normalisation_schemes(run):
     result = run("normalisation_schemes")
     expected = {"Post-LN": -2, "nGPT": -1, "sqrt-scaling": -4, "Pre-LN": -2, "Peri-LN": -2}
