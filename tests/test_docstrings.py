@@ -76,7 +76,7 @@ def test_a_function_that_raises_is_found():
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_examples_run(name):
-    owned = (vars(owner).get(name) for owner in OWNERS)
+    owned = (getattr(owner, name, None) for owner in OWNERS)
     value = next(v for v in owned if inspect.isclass(v) or inspect.isfunction(v))
     text = inspect.getdoc(value) or ""
     names = {"jax": jax, "jnp": jnp, "diffrax": diffrax, "jaxflow": jaxflow}

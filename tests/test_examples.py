@@ -79,7 +79,7 @@ def test_metastability(run):
 def test_coarsening(run, tmp_path):
     result = run("coarsening")
     tree = result["tree"]
-    # The time of the first grows from distances of 1e-3 that are right to 1e-8.
+    # Distances of 1e-3 fall at rate 1, and are right to some 1e-8.
     np.testing.assert_allclose(tree.times[-3:], [18.5497, 13195.2, 1.699581e9], rtol=1e-5)
     assert len(tree.times) == 15 and result["steps"] < 600 and not result["labels"].any()
     if importlib.util.find_spec("matplotlib"):
