@@ -41,7 +41,9 @@ def main() -> dict:
         Path("runs").mkdir(exist_ok=True)
         axes = jf.viz.merge_tree(tree)
         axes.set_title(rf"16 tokens on the circle, $\beta$ = {BETA:g}")
-        axes.figure.savefig("runs/coarsening.png", dpi=150, bbox_inches="tight")
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.savefig("runs/coarsening.png", dpi=150, bbox_inches="tight")
     return {"tree": tree, "steps": steps, "labels": np.asarray(sol.labels)}
 
 

@@ -65,10 +65,12 @@ def coarsen(
     they contract: where the largest eigenvalue of the symmetric part of D X[mu] on the tangent
     space is negative, at the place where they would be one. Elsewhere tokens are left apart, and so
     are all tokens of a field that changes in time by more than a positive factor, which may part
-    them again. Merging keeps the mean of a cluster, and moves its second moments by O(delta^2).
+    them again. Merging keeps the mean of a cluster, and moves its second moments by O(delta^2); each
+    token is then within about delta of where it would be.
 
-    Tokens that are close to the same one merge together, at the end of a step. Tokens without mass
-    never merge. All systems of a batch merge on their own.
+    What has merged stays merged: whether tokens contract is asked when they meet, not later. Tokens
+    that are close to the same one merge together, at the end of a step. Tokens without mass never
+    merge. All systems of a batch merge on their own.
 
     **Arguments:**
 
@@ -76,12 +78,12 @@ def coarsen(
       index (`causal`, `window`), and no positions (`rotary`).
     - `mu0`, `t0`, `t1`, `dt0`, `solver`, `stepsize_controller`, `saveat`, `event`, `max_steps`,
       `throw`, `progress_meter`, `observe`: as in [`jaxflow.flow`][]. All n tokens are saved; those
-      that are one have the same coordinates. Use float64 for metastable times: rounding alone
-      keeps the steps of float32 below about 100.
+      that are one have the same coordinates. Use float64 for metastable times: in float32 and at
+      the default tolerance, rounding alone keeps steps below about 100.
     - `delta`: the distance at which tokens merge; on a sphere or an ellipsoid an angle, in radians.
       `None` is sqrt(rtol), so that the moments of a cluster are right to rtol.
     - `everywhere`: whether tokens merge also where they part, in time-dependent fields too. The
-      solution's `bound` then says how far each may be from where it stands, at the cost of d
+      solution's `bound` then says how far each may be from where it stands, at the cost of 2 d
       derivatives of the field a step.
     - `adjoint`: as in [`jaxflow.flow`][], but for `BacksolveAdjoint` and `ImplicitAdjoint`.
       Derivatives pass through mergers, whose times and pairs count as constants.

@@ -140,6 +140,10 @@ def flow(
 
     ```
     """
+    check_kinds(
+        field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
+        max_steps,
+    )  # fmt: skip
     return flow_around(
         None,
         field,
@@ -194,12 +198,9 @@ def flow_around(
 ) -> FlowSolution:
     """A flow, with something around its solver: `None`, or an `AbstractAround`.
 
-    The other arguments, what is returned and what is raised are those of [`jaxflow.flow`][].
+    The other arguments, what is returned and what is raised are those of [`jaxflow.flow`][]; that
+    each argument is of its class is known here.
     """
-    check_kinds(
-        field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
-        max_steps,
-    )  # fmt: skip
     check_measure(field, mu0)
     mu0 = jtu.tree_map(on_automatic_mesh, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)

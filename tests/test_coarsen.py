@@ -247,7 +247,7 @@ def test_tokens_that_part_later_are_left_apart_in_time_dependent_fields():
     assert merged.merges.pairs.tolist()[0] == [0, 1] and merged.merges.times[0] < 8
     off = np.linalg.norm(plain.final.points - merged.final.points, axis=1)
     # The bound is one to first order, and below 0.1 at the end.
-    bound = np.asarray(merged.bound[:2])
+    bound = np.asarray(merged.bound)[:2]
     assert (off[:2] <= 1.1 * bound).all() and (off[:2] > 0.5 * bound).all() and (bound < 0.1).all()
 
 
