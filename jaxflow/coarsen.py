@@ -65,8 +65,8 @@ def coarsen(
     they contract: where the largest eigenvalue of the symmetric part of D X[mu] on the tangent
     space is negative, at the place where they would be one. Elsewhere tokens are left apart, and so
     are all tokens of a field that changes in time by more than a positive factor, which may part
-    them again. Merging keeps the mean of a cluster, and moves its second moments by O(delta^2); each
-    token is then within about delta of where it would be.
+    them again. Merging keeps the mean of a cluster, and moves its second moments by O(delta^2);
+    each token is then within about delta of where it would be.
 
     What has merged stays merged: whether tokens contract is asked when they meet, not later. Tokens
     that are close to the same one merge together, at the end of a step. Tokens without mass never

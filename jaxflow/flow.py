@@ -183,9 +183,9 @@ def flow_around(
     field: AbstractField,
     mu0: Measure,
     *,
-    t0: ScalarLike,
-    t1: ScalarLike,
-    dt0: ScalarLike | None,
+    t0: Any,
+    t1: Any,
+    dt0: Any,
     solver: diffrax.AbstractSolver,
     stepsize_controller: diffrax.AbstractStepSizeController | None,
     saveat: diffrax.SaveAt,
@@ -199,7 +199,7 @@ def flow_around(
     """A flow, with something around its solver: `None`, or an `AbstractAround`.
 
     The other arguments, what is returned and what is raised are those of [`jaxflow.flow`][]; that
-    each argument is of its class is known here.
+    each argument is of its class is known here, but for the times.
     """
     check_measure(field, mu0)
     mu0 = jtu.tree_map(on_automatic_mesh, mu0)
