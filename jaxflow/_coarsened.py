@@ -27,6 +27,7 @@ from ._saving import FlowArgs
 from ._types import LogWeights, Points, Scalar, ScalarLike, accumulation_dtype
 from .explicit import evaluations_per_step
 from .fields import token_velocities
+from .fields.time import frozen, jumps
 from .measure import Measure
 from .solvers import AbstractFieldSolver
 
@@ -195,13 +196,20 @@ class Coarsened(AbstractFieldSolver):
         """What is merged, with bounds that have grown for a step, by the trapezoidal rule."""
         system = floats_stopped(system_of(merged.labels, logs))
 
-        def rates(index):
-            mu = system.measure(y, index)
-            return system.spread(parting_rates(field, t1, mu.points, mu)[0], index)
+        def rates(field):
+            def at(index):
+                mu = system.measure(y, index)
+                return system.spread(parting_rates(field, t1, mu.points, mu)[0], index)
 
-        now = system.over_capacities(rates)
-        grown = merged.log_bound + ((t1 - t0) / 2).astype(now.dtype) * (merged.rates + now)
-        return merged._replace(log_bound=grown, rates=now)
+            return system.over_capacities(at)
+
+        # A step may end at a jump of the field, or a rounding before it: the next one begins with
+        # other rates.
+        within = lambda part: frozen(field, t0 + part * (t1 - t0))
+        ended = rates(within(0.5))
+        begin = rates(within(1.001)) if jumps(field) else ended
+        grown = merged.log_bound + ((t1 - t0) / 2).astype(ended.dtype) * (merged.rates + ended)
+        return merged._replace(log_bound=grown, rates=begin)
 
 
 # ------------------------------------------------------------------ systems of fewer tokens

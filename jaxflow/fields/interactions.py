@@ -76,12 +76,12 @@ class Tokens(NamedTuple):
 
     @property
     def log_probabilities(self) -> LogWeights:
-        if self.density is not None:
-            return self.log_weights  # sum_j w_j density_j = 1 already
         n = self.keys.shape[0]
         dtype = accumulation_dtype(self.keys.dtype)
         if self.log_weights is None:
             return jnp.full(n, -np.log(n), dtype)
+        if self.density is not None:
+            return self.log_weights  # sum_j w_j density_j = 1 already
         return jax.nn.log_softmax(self.log_weights.astype(dtype))
 
 
