@@ -6,7 +6,8 @@ The map, in reading order:
 
     measure      mu                    Measure, and samplers in `jaxflow.measure`
     geometry     where tokens live     Sphere, Euclidean, Ellipsoid
-    field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b
+    field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b,
+                                       Compressed
     time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
     flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
     coarsen      the same              where tokens that have met are one token
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .fields import (
         NGPT,
         AbstractField,
+        Compressed,
         Constant,
         FeedForward,
         Fourier,
@@ -68,6 +70,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AbstractField",
+    "Compressed",
     "Constant",
     "Ellipsoid",
     "Euclidean",

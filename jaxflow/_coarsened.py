@@ -27,7 +27,7 @@ from ._saving import FlowArgs
 from ._types import LogWeights, Points, Scalar, ScalarLike, accumulation_dtype
 from .explicit import evaluations_per_step
 from .fields import token_velocities
-from .fields.time import frozen
+from .fields.time import frozen, jumps
 from .measure import Measure
 from .solvers import AbstractFieldSolver
 
@@ -40,12 +40,14 @@ class Merged(NamedTuple):
 
     - `labels`: the token that stands for each.
     - `times`, `into`, `log_bound`: as in `Mergers`.
+    - `rates`: at which tokens part where each one stands, where a bound is asked for.
     """
 
     labels: Int[Array, "*batch n"]
     times: Float[Array, "*batch n"]
     into: Int[Array, "*batch n"]
     log_bound: Float[Array, "*batch n"] | None
+    rates: Float[Array, "*batch n"] | None
 
 
 class Turn(NamedTuple):
@@ -66,6 +68,7 @@ def nothing_merged(y: Points, t: Array, bounded: bool) -> Merged:
         times=filled(jnp.inf, t),
         into=own,
         log_bound=filled(-jnp.inf, y) if bounded else None,
+        rates=filled(0, y) if bounded else None,
     )
 
 
@@ -111,7 +114,6 @@ class Coarsened(AbstractFieldSolver):
         if self.delta is None:
             return y1, merged
         field, delta, t0, t1, path = floats_stopped((args.field, self.delta, t0, t1, path))
-        field = frozen(field, t0 + 0.5 * (t1 - t0))
         parts = jnp.linspace(0, 1, PARTS + 1, dtype=y1.dtype)[1:-1]
         inside = jax.vmap(lambda part: path.evaluate(t0 + part.astype(t0.dtype) * (t1 - t0)))(parts)
         ys = jnp.concatenate([y0[None], field.geometry.retract(inside), y1[None]])
@@ -138,8 +140,8 @@ class Coarsened(AbstractFieldSolver):
         places = jnp.matmul(end, root, precision="highest")
         places = jnp.where(standing[:, None], places, jnp.nan)
         crowded = least_close(places, standing, chord) < len(y1)
-        if merged.log_bound is not None:
-            merged = _grown(field, t0, t1, ys, logs, merged)
+        if merged.rates is not None:
+            merged = self._longer(field, t0, t1, end, logs, merged)
 
         def meet():
             target = least_close(places, standing & ~crowded, chord)
@@ -190,21 +192,24 @@ class Coarsened(AbstractFieldSolver):
 
         return system.over_capacities(check)
 
+    def _longer(self, field, t0, t1, y, logs, merged):
+        """What is merged, with bounds that have grown for a step, by the trapezoidal rule."""
+        system = floats_stopped(system_of(merged.labels, logs))
 
-def _grown(field, t0, t1, ys, logs, merged):
-    """What is merged, with bounds that have grown for a step, by the trapezoidal rule."""
-    system = floats_stopped(system_of(merged.labels, logs))
+        def rates(field):
+            def at(index):
+                mu = system.measure(y, index)
+                return system.spread(parting_rates(field, t1, mu.points, mu)[0], index)
 
-    def rates(t, y):
-        def at(index):
-            mu = system.measure(y, index)
-            return system.spread(parting_rates(field, t, mu.points, mu)[0], index)
+            return system.over_capacities(at)
 
-        return system.over_capacities(at)
-
-    both = jax.vmap(rates)(jnp.stack([t0, t1]), ys[jnp.array([0, -1])])
-    grown = merged.log_bound + ((t1 - t0) / 2).astype(both.dtype) * both.sum(axis=0)
-    return merged._replace(log_bound=grown)
+        # A step may end at a jump of the field, or a rounding before it: the next one begins with
+        # other rates.
+        within = lambda part: frozen(field, t0 + part * (t1 - t0))
+        ended = rates(within(0.5))
+        begin = rates(within(1.001)) if jumps(field) else ended
+        grown = merged.log_bound + ((t1 - t0) / 2).astype(ended.dtype) * (merged.rates + ended)
+        return merged._replace(log_bound=grown, rates=begin)
 
 
 # ------------------------------------------------------------------ systems of fewer tokens

@@ -83,7 +83,7 @@ def coarsen(
     - `delta`: the distance at which tokens merge; on a sphere or an ellipsoid an angle, in radians.
       `None` is sqrt(rtol), so that the moments of a cluster are right to rtol.
     - `everywhere`: whether tokens merge also where they part, in time-dependent fields too. The
-      solution's `bound` then says how far each may be from where it stands, at the cost of 2 d
+      solution's `bound` then says how far each may be from where it stands, at the cost of d
       derivatives of the field a step.
     - `adjoint`: as in [`jaxflow.flow`][], but for `BacksolveAdjoint` and `ImplicitAdjoint`.
       Derivatives pass through mergers, whose times and pairs count as constants.
@@ -95,7 +95,8 @@ def coarsen(
       interpolated within its step, as that of a distance that falls exponentially.
     - `labels`, `labels_at(t)`: the token that stands for each at the end, and at time t.
     - `coarse`: the measure at the end with one token a cluster, and the weights of all in it.
-    - `bound`: with `everywhere`, a bound for each token; else `None`.
+    - `bound`: with `everywhere`, a bound for each token of a cluster, to first order in delta;
+      else `None`.
 
     **Raises:** `ValueError` for a field that tells tokens apart, a delta that is no such distance,
     and an adjoint that solves another equation; and what [`jaxflow.flow`][] raises.
@@ -159,7 +160,7 @@ def _all_fields(field: AbstractField) -> list[AbstractField]:
 def _check_order(field: AbstractField):
     """The field knows no order of the tokens, as far as it says so itself."""
     for inner in _all_fields(field):
-        for name in ("causal", "window", "rotary"):
+        for name in ("causal", "window", "mask", "rotary"):
             if getattr(inner, name, None) not in (None, False):
                 raise ValueError(
                     f"{type(inner).__name__}({name}={getattr(inner, name)}) tells tokens apart by "

@@ -26,7 +26,7 @@ LAYERS = {
     "_types": 0,
     "_rules": 0.5,
     "measure": 1,
-    "geometry": 1,
+    "geometry": 0.9,
     "kernels": 1,
     "sharding": 1,
     "fields": 2,

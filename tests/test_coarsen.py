@@ -1,5 +1,9 @@
 """Tokens that have met are one token: exact times, the plain flow, and what must not merge."""
 
+# A solution of one system: its tree is no list and its bound is there.
+# pyright: reportAttributeAccessIssue=false, reportOptionalSubscript=false
+# pyright: reportOptionalOperand=false, reportIndexIssue=false
+
 import diffrax
 import equinox as eqx
 import hypothesis.strategies as st
@@ -241,14 +245,14 @@ def test_tokens_that_part_later_are_left_apart_in_time_dependent_fields():
     plain = jf.flow(CURVE, mu0, t1=15.0)
     apart = jf.coarsen(CURVE, mu0, t1=15.0, delta=1e-3)
     assert len(apart.merges.times) == 0 and apart.bound is None
-    # Weights that are all equal round otherwise than none, by far below the tolerance of 1e-8.
+    # Roundings of tokens e^-8 apart grow by e^7.
     np.testing.assert_allclose(apart.final.points, plain.final.points, rtol=0, atol=1e-9)
     merged = jf.coarsen(CURVE, mu0, t1=15.0, delta=1e-3, everywhere=True)
     assert merged.merges.pairs.tolist()[0] == [0, 1] and merged.merges.times[0] < 8
     off = np.linalg.norm(plain.final.points - merged.final.points, axis=1)
-    # The bound is one to first order, and below 0.1 at the end.
-    bound = np.asarray(merged.bound)[:2]
-    assert (off[:2] <= 1.1 * bound).all() and (off[:2] > 0.5 * bound).all() and (bound < 0.1).all()
+    # The third token, which is alone, feels the second moment of the two.
+    assert (off[:2] <= merged.bound[:2] * (1 + 1e-2)).all()
+    assert off[0] > 0.5 * merged.bound[0] > 1e-4
 
 
 REFUSED = {
@@ -332,7 +336,7 @@ class Counted(AbstractField):
 
 
 def test_no_number_and_no_merger_compiles_again():
-    """Distances fall as e^{-rate t}, to the last bit of what is interpolated."""
+    """Distances fall as e^{-rate t}, and three tokens become one, by one program."""
     traces, mu0 = [], jf.Measure(np.array([[0.0], [0.5], [3.0]]))
     counts = []
     for rate, t1, delta in ((1.0, 5.0, 0.1), (2.0, 9.0, 1e-3)):
@@ -406,18 +410,20 @@ def test_rates_at_which_tokens_part():
 
 @pytest.mark.slow
 def test_systems_of_a_batch_merge_on_their_own():
-    """With one step size for all, and with one each (jax.vmap, under jit). A distance of delta =
-    1e-4 is right to some 1e-8, and it falls at rate 1: times are, to some 1e-4."""
-    angles = np.array([[0.0, 0.3, 1.1, 2.5], [0.2, 2.9, 0.0, 0.9], [1.5, 3.0, 0.9, 0.0]])
-    points = CIRCLE(angles)
-    field = jf.SelfAttention(beta=2.0)
-    together = jf.coarsen(field, jf.Measure(points), t1=30.0)
-    each = jax.jit(jax.vmap(lambda x: jf.coarsen(field, jf.Measure(x), t1=30.0)))(points)
+    """With one step size for all, and with one each (jax.vmap, under jit): no time moves by more
+    than the steps' accuracy, and none of another system's tokens by anything."""
+    pairs = np.array([0.0, 0.3, 2.1, 2.2, 4.2, 4.22])  # each meets at a time of its own
+    noise = [np.random.default_rng(k).uniform(0, 0.01, 6) for k in range(3)]
+    points = np.stack([CIRCLE(pairs + a) for a in noise])
+    field = jf.SelfAttention(beta=4.0)
+    together = jf.coarsen(field, jf.Measure(points), t1=12.0)
+    each = jax.jit(jax.vmap(lambda x: jf.coarsen(field, jf.Measure(x), t1=12.0)))(points)
     for k in range(3):
-        alone = jf.coarsen(field, jf.Measure(points[k]), t1=30.0)
+        alone = jf.coarsen(field, jf.Measure(points[k]), t1=12.0)
+        assert len(alone.merges.times) == 3
         for tree in (together.merges[k], each.merges[k]):
             np.testing.assert_array_equal(tree.pairs, alone.merges.pairs)
-            np.testing.assert_allclose(tree.times, alone.merges.times, rtol=0, atol=3e-3)
+            np.testing.assert_allclose(tree.times, alone.merges.times, rtol=1e-3)
         np.testing.assert_array_equal(together.labels[k], alone.labels)
         np.testing.assert_array_equal(each.labels[k], alone.labels)
         np.testing.assert_allclose(together.final.points[k], alone.final.points, rtol=0, atol=1e-6)
@@ -433,8 +439,8 @@ def test_any_solver(solver):
         jf.coarsen(jf.SelfAttention(beta=4.0), mu0, t1=1e3, solver=one).merges.times
         for one in (solver, diffrax.Tsit5())
     ]
-    # As above: distances of 1e-4 that are right to some 1e-8.
-    np.testing.assert_allclose(*times, rtol=0, atol=3e-3)
+    # Steps end at other times, and with them the order in which tokens meet that do so at once.
+    np.testing.assert_allclose(*times, rtol=2e-4)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from .base import (
     divergence,
     token_velocities,
 )
+from .compressed import Compressed
 from .feedforward import FeedForward, LinearDrift
 from .interactions import (
     AbstractInteraction,
@@ -53,6 +54,7 @@ __all__ = [
     "AbstractInteraction",
     "AbstractNorm",
     "AbstractWrapper",
+    "Compressed",
     "Constant",
     "FeedForward",
     "Fourier",

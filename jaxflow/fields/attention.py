@@ -130,7 +130,8 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         """What the interaction sees of mu: Q y, K y, the log-weights and the mask."""
         y = mu.points
         queries, keys = apply(self.query, y), apply(self.key, y)
-        return Tokens(queries, keys, mu.log_weights, self.causal, self.window, self.backend)
+        options = mu.log_weights, self.causal, self.window, self.backend, mu.density
+        return Tokens(queries, keys, *options)
 
     def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
         """beta, and queries and keys of the tokens, `(1, n, p)`."""
@@ -278,7 +279,8 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         queries = self._turn(_heads(self.query, x), 0)
 
         def tokens(q, k):
-            return Tokens(q, k, mu.log_weights, self.causal, self.window, self.backend)
+            options = mu.log_weights, self.causal, self.window, self.backend, mu.density
+            return Tokens(q, k, *options)
 
         keys, values = self.keys_values(0.0, mu.points)
         # Sinkhorn attention scores tokens with tokens, so it takes their queries too.
@@ -301,7 +303,8 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         def head(query, key, value, output):
             q, y = apply(query, x), mu.points
             own, keys = apply(query, y), apply(key, y)
-            tokens = Tokens(own, keys, mu.log_weights, self.causal, self.window, self.backend)
+            options = mu.log_weights, self.causal, self.window, self.backend, mu.density
+            tokens = Tokens(own, keys, *options)
             slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
             values = apply(output, apply(value, y))
             return self.interaction.trace(q, tokens, values, slopes, self._scale)

@@ -213,7 +213,7 @@ class AbstractWrapper(AbstractCompositeField):
 
     def seen(self, mu: Measure) -> Measure:
         """enter_# mu, the measure that F sees."""
-        return Measure(self.enter(mu.points), mu.log_weights)
+        return eqx.tree_at(lambda mu: mu.points, mu, self.enter(mu.points))
 
     def __call__(self, t, x, mu):
         return self.leave(t, x, self.field(t, self.enter(x), self.seen(mu)))

@@ -37,10 +37,26 @@ class Tokens(NamedTuple):
     causal: bool = False
     window: Window = None
     backend: str | None = None
+    density: LogWeights | None = None  # the signs of the weights of a compressed measure
 
     def attend(self, q: Queries, values: Values, scale: ScalarLike, potential=None):
         """(mean, log_partition) of the values at the queries, with a potential on the keys."""
         log_weights = self.log_weights if potential is None else self.log_probabilities + potential
+        if self.density is None:
+            return self._operation(q, values, log_weights, scale)
+        if self.causal or self.window is not None:
+            raise ValueError(
+                "a compressed measure has no order of tokens, which causal and windowed attention "
+                "ask for: pass the measure that was compressed."
+            )
+        # With weights w_j density_j: E[density v] / E[density], and Z E[density].
+        density = self.density.astype(values.dtype)[:, None]
+        channels = jnp.concatenate([density * values, density], axis=1)
+        means, log_partition = self._operation(q, channels, log_weights, scale)
+        total = means[:, -1]
+        return means[:, :-1] / total[:, None], log_partition + jnp.log(total)
+
+    def _operation(self, q, values, log_weights, scale):
         return softmax_expectation(
             q,
             self.keys,
@@ -53,12 +69,28 @@ class Tokens(NamedTuple):
         )
 
     @property
+    def weights(self) -> LogWeights:
+        """w_j, with sum_j w_j = 1."""
+        weights = jnp.exp(self.log_probabilities)
+        return weights if self.density is None else weights * self.density
+
+    @property
     def log_probabilities(self) -> LogWeights:
         n = self.keys.shape[0]
         dtype = accumulation_dtype(self.keys.dtype)
         if self.log_weights is None:
             return jnp.full(n, -np.log(n), dtype)
+        if self.density is not None:
+            return self.log_weights  # sum_j w_j density_j = 1 already
         return jax.nn.log_softmax(self.log_weights.astype(dtype))
+
+
+def _positive(tokens: Tokens, name: str):
+    if tokens.density is not None:
+        raise ValueError(
+            f"{name} attention needs weights that are positive, and those of a compressed measure "
+            "have signs: pass the measure that was compressed."
+        )
 
 
 class AbstractInteraction(eqx.Module):
@@ -124,7 +156,7 @@ class Linear(AbstractInteraction):
     """
 
     def expectation(self, q, tokens, values, scale):
-        weights = jnp.exp(tokens.log_probabilities).astype(values.dtype)
+        weights = tokens.weights.astype(values.dtype)
         keys = weights[:, None] * tokens.keys
         if not tokens.causal and tokens.window is None:
             moment = jnp.matmul(keys.T, values, precision="highest")
@@ -135,7 +167,7 @@ class Linear(AbstractInteraction):
         )
 
     def trace(self, q, tokens, values, slopes, scale):
-        weights = jnp.exp(tokens.log_probabilities).astype(values.dtype)
+        weights = tokens.weights.astype(values.dtype)
         products = weights * (values * slopes).sum(axis=1)
         return _visible_sums(products, q, tokens)
 
@@ -167,6 +199,7 @@ class Hardmax(AbstractInteraction):
             real("tolerance", self.tolerance, "finite and not negative", not_negative)
 
     def expectation(self, q, tokens, values, scale):
+        _positive(tokens, "hardmax")
         dtype = accumulation_dtype(q.dtype)
         keys, values32 = tokens.keys.astype(dtype), values.astype(dtype)
         tolerance = 32 * jnp.finfo(dtype).eps if self.tolerance is None else self.tolerance
@@ -233,6 +266,7 @@ class Sinkhorn(AbstractInteraction):
 
     def potential(self, tokens: Tokens, scale: ScalarLike) -> Float[Array, " n"]:
         """The column potential g, with mean 0 under mu."""
+        _positive(tokens, "Sinkhorn")
         if tokens.causal or tokens.window is not None:
             raise ValueError(
                 "Sinkhorn attention has no causal or windowed form: a triangular matrix with unit "

@@ -4,6 +4,8 @@ interaction   E_beta[mu] = 1/(2 beta) int int exp(beta <x, y>) mu(dx) mu(dy)
 kinetic       int |X_t[mu](x)|^2 mu(dx)
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -24,17 +26,22 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
 
     **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, or mu no measure.
     """
-    check_measure("mu", mu)
+    check_measure("mu", mu, signed=True)
     beta = _inverse_temperature(beta)
+    signs = jnp.ones(mu.points.shape[:-1], mu.points.dtype)
+    if mu.density is None or mu.log_weights is None:
+        return or_nan(over_leading(partial(_energy, beta), mu, signs), mu)
+    sizes, signs = Measure(mu.points, mu.log_weights), mu.density.astype(mu.points.dtype)
+    mass = jnp.exp(jax.nn.logsumexp(mu.log_weights, axis=-1))  # of the normalised sizes
+    return mass**2 * or_nan(over_leading(partial(_energy, beta), sizes, signs), sizes)
 
-    def one(x, logs):
-        ones = jnp.ones((x.shape[0], 1), x.dtype)
-        log_partition = softmax_expectation(x, x, ones, logs, scale=beta)[1]
-        # E = exp(logsumexp): no overflow before the last step.
-        total = jnp.exp(jax.nn.logsumexp(logs + log_partition))
-        return total / (2 * jnp.asarray(beta, total.dtype))
 
-    return or_nan(over_leading(one, mu), mu)
+def _energy(beta, x, logs, density):
+    mean, log_partition = softmax_expectation(x, x, density[:, None], logs, scale=beta)
+    # One logsumexp: no overflow before the last step.
+    signs = density * mean[:, 0]
+    total = jnp.exp(jax.nn.logsumexp(logs + log_partition, b=signs))
+    return total / (2 * jnp.asarray(beta, total.dtype))
 
 
 def _inverse_temperature(beta: ScalarLike) -> Scalar:
