@@ -76,6 +76,18 @@ def test_metastability(run):
 
 
 @pytest.mark.slow
+def test_coarsening(run, tmp_path):
+    result = run("coarsening")
+    last = [sol.merges.times[-1] for sol in result["solutions"].values()]
+    # From a new solve at each meeting; the time is moved by delta^2 and the solver's 1e-8.
+    np.testing.assert_allclose(last, [1.699581101e9, 1.699581082e9], rtol=1e-6)
+    assert len(result["tree"].times) == 15
+    assert all(int(sol.stats["num_steps"]) < 600 for sol in result["solutions"].values())
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "coarsening.png").exists()
+
+
+@pytest.mark.slow
 def test_normalisation_schemes(run):
     result = run("normalisation_schemes")
     expected = {"Post-LN": -2, "nGPT": -1, "sqrt-scaling": -4, "Pre-LN": -2, "Peri-LN": -2}
