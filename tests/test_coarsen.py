@@ -260,7 +260,9 @@ def test_tokens_that_part_later_are_left_apart_in_time_dependent_fields():
     assert tree_of(merged).pairs.tolist()[0] == [0, 1] and tree_of(merged).times[0] < 8
     off, bound = np.linalg.norm(plain.final.points - merged.final.points, axis=1), merged.bound
     assert bound is not None
-    assert (off <= bound * (1 + 1e-2)).all() and off[0] > 0.5 * bound[0] > 1e-4
+    # The bound is of first order: the other tokens move by the second moments of the two.
+    assert (off[:2] <= bound[:2] * (1 + 1e-2)).all() and off[0] > 0.9 * bound[0] > 0.05
+    assert bound[2] == 0 and off[2] < bound[0] ** 2
 
 
 class Masked(AbstractField):
@@ -433,13 +435,19 @@ def test_systems_of_a_batch_merge_on_their_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [diffrax.Kvaerno5(), jf.solvers.Geodesic()])
 def test_any_solver(solver):
-    """Three tokens at right angles meet at one time. Places are right to some 1e-8, a distance of
-    1e-3 then to 1e-4 of itself, and so is the time at which it is left: it falls at rate 1."""
+    """Three tokens at right angles meet at one time. With 1e-10 a step, places are right to 1e-8, a
+    distance of 1e-3 to 1e-5 of itself, and so is the time at which it is left: it falls at rate 1.
+    """
     sol = jf.coarsen(
-        jf.SelfAttention(beta=4.0), jf.Measure(np.eye(3)), t1=1e3, solver=solver, delta=1e-3
+        jf.SelfAttention(beta=4.0),
+        jf.Measure(np.eye(3)),
+        t1=100.0,
+        solver=solver,
+        stepsize_controller=diffrax.PIDController(rtol=1e-10, atol=1e-10),
+        delta=1e-3,
     )
     exact = meeting_time(4.0, 1e-3, 3)
-    np.testing.assert_allclose(tree_of(sol).times, [exact, exact], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(tree_of(sol).times, [exact, exact], rtol=0, atol=1e-5)
     assert tree_of(sol).pairs.tolist() == [[0, 1], [0, 2]]
 
 
