@@ -6,8 +6,8 @@ e^{-beta (1 - cos)} (arXiv 2410.06833), an explicit method takes steps of length
 within an angle delta become one token with the sum of their weights, and the steps grow with the
 time of the drift.
 
-Expected: two clusters become one at t = 1.699581e9, after about 550 steps of Tsit5, and the time
-depends on delta by no more than delta^2. The tree of all mergers is drawn over log t.
+Expected: two clusters become one at t = 1.699581e9, after about 480 steps of Tsit5, and the time
+depends on delta by no more than a share of delta^2. The tree of all mergers is drawn over log t.
 """
 
 import importlib.util

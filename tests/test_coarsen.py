@@ -245,7 +245,6 @@ CURVE = jf.TimeDependent(
 )
 
 
-@pytest.mark.slow
 def test_tokens_that_part_later_are_left_apart_in_time_dependent_fields():
     """V = I until t = 8, and -I from then on: with a bound where they merge on request.
 
