@@ -6,6 +6,7 @@ The map, in reading order:
 
     measure      mu                    Measure, and samplers in `jaxflow.measure`
     geometry     where tokens live     Sphere, Euclidean, Ellipsoid
+    masks        who sees whom         `jaxflow.masks`: Blocks, Strided, TopK, ...
     field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b
     time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
     flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
@@ -23,7 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import events, measure, models, observables, phase, solvers, training, viz
+    from . import events, masks, measure, models, observables, phase, solvers, training, viz
     from ._cache import enable_compilation_cache
     from .fields import (
         NGPT,
@@ -104,6 +105,7 @@ __all__ = [
     "events",
     "flow",
     "lyapunov_exponents",
+    "masks",
     "measure",
     "memory_estimate",
     "models",
