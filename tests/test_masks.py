@@ -2,9 +2,8 @@
 
 import dataclasses
 import itertools
-import math
+from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,10 @@ import pytest
 
 import jaxflow as jf
 from jaxflow import masks
+from jaxflow.fields.base import divergence_by_derivatives
 from jaxflow.kernels import blocked, describe_backend, explain_backend, select_backend
-from jaxflow.kernels.base import Problem
-from jaxflow.kernels.registry import BACKENDS, check_named
-from jaxflow.kernels.base import Shapes
+from jaxflow.kernels.registry import BACKENDS
+from jaxflow.masks import Levels, Tiles
 
 TABLE = np.random.default_rng(4).random((6, 5)) < 0.4
 TABLE[2] = False  # queries 10 to 14 see nothing
@@ -112,7 +111,7 @@ def of_groups(size, causal, m, n):
 class Case:
     name: str
     options: dict
-    truth: object
+    truth: Callable
     m: int = 29
     n: int = 23
 
@@ -173,11 +172,12 @@ def directions(case):
 
 
 # The rules of the second order are the same for all patterns.
-TWICE = ("table", "top k of some", "hierarchical, causal")
+TWICE = ("table", "top k of some", "hierarchical")
 
 
-def derivatives(fn, twice):
-    """Value, jvp and gradient; with `twice` also the jvp of the gradient and its reverse."""
+def derivatives(fn, name):
+    """Value, jvp and gradient; of some cases the jvp of the gradient, of one the gradient of its
+    square."""
 
     def scalar(*operands):
         mean, lse = fn(*operands)
@@ -189,10 +189,10 @@ def derivatives(fn, twice):
     def compute(primals, tangents):
         value, first = jax.jvp(fn, primals, tangents)
         first = jax.tree.map(lambda a, y: jnp.where(jnp.isfinite(y), a, 0), first, value)
-        if not twice:
+        if name not in TWICE:
             return value, first, gradient(*primals)
-        slope, second = jax.jvp(gradient, primals, tangents)
-        return value, first, slope, second, jax.grad(square, argnums=(0, 1, 2))(*primals)
+        reverse = jax.grad(square)(*primals) if name == TWICE[0] else None
+        return value, first, jax.jvp(gradient, primals, tangents), reverse
 
     return jax.jit(compute)
 
@@ -211,6 +211,204 @@ def test_values_and_derivatives(case, x64):
     """Sums of at most 40 numbers of size 1 to 100, differentiated twice: some 1,000 roundings."""
     fn = lambda q, k, v, b, scale: jf.softmax_expectation(q, k, v, b, scale=scale, **case.options)
     primals, tangents = operands(case), directions(case)
-    twice = case.name in TWICE
-    expected = derivatives(case.truth, twice)(primals, tangents)
-    assert_close(derivatives(fn, twice)(primals, tangents), expected)
+    expected = derivatives(case.truth, case.name)(primals, tangents)
+    assert_close(derivatives(fn, case.name)(primals, tangents), expected)
+
+
+def test_a_query_that_sees_nothing_and_what_is_vmapped(x64):
+    """Queries alone in a batch keep their indices; rows 10 to 14 see no key."""
+    case = CASES[1]
+    q, k, v, b, scale = operands(case)
+    queries = jnp.stack([q, -q, 2 * q])
+    one = lambda q: jf.softmax_expectation(q, k, v, b, scale=scale, **case.options)
+    mean, lse = jax.jit(jax.vmap(one))(queries)
+    assert (mean[:, 10:15] == 0).all() and jnp.isneginf(lse[:, 10:15]).all()
+    assert_close((mean, lse), jax.vmap(lambda q: case.truth(q, k, v, b, scale))(queries))
+
+
+def test_the_reference_takes_the_same_masks(x64):
+    for case in (CASES[0], CASES[5], CASES[8]):
+        options = case.options | {"scale": 0.7}
+        *arrays, _ = operands(case)
+        found = [jf.softmax_expectation(*arrays, **options, backend=b) for b in ("reference", None)]
+        assert_close(*found)
+
+
+# ------------------------------------------------------------------ which tiles
+
+SHAPES = (29, 23), (60, 60), (1, 5), (30, 1)
+SIZES = (1, 1), (4, 5), (7, 3), (100, 100)
+
+
+def holds(full, height, width):
+    m, n = full.shape
+    rows, columns = range(0, m, height), range(0, n, width)
+    return np.array([[full[i : i + height, j : j + width].any() for j in columns] for i in rows])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_and_their_tiles(name):
+    mask, pairs = PATTERNS[name]
+    for m, n in SHAPES:
+        if mask.objection((m, n)):
+            continue
+        full = mask.matrix(m, n)
+        np.testing.assert_array_equal(full, pairs(m, n))
+        for size in SIZES:
+            met, held = mask.meets(Tiles.of((m, n), *size), (m, n)), holds(full, *size)
+            # What two patterns show may lie in one tile and not meet.
+            assert (met >= held).all() and (name == "and" or (met == held).all())
+
+
+def test_random_blocks():
+    mask = masks.Random(2, 4, seed=7)
+    full = mask.matrix(30, 41)
+    table = full[::4, ::4]
+    assert table.shape == (8, 11) and (table.sum(axis=1) == 2).all()
+    np.testing.assert_array_equal(full, table.repeat(4, axis=0).repeat(4, axis=1)[:30, :41])
+    np.testing.assert_array_equal(holds(full, 7, 3), mask.meets(Tiles.of((30, 41), 7, 3), (30, 41)))
+    assert (masks.Random(2, 4, seed=8).matrix(30, 41) != full).any()
+    assert masks.Random(99, 4).matrix(30, 41).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_groups_cover_each_token_once(causal):
+    for m, n in SHAPES:
+        lengths = masks.Hierarchical(2).lengths((m, n))
+        pattern = Levels(2, lengths, causal)
+        shape = m, sum(lengths)
+        full = pattern.matrix(*shape)
+        tokens = np.arange(n)
+        inside = (tokens >= pattern.firsts[:, None]) & (
+            tokens < (pattern.firsts + (1 << pattern.levels))[:, None]
+        )
+        expected = tokens <= np.arange(m)[:, None] if causal else np.ones((m, n))
+        np.testing.assert_array_equal(full.astype(int) @ inside.astype(int), expected)
+        for size in SIZES:
+            assert (pattern.meets(Tiles.of(shape, *size), shape) >= holds(full, *size)).all()
+
+
+def test_skipped_tiles_are_not_visited():
+    """Of n = 4096 in blocks of 128 one tile in 32 holds pairs, and no other is listed; a query of a
+    hierarchy sees O(log n) groups."""
+    tiling = blocked._tiling(masks.Blocks(128), (4096, 4096), (128, 128))
+    order, counts = tiling.listed
+    assert (counts == 1).all() and (order[:, 0] == np.arange(32)).all()
+    for n in (1 << 10, 1 << 13):
+        lengths = masks.Hierarchical(4).lengths((n, n))
+        seen = Levels(4, lengths).visible(jnp.arange(n), jnp.arange(sum(lengths)), (n, n))
+        assert seen.sum(axis=1).max() <= 12 + 8 * (len(lengths) - 1)
+
+
+# ------------------------------------------------------------------ the largest scores
+
+
+def test_ties_are_averaged(x64):
+    """The mean over all ways to break the ties, whatever the order of the keys."""
+    scores = np.array([3.0, 1.0, 2.0, 2.0, 2.0, 0.0])
+    v = np.random.default_rng(0).standard_normal((6, 2))
+    mask = masks.TopK(3)
+    one = jnp.ones((1, 1))
+    for order in (np.arange(6), np.array([4, 0, 5, 3, 1, 2])):
+        k = jnp.asarray(scores[order, None])
+        mean, lse = jf.softmax_expectation(one, k, jnp.asarray(v[order]), mask=mask)
+        ways = [[0, *pair] for pair in itertools.combinations([2, 3, 4], 2)]
+        truth = [np.exp(scores[way]) @ v[way] / np.exp(scores[way]).sum() for way in ways]
+        assert_close((mean[0], lse[0]), (np.mean(truth, axis=0), np.log(np.exp([3, 2, 2]).sum())))
+
+
+def test_weights_do_not_order_keys_but_weigh_them(x64):
+    k, v = jnp.array([[1.0], [2.0], [3.0]]), jnp.eye(3)
+    b = jnp.array([5.0, jnp.log(2.0), -jnp.inf])  # the last has no mass
+    fn = lambda k: jf.softmax_expectation(jnp.ones((1, 1)), jnp.array([[1.0], [2.0], [3.0]]), v, b,
+                                          mask=masks.TopK(k))  # fmt: skip
+    assert_close(fn(1)[0], np.array([[0.0, 1.0, 0.0]]))
+    w = np.exp([6.0, 2.0]) * [1, 2]
+    assert_close(fn(9)[0], np.array([[*w / w.sum(), 0.0]]))
+
+
+# ------------------------------------------------------------------ fields
+
+
+def sphere(n, d=3):
+    return jf.measure.uniform_sphere(n, d, key=jax.random.key(1))
+
+
+def test_blocks_are_measures_that_do_not_know_each_other(x64):
+    mu = sphere(12)
+    for interaction in (jf.Softmax(), jf.Hardmax()):
+        field = jf.SelfAttention(beta=3.0, interaction=interaction, mask=masks.Blocks(6))
+        alone = jf.SelfAttention(beta=3.0, interaction=interaction)
+        parts = [alone(0.0, y, jf.Measure(y)) for y in (mu.points[:6], mu.points[6:])]
+        assert_close(field(0.0, mu.points, mu), np.concatenate(parts))
+    field = jf.MultiHeadAttention(4, 2, mask=masks.Blocks(6), key=jax.random.key(0))
+    alone = jf.MultiHeadAttention(4, 2, key=jax.random.key(0))
+    mu = sphere(12, 4)
+    parts = [alone(0.0, y, jf.Measure(y)) for y in (mu.points[:6], mu.points[6:])]
+    assert_close(field(0.0, mu.points, mu), np.concatenate(parts))
+
+
+def test_unnormalised_attention_sums_what_is_seen(x64):
+    mu, (mask, pairs) = sphere(20), PATTERNS["strided"]
+    options = {"interaction": jf.Unnormalised(), "geometry": jf.Euclidean(), "mask": mask}
+    x = np.asarray(mu.points)
+    weights = pairs(20, 20) * np.exp(2.0 * x @ x.T) / 20
+    assert_close(jf.SelfAttention(beta=2.0, **options)(0.0, mu.points, mu), weights @ x)
+
+
+@pytest.mark.parametrize("mask", [masks.Blocks(5), masks.TopK(4), masks.Hierarchical(2)], ids=str)
+def test_divergence(mask, x64):
+    mu = sphere(12)
+    field = jf.SelfAttention(jnp.diag(jnp.array([1.0, 2.0, 0.5])), beta=2.0, mask=mask)
+    expected = divergence_by_derivatives(field, 0.0, mu.points, mu)
+    assert_close(field.divergence(0.0, mu.points, mu), expected)
+
+
+def test_hierarchical_is_exact_where_the_tokens_of_a_group_agree(x64):
+    """Means of 1, 2, 4 keys that are equal in fours."""
+    mu = jf.Measure(jnp.repeat(sphere(8).points, 4, axis=0))
+    mask = masks.Hierarchical(2)
+    assert len(mask.lengths((32, 32))) == 4
+    mask = masks.Hierarchical(4)  # levels 0 to 2
+    fields = jf.SelfAttention(beta=3.0), jf.SelfAttention(beta=3.0, mask=mask)
+    assert_close(*(field(0.0, mu.points, mu) for field in fields))
+
+
+def test_observables_see_the_mask(x64):
+    mu = sphere(12)
+    field = jf.SelfAttention(beta=2.0, mask=masks.Blocks(4))
+    matrix = np.asarray(jf.observables.attention_matrix(field, mu))
+    np.testing.assert_array_equal(matrix > 0, masks.Blocks(4).matrix(12, 12))
+    entropy = jf.observables.attention_entropy(field, mu)
+    assert_close(entropy, -(matrix * np.log(np.where(matrix > 0, matrix, 1))).sum() / 12)
+    for mask in (masks.TopK(3), masks.Hierarchical(2)):
+        field = jf.SelfAttention(beta=2.0, mask=mask)
+        matrix = jf.observables.attention_matrix(field, mu)
+        assert_close(matrix.sum(axis=1), np.ones(12))
+        assert_close(matrix @ mu.points, field._force(mu.points, mu))
+        with pytest.raises(NotImplementedError, match="attention_matrix"):
+            jf.observables.attention_entropy(field, mu)
+
+
+# ------------------------------------------------------------------ the choice
+
+
+@pytest.mark.parametrize("mask", [masks.Blocks(8), masks.TopK(2), masks.Hierarchical(4)], ids=str)
+def test_the_choice_falls_on_blocked(mask, monkeypatch):
+    x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+    assert select_backend(x, x, x, mask=mask, platform="cuda") == "blocked"
+    assert describe_backend(x, x, x, mask=mask, platform="tpu").startswith("blocked (")
+    tried = explain_backend(x, x, x, mask=mask, platform="cuda")
+    assert all("masks are for reference and blocked" in c.verdict for c in tried[:-1])
+    for name in set(BACKENDS) - {"reference", "blocked"}:
+        with pytest.raises(NotImplementedError, match="masks are for reference and blocked"):
+            select_backend(x, x, x, mask=mask, backend=name)
+
+
+def test_masks_compare_by_value():
+    pairs = [(masks.BlockSparse(TABLE, 5), masks.BlockSparse(TABLE.tolist(), 5))]
+    pairs += [(masks.big_bird(window=1, tokens=1, blocks=1), masks.big_bird(window=1, tokens=1, blocks=1))]
+    for a, b in pairs:
+        assert a == b and hash(a) == hash(b)
+    assert masks.BlockSparse(TABLE, 5) != masks.BlockSparse(~TABLE, 5)
+    assert "6 x 5" in repr(masks.BlockSparse(TABLE, 5))
