@@ -24,11 +24,12 @@ part of a program's structure: they compare and hash by value, and a new one com
 import abc
 import dataclasses
 import functools
+from operator import and_, or_
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from ._rules import constant, count, instance, not_negative
 
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 Shape = tuple[int, int]  # m queries, n keys
-Indices = Int[Array, " n"] | Int[np.ndarray, " n"]
+Indices = Array | np.ndarray  # a list of whole numbers
 
 
 class AbstractMask(abc.ABC):
@@ -70,9 +71,9 @@ class Tiles:
     @staticmethod
     def of(shape: Shape, height: int, width: int) -> "Tiles":
         """Those of a matrix that is cut into tiles of this height and width."""
-        first = [np.arange(0, length, size) for length, size in zip(shape, (height, width))]
-        last = [np.minimum(a + size, n) - 1 for a, size, n in zip(first, (height, width), shape)]
-        return Tiles(first[0][:, None], last[0][:, None], first[1][None], last[1][None])
+        top, left = np.arange(0, shape[0], height)[:, None], np.arange(0, shape[1], width)[None]
+        bottom, right = (np.minimum(top + height, shape[0]), np.minimum(left + width, shape[1]))
+        return Tiles(top, bottom - 1, left, right - 1)
 
     def blocks(self, size: int) -> "Tiles":
         """The same in blocks of so many tokens."""
@@ -86,8 +87,11 @@ class AbstractPattern(AbstractMask):
     """
 
     @abc.abstractmethod
-    def visible(self, rows: Indices, columns: Indices, shape: Shape) -> Bool[Array, "m n"]:
-        """Of each query with an index in `rows` whether it sees each key in `columns`."""
+    def visible(
+        self, rows: Indices, columns: Indices, shape: Shape
+    ) -> Bool[Array, "m n"] | Bool[np.ndarray, "m n"]:
+        """Of each query with an index in `rows` whether it sees each key in `columns`, by NumPy for
+        NumPy's indices, by JAX for JAX's."""
 
     @abc.abstractmethod
     def meets(self, tiles: Tiles, shape: Shape) -> np.ndarray:
@@ -100,7 +104,7 @@ class AbstractPattern(AbstractMask):
         """
         shape = count("m", m), count("n", n)
         check(self, shape)
-        return np.asarray(self.visible(jnp.arange(m), jnp.arange(n), shape))
+        return np.asarray(self.visible(np.arange(m), np.arange(n), shape))
 
     def __or__(self, other: "AbstractPattern") -> "AbstractPattern":
         return AnyOf((self, _pattern(other)))
@@ -175,7 +179,7 @@ class Window(AbstractPattern):
 
     def visible(self, rows, columns, shape):
         offset = columns[None, :] - rows[:, None]
-        seen = jnp.ones(offset.shape, bool)
+        seen = offset == offset
         if self.left is not None:
             seen = seen & (offset >= -self.left)
         if self.right is not None:
@@ -264,7 +268,7 @@ class Strided(AbstractPattern):
     def visible(self, rows, columns, shape):
         rows, columns = (rows // self.size)[:, None], (columns // self.size)[None, :]
         strided = rows % self.stride == columns % self.stride
-        return strided | (jnp.abs(rows - columns) <= self.local)
+        return strided | (abs(rows - columns) <= self.local)
 
     def meets(self, tiles, shape):
         own = tiles.blocks(self.size)
@@ -414,12 +418,10 @@ class AnyOf(AbstractPattern):
         return _first_objection(self.masks, shape)
 
     def visible(self, rows, columns, shape):
-        return functools.reduce(
-            jnp.logical_or, (mask.visible(rows, columns, shape) for mask in self.masks)
-        )
+        return functools.reduce(or_, (mask.visible(rows, columns, shape) for mask in self.masks))
 
     def meets(self, tiles, shape):
-        return functools.reduce(np.logical_or, (mask.meets(tiles, shape) for mask in self.masks))
+        return functools.reduce(or_, (mask.meets(tiles, shape) for mask in self.masks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,12 +434,10 @@ class AllOf(AbstractPattern):
         return _first_objection(self.masks, shape)
 
     def visible(self, rows, columns, shape):
-        return functools.reduce(
-            jnp.logical_and, (mask.visible(rows, columns, shape) for mask in self.masks)
-        )
+        return functools.reduce(and_, (mask.visible(rows, columns, shape) for mask in self.masks))
 
     def meets(self, tiles, shape):
-        return functools.reduce(np.logical_and, (mask.meets(tiles, shape) for mask in self.masks))
+        return functools.reduce(and_, (mask.meets(tiles, shape) for mask in self.masks))
 
 
 def big_bird(
@@ -561,61 +561,6 @@ class Hierarchical(AbstractMask):
         return tuple(-(-shape[1] // (1 << level)) for level in range(top + 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Levels(AbstractPattern):
-    """The groups that a query of a `Hierarchical` mask sees, in the list of all groups.
-
-    The list has those of level 0, then those of level 1, and so on; `lengths` are their numbers.
-    With `causal`, groups whose last token comes after the query are hidden.
-    """
-
-    size: int
-    lengths: tuple[int, ...]
-    causal: bool = False
-
-    def objection(self, shape):
-        return None
-
-    @property
-    def levels(self) -> np.ndarray:
-        """The level of each group."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths)
-
-    @property
-    def firsts(self) -> np.ndarray:
-        """The first token of each group."""
-        groups = [np.arange(n) << level for level, n in enumerate(self.lengths)]
-        return np.concatenate(groups)
-
-    def visible(self, rows, columns, shape):
-        level, first = (jnp.asarray(a)[columns][None, :] for a in (self.levels, self.firsts))
-        i, shift = rows[:, None], level + (self.size.bit_length() - 1)
-        near = lambda shift: jnp.abs((i >> shift) - (first >> shift)) <= 1
-        seen = near(shift) & ((level == 0) | ~near(shift - 1))
-        return seen & (first + (1 << level) - 1 <= i) if self.causal else seen
-
-    def meets(self, tiles, shape):
-        seen = np.zeros((tiles.top.size, tiles.left.size), bool)
-        start = 0
-        for level, length in enumerate(self.lengths):
-            left = np.maximum(tiles.left - start, 0)
-            right = np.minimum(tiles.right - start, length - 1)
-            seen |= (left <= right) & self._meets(level, tiles, left << level, right << level)
-            start += length
-        return seen
-
-    def _meets(self, level: int, tiles: Tiles, left, right):
-        """Of groups of one level, those that start from `left` to `right`."""
-        ends = tiles.top, tiles.bottom, left, right
-        shift = level + self.size.bit_length() - 1
-        top, bottom, first, last = (a >> shift for a in ends)
-        seen = (first <= bottom + 1) & (top <= last + 1)
-        if level:
-            top, bottom, first, last = (a >> (shift - 1) for a in ends)
-            seen &= np.maximum(bottom - first, last - top) >= 2
-        return seen & (left + (1 << level) - 1 <= tiles.bottom) if self.causal else seen
-
-
 # ------------------------------------------------------------------ tables
 
 
@@ -630,8 +575,8 @@ def _boolean_matrix(table: Any) -> np.ndarray:
         )
     if found.ndim != 2 or not found.size:
         raise ValueError(
-            "the table of a mask must have two axes, (blocks of queries, blocks of keys); got shape "
-            f"{found.shape}."
+            "the table of a mask must have two axes, (blocks of queries, blocks of keys); got "
+            f"shape {found.shape}."
         )
     return found
 
@@ -651,8 +596,13 @@ def _random_table(rows: int, columns: int, mask: Random) -> np.ndarray:
     return table
 
 
-def _look_up(table: np.ndarray, rows, columns) -> Array:
-    return jnp.asarray(table)[rows][:, columns]
+def _look_up(table: np.ndarray, rows: Indices, columns: Indices):
+    return take(table, rows)[:, columns]
+
+
+def take(constant: np.ndarray, indices: Indices):
+    """Of a constant of the program, by NumPy for NumPy's indices."""
+    return (constant if isinstance(indices, np.ndarray) else jnp.asarray(constant))[indices]
 
 
 def _any_block(table: np.ndarray, blocks: Tiles) -> np.ndarray:

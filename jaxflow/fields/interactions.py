@@ -272,7 +272,7 @@ class Sinkhorn(AbstractInteraction):
             )
         if tokens.mask is not None:
             raise NotImplementedError(
-                f"Sinkhorn attention takes no mask, got {tokens.mask!r}: few patterns have positive "
+                f"Sinkhorn attention takes no mask, got {tokens.mask!r}: few patterns have "
                 "matrices with unit row and column sums. Use Softmax() with masks."
             )
         weights = jnp.exp(tokens.log_probabilities)

@@ -51,8 +51,9 @@ ROWS, KEYS = 2048, 512
 # Under a band, a system of one tile is cut into up to four strips of at least this many rows, so
 # that fewer of the pairs outside the band are computed.
 STRIP = 64
-# Under a mask, tiles down to so many rows and keys are tried; each costs as much as so many pairs.
-SMALLEST, TILE = 128, 2**14
+# Under a mask, tiles down to so many rows and keys are tried. Each costs as much as so many pairs
+# beside its own: 5,000 to 12,000 in tiles of 64 x 64 to 256 x 512 on those cores, d = 64.
+SMALLEST, TILE = 64, 2**13
 
 Arrays = tuple[Array, ...]
 

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
-from ..masks import AbstractMask, AbstractPattern, Hierarchical, Levels, TopK, is_mask
+from ..masks import AbstractMask, AbstractPattern, Hierarchical, TopK, is_mask
 from ..masks import check as check_mask
 from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
-from .hierarchy import groups
+from .hierarchy import Levels, groups
 from .primitives import forward_p
 from .registry import (
     Candidate,
@@ -82,8 +82,8 @@ def softmax_expectation(
     **Raises:**
 
     - `ValueError` for wrong shapes, an empty array, a window that is no distance, a mask that is
-      not for so many tokens and an unknown backend; also for a scale that is not finite and for log-weights that are NaN or +inf, unless
-      they are traced: then NaN comes out.
+      not for so many tokens and an unknown backend; also for a scale that is not finite and for
+      log-weights that are NaN or +inf, unless they are traced: then NaN comes out.
     - `TypeError` for wrong dtypes, and for what is no array, number, Boolean or name.
     - `NotImplementedError` with the reason where a backend asked for by name cannot do it.
 
@@ -258,8 +258,8 @@ def _problem(
     if isinstance(mask, Hierarchical):
         if window is not None:
             raise ValueError(
-                f"a hierarchical mask takes no window, which cuts its groups of keys; got {window}. "
-                "Leave the window None: far keys cost a hierarchical mask little."
+                "a hierarchical mask takes no window, which cuts its groups of keys; got window="
+                f"{window}. Leave the window None: far keys cost a hierarchical mask little."
             )
         levels = Levels(mask.size, mask.lengths(shape), bool(causal))
         return Problem((None, None), True, constant, mask=levels)  # groups have masses
