@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..masks import AbstractPattern, take
+from ..masks import AbstractPattern, Tiles, take
 from .base import finite, pad
 
 Groups = tuple[Float[Array, "groups p"], Float[Array, "groups r"], Float[Array, " groups"]]

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._types import ScalarLike
 from ..masks import AbstractPattern, TopK
 from .base import (
     AbstractBackend,
@@ -102,7 +101,7 @@ def definition(
     band: Band,
     mask: AbstractPattern | TopK | None = None,
     queries: int | None = None,
-    first: ScalarLike = 0,
+    first: int | Array = 0,
 ) -> tuple[Float[Array, "m r"], Float[Array, " m"]]:
     """(mean, log_partition) of one system, or of its rows from `first` on, of so many queries."""
     dtype = b.dtype
