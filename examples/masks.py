@@ -40,7 +40,7 @@ def labels_over_time(mask, mu0) -> np.ndarray:
     """The cluster of each token at each time, (t, n)."""
     field = jf.SelfAttention(beta=BETA, mask=mask)
     # The choice of the largest scores jumps, which no control of the error likes.
-    fixed, saveat = diffrax.ConstantStepSize(), diffrax.SaveAt(ts=TS)
+    fixed, saveat = diffrax.ConstantStepSize(), diffrax.SaveAt(ts=jnp.asarray(TS))
     sol = jf.flow(
         field, mu0, t1=T1, dt0=0.1, solver=diffrax.Heun(), stepsize_controller=fixed, saveat=saveat
     )

@@ -1,5 +1,6 @@
 # The arguments are wrong on purpose.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 """Calls that are not asked right: a name, the call, the error and what its message must say.
 
 Run as a program it writes the errors as JSON: users have no checks of types at run time, as tests
