@@ -138,6 +138,20 @@ def test_text_as_a_measure(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_masks(run, tmp_path):
+    result = run("masks")
+    last = {name: counts[-1] for name, counts in result["counts"].items()}
+    agreement = {name: shares[-1] for name, shares in result["agreement"].items()}
+    for order in ("ordered", "shuffled"):
+        assert last[order, "full attention"] == 3 and last[order, "top 16"] == 9
+        assert all(0.75 < agreement[order, name] < 0.95 for name in ("strided", "BigBird"))
+    assert last["ordered", "blocks"] == 4 and last["shuffled", "blocks"] > 10
+    assert agreement["ordered", "hierarchical"] > 0.99 > 0.9 > agreement["shuffled", "hierarchical"]
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "masks.png").exists()
+
+
+@pytest.mark.slow
 def test_phase_diagram(run, tmp_path):
     result = run("phase_diagram")
     curve, boundaries = result["curve"], result["boundaries"]
