@@ -6,6 +6,7 @@ The map, in reading order:
 
     measure      mu                    Measure, and samplers in `jaxflow.measure`
     geometry     where tokens live     Sphere, Euclidean, Ellipsoid
+    masks        who sees whom         `jaxflow.masks`: Blocks, Strided, TopK, ...
     field        mu -> X_t[mu]         SelfAttention, MultiHeadAttention, FeedForward, a + b,
                                        Compressed
     time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
@@ -25,7 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import events, measure, models, observables, phase, solvers, training, viz
+    from . import events, masks, measure, models, observables, phase, solvers, training, viz
     from ._cache import enable_compilation_cache
     from .coarsen import coarsen
     from .fields import (
@@ -110,6 +111,7 @@ __all__ = [
     "events",
     "flow",
     "lyapunov_exponents",
+    "masks",
     "measure",
     "memory_estimate",
     "models",

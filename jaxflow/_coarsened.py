@@ -39,14 +39,12 @@ class Merged(NamedTuple):
 
     - `labels`: the token that stands for each.
     - `times`, `into`, `log_bound`: as in `Mergers`.
-    - `rates`: at which tokens part where each one stands, where a bound is asked for.
     """
 
     labels: Int[Array, "*batch n"]
     times: Float[Array, "*batch n"]
     into: Int[Array, "*batch n"]
     log_bound: Float[Array, "*batch n"] | None
-    rates: Float[Array, "*batch n"] | None
 
 
 class Turn(NamedTuple):
@@ -67,7 +65,6 @@ def nothing_merged(y: Points, t: Array, bounded: bool) -> Merged:
         times=filled(jnp.inf, t),
         into=own,
         log_bound=filled(-jnp.inf, y) if bounded else None,
-        rates=filled(0, y) if bounded else None,
     )
 
 
@@ -139,8 +136,8 @@ class Coarsened(AbstractFieldSolver):
         places = jnp.matmul(end, root, precision="highest")
         places = jnp.where(standing[:, None], places, jnp.nan)
         crowded = least_close(places, standing, chord) < len(y1)
-        if merged.rates is not None:
-            merged = self._longer(field, t0, t1, end, logs, merged)
+        if merged.log_bound is not None:
+            merged = self._longer(field, t0, t1, ys[PARTS // 2], logs, merged)
 
         def meet():
             target = least_close(places, standing & ~crowded, chord)
@@ -192,16 +189,18 @@ class Coarsened(AbstractFieldSolver):
         return system.over_capacities(check)
 
     def _longer(self, field, t0, t1, y, logs, merged):
-        """What is merged, with bounds that have grown for a step, by the trapezoidal rule."""
+        """What is merged, with bounds that have grown for a step.
+
+        By the rule of the midpoint, where tokens are at y: no jump of the field divides a step, and
+        where a step ends there may be one."""
         system = floats_stopped(system_of(merged.labels, logs))
 
         def rates(index):
             mu = system.measure(y, index)
-            return system.spread(parting_rates(field, t1, mu.points, mu)[0], index)
+            return system.spread(parting_rates(field, (t0 + t1) / 2, mu.points, mu)[0], index)
 
-        now = system.over_capacities(rates)
-        grown = merged.log_bound + ((t1 - t0) / 2).astype(now.dtype) * (merged.rates + now)
-        return merged._replace(log_bound=grown, rates=now)
+        grown = (t1 - t0).astype(y.dtype) * system.over_capacities(rates)
+        return merged._replace(log_bound=merged.log_bound + grown)
 
 
 # ------------------------------------------------------------------ systems of fewer tokens

@@ -14,7 +14,6 @@ from ._mergers import Mergers, check_known, representatives
 from ._types import ArrayLike, LogWeights, ScalarLike, is_concrete
 from .geometry import AbstractGeometry
 from .measure import Measure
-from .observables import MergeTree
 
 
 class Sides(NamedTuple):
@@ -111,10 +110,10 @@ class FlowSolution(eqx.Module):
         return (gaps.reshape(shape) * ends / 2).sum(axis=0)
 
     @property
-    def merges(self) -> MergeTree | list:
+    def merges(self) -> Any:
         """The mergers of tokens in the order of time: when, of which two clusters, and their size.
 
-        Of a batch of systems a list, one tree each.
+        A [`jaxflow.observables.MergeTree`][]; of a batch of systems a list, one tree each.
 
         **Raises:** `ValueError` for a flow without coarsening, `TypeError` while it is traced.
         """

@@ -59,25 +59,32 @@ def coarsen(
 
     Tokens come together at a rate of about 1, and clusters drift exponentially slowly (arXiv
     2410.06833): a plain solver takes short steps for a motion that is over. Where tokens merge, the
-    steps of an explicit method grow with the time of the drift, and each costs less.
+    steps of an explicit method grow with the time of the drift, and each costs less: 16 tokens on
+    the circle at beta = 12 are one cluster at t = 1.7e9 after 485 steps of Tsit5.
 
     Two tokens of one measure obey d(x - y)/dt = D X[mu](x) (x - y) + O(|x - y|^2). They merge where
     they contract: where the largest eigenvalue of the symmetric part of D X[mu] on the tangent
     space is negative, at the place where they would be one. Elsewhere tokens are left apart, and so
     are all tokens of a field that changes in time by more than a positive factor, which may part
-    them again. Merging keeps the mean of a cluster, and moves its second moments by O(delta^2).
+    them again. Merging keeps the mean of a cluster, and moves its second moments by O(delta^2);
+    each token is then within about delta of where it would be.
 
-    Tokens that are close to the same one merge together, at the end of a step. Tokens without mass
-    never merge. All systems of a batch merge on their own.
+    What has merged stays merged: whether tokens contract is asked when they meet, not later. Tokens
+    that are close to the same one merge together, at the end of a step. Tokens without mass never
+    merge. All systems of a batch merge on their own.
+
+    This changes the flow, by less than it is right to, and is fast. Where the flow itself is to
+    stay as it is, or the field has masks, or clusters are asked for that are far from being one
+    point, [`jaxflow.events.merges`][] finds the mergers of the plain flow.
 
     **Arguments:**
 
     - `field`: as in [`jaxflow.flow`][], where it depends on the law of the tokens alone: no mask by
-      index (`causal`, `window`), and no positions (`rotary`).
+      index (`causal`, `window`, `mask`), and no positions (`rotary`).
     - `mu0`, `t0`, `t1`, `dt0`, `solver`, `stepsize_controller`, `saveat`, `event`, `max_steps`,
       `throw`, `progress_meter`, `observe`: as in [`jaxflow.flow`][]. All n tokens are saved; those
-      that are one have the same coordinates. Use float64 for metastable times: rounding alone
-      keeps the steps of float32 below about 100.
+      that are one have the same coordinates. Use float64 for metastable times: in float32 and at
+      the default tolerance, rounding alone keeps steps below about 100.
     - `delta`: the distance at which tokens merge; on a sphere or an ellipsoid an angle, in radians.
       `None` is sqrt(rtol), so that the moments of a cluster are right to rtol.
     - `everywhere`: whether tokens merge also where they part, in time-dependent fields too. The
@@ -93,7 +100,8 @@ def coarsen(
       interpolated within its step, as that of a distance that falls exponentially.
     - `labels`, `labels_at(t)`: the token that stands for each at the end, and at time t.
     - `coarse`: the measure at the end with one token a cluster, and the weights of all in it.
-    - `bound`: with `everywhere`, a bound for each token; else `None`.
+    - `bound`: with `everywhere`, a bound for each token of a cluster, to first order in delta;
+      else `None`.
 
     **Raises:** `ValueError` for a field that tells tokens apart, a delta that is no such distance,
     and an adjoint that solves another equation; and what [`jaxflow.flow`][] raises.
@@ -157,13 +165,15 @@ def _all_fields(field: AbstractField) -> list[AbstractField]:
 def _check_order(field: AbstractField):
     """The field knows no order of the tokens, as far as it says so itself."""
     for inner in _all_fields(field):
-        for name in ("causal", "window", "rotary"):
-            if getattr(inner, name, None) not in (None, False):
-                raise ValueError(
-                    f"{type(inner).__name__}({name}={getattr(inner, name)}) tells tokens apart by "
-                    "their index, so that two of them at one place are not one token. Coarsen a "
-                    f"field without {name}, or call jaxflow.flow."
-                )
+        for name in ("causal", "window", "mask", "rotary"):
+            value = getattr(inner, name, None)
+            if value is None or value is False:
+                continue
+            shown = value if np.ndim(value) == 0 else f"an array of shape {np.shape(value)}"
+            raise ValueError(
+                f"{type(inner).__name__}({name}={shown}) tells tokens at one place apart, so that "
+                f"they are not one token. Coarsen a field without {name}, or call jaxflow.flow."
+            )
 
 
 def _default_delta(controller) -> ScalarLike:

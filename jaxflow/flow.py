@@ -140,6 +140,10 @@ def flow(
 
     ```
     """
+    check_kinds(
+        field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
+        max_steps,
+    )  # fmt: skip
     return flow_around(
         None,
         field,
@@ -179,9 +183,9 @@ def flow_around(
     field: AbstractField,
     mu0: Measure,
     *,
-    t0: ScalarLike,
-    t1: ScalarLike,
-    dt0: ScalarLike | None,
+    t0: Any,
+    t1: Any,
+    dt0: Any,
     solver: diffrax.AbstractSolver,
     stepsize_controller: diffrax.AbstractStepSizeController | None,
     saveat: diffrax.SaveAt,
@@ -194,12 +198,9 @@ def flow_around(
 ) -> FlowSolution:
     """A flow, with something around its solver: `None`, or an `AbstractAround`.
 
-    The other arguments, what is returned and what is raised are those of [`jaxflow.flow`][].
+    The other arguments, what is returned and what is raised are those of [`jaxflow.flow`][]; that
+    each argument is of its class is known here, but for the times.
     """
-    check_kinds(
-        field, mu0, solver, stepsize_controller, saveat, adjoint, event, progress_meter, observe,
-        max_steps,
-    )  # fmt: skip
     check_measure(field, mu0)
     mu0 = jtu.tree_map(on_automatic_mesh, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)

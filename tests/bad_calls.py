@@ -1,5 +1,6 @@
 # The arguments are wrong on purpose.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 """Calls that are not asked right: a name, the call, the error and what its message must say.
 
 Run as a program it writes the errors as JSON: users have no checks of types at run time, as tests
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxflow as jf
-from jaxflow import measure, models, observables, viz
+from jaxflow import masks, measure, models, observables, viz
 
 KEY = jax.random.key(0)
 MU = jf.Measure(np.eye(4, 3, dtype=np.float32))
@@ -35,7 +36,80 @@ def build(**changed):
     return models.build(config | changed)
 
 
+def attend(mask, **options):
+    return jf.softmax_expectation(MU.points, MU.points, MU.points, mask=mask, **options)
+
+
+def masked(interaction, mask=masks.Blocks(2)):
+    return jf.SelfAttention(interaction=interaction, mask=mask)(0.0, MU.points, MU)
+
+
 CALLS = {
+    # masks
+    "a size for a mask": (
+        lambda: attend(64),
+        TypeError,
+        r"jaxflow.masks.Blocks\(64\), or None; got",
+    ),
+    "a table for a mask": (lambda: attend(np.eye(4, dtype=bool)), TypeError, "BlockSparse"),
+    "a class for a mask": (lambda: attend(masks.Blocks), TypeError, "must be an instance"),
+    "no size of blocks": (lambda: masks.Blocks(0), ValueError, "size must be at least 1, got 0"),
+    "half a block": (lambda: masks.Blocks(2.5), TypeError, "size must be a whole number, got 2.5"),
+    "a window below 0": (lambda: masks.Window(-1), ValueError, "left must be at least 0, got -1"),
+    "no stride": (lambda: masks.Strided(0, 1), ValueError, "stride must be at least 1, got 0"),
+    "no global token": (lambda: masks.Global(0), ValueError, "tokens must be at least 1"),
+    "a seed below 0": (lambda: masks.Random(1, 4, seed=-1), ValueError, "seed must be at least 0"),
+    "a table of numbers": (
+        lambda: masks.BlockSparse(np.eye(2), 4),
+        TypeError,
+        "must be Boolean, got float64. Pass table.astype",
+    ),
+    "a row for a table": (lambda: masks.BlockSparse([True], 4), ValueError, r"got shape \(1,\)"),
+    "a ragged table": (lambda: masks.BlockSparse([[True], []], 4), TypeError, "must be Boolean"),
+    "a table that is too small": (
+        lambda: attend(masks.BlockSparse([[True]], 3)),
+        ValueError,
+        "cover 3 x 3, got 4 queries and 4 keys. Pass a larger table",
+    ),
+    "a small table in a union": (
+        lambda: attend(masks.Global(1) | masks.BlockSparse([[True]], 3)),
+        ValueError,
+        "must cover all queries and keys",
+    ),
+    "no largest score": (lambda: masks.TopK(0), ValueError, "k must be at least 1, got 0"),
+    "a tolerance below 0": (lambda: masks.TopK(1, -1.0), ValueError, "not negative, got -1.0"),
+    "among what is no pattern": (lambda: masks.TopK(1, among=3), TypeError, "among must be an"),
+    "a mask and a number": (lambda: masks.Blocks(2) | 3, TypeError, "join masks of indices"),
+    "top k and a pattern": (lambda: masks.Blocks(2) & masks.TopK(1), TypeError, "as `among`"),
+    "groups of 12": (lambda: masks.Hierarchical(12), ValueError, "got 12. Take 8 or 16"),
+    "a window of groups": (
+        lambda: attend(masks.Hierarchical(2), window=3),
+        ValueError,
+        "takes no window, .* got window=3",
+    ),
+    "a mask for cuDNN": (
+        lambda: attend(masks.Blocks(2), backend="cudnn"),
+        NotImplementedError,
+        "masks are for reference and blocked. Leave backend None",
+    ),
+    "a mask of a field": (lambda: jf.SelfAttention(mask=3), TypeError, "mask must be an instance"),
+    "linear attention masked": (lambda: masked(jf.Linear()), NotImplementedError, "Use Softmax"),
+    "Sinkhorn masked": (lambda: masked(jf.Sinkhorn()), NotImplementedError, "Use Softmax"),
+    "hardmax of the top": (
+        lambda: masked(jf.Hardmax(), masks.TopK(2)),
+        NotImplementedError,
+        "takes patterns as masks",
+    ),
+    "keys kept for a mask": (
+        lambda: jf.SelfAttention(mask=masks.Blocks(2)).attend(0.0, MU.points[:1], MU.points, 0),
+        NotImplementedError,
+        "cache=False",
+    ),
+    "entropy of the top": (
+        lambda: observables.attention_entropy(jf.SelfAttention(mask=masks.TopK(2)), MU),
+        NotImplementedError,
+        "attention_matrix",
+    ),
     # pictures
     "a picture of nothing": (lambda: viz.summary(None), TypeError, "sol must be"),
     "a number for a path": (lambda: viz.film(None, 3), TypeError, "path must be"),

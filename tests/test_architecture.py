@@ -25,6 +25,7 @@ LAYERS = {
     "_memory": 0,
     "_types": 0,
     "_rules": 0.5,
+    "masks": 0.7,
     "measure": 1,
     "geometry": 0.9,
     "kernels": 1,

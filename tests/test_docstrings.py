@@ -14,17 +14,29 @@ import jax.numpy as jnp
 import pytest
 
 import jaxflow
-from jaxflow import events, fields, kernels, measure, models, observables, solvers, training, viz
+from jaxflow import (
+    events,
+    fields,
+    kernels,
+    masks,
+    measure,
+    models,
+    observables,
+    solvers,
+    training,
+    viz,
+)
 
 OWNERS = (
-    jaxflow, measure, fields, kernels, solvers, observables, events, models, training, viz,
+    jaxflow, measure, masks, fields, kernels, solvers, observables, events, models, training, viz,
 )  # fmt: skip
 # The most used names, each of which shows how.
 SHOWN = """
     Measure uniform_sphere Sphere SelfAttention MultiHeadAttention FeedForward divergence
-    softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution
+    softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution coarsen
     until_clustered merges cluster_labels cluster_count InteractionEnergy lyapunov_exponents
-    phase_diagram LanguageModel fit
+    phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
+    Hierarchical
 """.split()
 
 
@@ -76,7 +88,7 @@ def test_a_function_that_raises_is_found():
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_examples_run(name):
-    owned = (vars(owner).get(name) for owner in OWNERS)
+    owned = (getattr(owner, name, None) for owner in OWNERS)
     value = next(v for v in owned if inspect.isclass(v) or inspect.isfunction(v))
     text = inspect.getdoc(value) or ""
     names = {"jax": jax, "jnp": jnp, "diffrax": diffrax, "jaxflow": jaxflow}

@@ -76,6 +76,17 @@ def test_metastability(run):
 
 
 @pytest.mark.slow
+def test_coarsening(run, tmp_path):
+    result = run("coarsening")
+    tree = result["tree"]
+    # Distances of 1e-3 fall at rate 1, and are right to some 1e-8.
+    np.testing.assert_allclose(tree.times[-3:], [18.5497, 13195.2, 1.699581e9], rtol=1e-5)
+    assert len(tree.times) == 15 and result["steps"] < 600 and not result["labels"].any()
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "coarsening.png").exists()
+
+
+@pytest.mark.slow
 def test_normalisation_schemes(run):
     result = run("normalisation_schemes")
     expected = {"Post-LN": -2, "nGPT": -1, "sqrt-scaling": -4, "Pre-LN": -2, "Peri-LN": -2}
@@ -124,6 +135,20 @@ def test_text_as_a_measure(run, tmp_path):
     assert different / 2 > clusters[2] > 2 * clusters[3] > 2
     if importlib.util.find_spec("plotly"):
         assert "exception" in (tmp_path / "runs" / "text.html").read_text()
+
+
+@pytest.mark.slow
+def test_masks(run, tmp_path):
+    result = run("masks")
+    last = {name: counts[-1] for name, counts in result["counts"].items()}
+    agreement = {name: shares[-1] for name, shares in result["agreement"].items()}
+    for order in ("ordered", "shuffled"):
+        assert last[order, "full attention"] == 3 and last[order, "top 16"] == 9
+        assert all(0.75 < agreement[order, name] < 0.95 for name in ("strided", "BigBird"))
+    assert last["ordered", "blocks"] == 4 and last["shuffled", "blocks"] > 10
+    assert agreement["ordered", "hierarchical"] > 0.99 > 0.9 > agreement["shuffled", "hierarchical"]
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "masks.png").exists()
 
 
 @pytest.mark.slow

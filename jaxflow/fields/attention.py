@@ -24,6 +24,7 @@ from .._rules import array, constant, count, finite, flag, instance, positive, p
 from .._types import ArrayLike, Scalar, ScalarLike, accumulation_dtype
 from ..geometry import AbstractGeometry, Euclidean, Sphere
 from ..kernels.base import Window, band
+from ..masks import AbstractMask, Hierarchical, is_mask
 from ..measure import Measure
 from .base import (
     AbstractCausalField,
@@ -46,8 +47,8 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     - `value`: the matrix V, shape `(d, d)`; `None` is the identity.
     - `beta`: the inverse temperature, a scalar; a change does not recompile.
     - `interaction`: `Softmax()`, `Unnormalised()`, `Linear()`, `Hardmax()` or `Sinkhorn(...)`.
-    - `causal`, `window`, `backend`: as in [`jaxflow.softmax_expectation`][]. Masks compare the
-      index of a query with the index of a token.
+    - `causal`, `window`, `mask`, `backend`: as in [`jaxflow.softmax_expectation`][]. They compare
+      the index of a query with the index of a token.
     - `geometry`: where the tokens live, and what P_x is.
 
     **Raises:** `ValueError` for shapes that do not fit and numbers that are not finite, `TypeError`
@@ -68,6 +69,7 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     interaction: AbstractInteraction
     causal: bool = eqx.field(static=True)
     window: Window = eqx.field(static=True)
+    mask: AbstractMask | None = eqx.field(static=True)
     geometry: AbstractGeometry
     backend: str | None = eqx.field(static=True)
 
@@ -81,6 +83,7 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         interaction: AbstractInteraction = Softmax(),
         causal: bool = False,
         window: Window = None,
+        mask: AbstractMask | None = None,
         geometry: AbstractGeometry = Sphere(),
         backend: str | None = None,
     ):
@@ -91,6 +94,7 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         self.interaction = _interaction(interaction)
         self.causal = flag("causal", causal)
         self.window = _window(window)
+        self.mask = is_mask(mask)
         self.geometry = _geometry(geometry)
         self.backend = _backend(backend)
 
@@ -112,6 +116,8 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         return self.geometry.project(x, self._force(x, mu))
 
     def divergence(self, t, x, mu):
+        if isinstance(self.mask, Hierarchical):  # k' depends on the query then
+            return divergence_by_derivatives(self, t, x, mu)
         force = partial(self._force, mu=mu)
         return _divergence(self.geometry, force, self._trace(x, mu), x)
 
@@ -120,7 +126,7 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         return y
 
     def attend(self, t, x, keys_values, index):
-        _check_attend(self.interaction)
+        _check_attend(self.interaction, self.mask)
         left = None if self.window is None else band(True, self.window)[0]
         mu = Measure(keys_values, visible_log_weights(keys_values, index, left))
         tokens = self.tokens(mu)._replace(causal=False, window=None)
@@ -130,8 +136,11 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         """What the interaction sees of mu: Q y, K y, the log-weights and the mask."""
         y = mu.points
         queries, keys = apply(self.query, y), apply(self.key, y)
-        options = mu.log_weights, self.causal, self.window, self.backend, mu.density
-        return Tokens(queries, keys, *options)
+        return Tokens(queries, keys, mu.log_weights, *self._masks, self.backend, mu.density)
+
+    @property
+    def _masks(self):
+        return self.causal, self.window, self.mask
 
     def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
         """beta, and queries and keys of the tokens, `(1, n, p)`."""
@@ -166,7 +175,8 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
     - `rotary`: `None`, or the base of rotary position embeddings, usually 10000 (Su et al., arXiv
       2104.09864): the query and key of the token with index i are turned by the angles
       i base^{-2k/p}, k < p/2, in the planes (k, k + p/2).
-    - `interaction`, `causal`, `window`, `geometry`, `backend`: as in [`jaxflow.SelfAttention`][].
+    - `interaction`, `causal`, `window`, `mask`, `geometry`, `backend`: as in
+      [`jaxflow.SelfAttention`][].
     - `key`: PRNG key of the parameters: Q, K, V ~ N(0, 1/d), O ~ N(0, 1/d).
 
     The parameters are `query`, `key`, `value`, shape `(H, p, d)`, and `output`, shape `(H, d, p)`.
@@ -192,6 +202,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
     interaction: AbstractInteraction
     causal: bool = eqx.field(static=True)
     window: Window = eqx.field(static=True)
+    mask: AbstractMask | None = eqx.field(static=True)
     geometry: AbstractGeometry
     backend: str | None = eqx.field(static=True)
 
@@ -205,6 +216,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         interaction: AbstractInteraction = Softmax(),
         causal: bool = False,
         window: Window = None,
+        mask: AbstractMask | None = None,
         geometry: AbstractGeometry = Euclidean(),
         backend: str | None = None,
         key: PRNGKeyArray,
@@ -226,6 +238,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         self.interaction = _interaction(interaction)
         self.causal = flag("causal", causal)
         self.window = _window(window)
+        self.mask = is_mask(mask)
         self.geometry = _geometry(geometry)
         self.backend = _backend(backend)
 
@@ -233,7 +246,8 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         return self.geometry.project(x, self._force(x, mu))
 
     def divergence(self, t, x, mu):
-        if self.rotary is not None:  # k' depends on the query then
+        if self.rotary is not None or isinstance(self.mask, Hierarchical):
+            # k' depends on the query then.
             return divergence_by_derivatives(self, t, x, mu)
         force = partial(self._force, mu=mu)
         return _divergence(self.geometry, force, self._trace(x, mu), x)
@@ -243,7 +257,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         return self._turn(_heads(self.key, y), start), _heads(self.value, y)
 
     def attend(self, t, x, keys_values, index):
-        _check_attend(self.interaction)
+        _check_attend(self.interaction, self.mask)
         keys, values = keys_values
         left = None if self.window is None else band(True, self.window)[0]
         log_weights = visible_log_weights(keys, index, left)
@@ -256,6 +270,10 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         pair = (self._turn(_heads(a, mu.points), 0) for a in (self.query, self.key))
         queries, keys = (a.transpose(1, 0, 2) for a in pair)
         return jnp.asarray(self._scale), (queries, keys)
+
+    @property
+    def _masks(self):
+        return self.causal, self.window, self.mask
 
     @property
     def _scale(self) -> ScalarLike:
@@ -279,8 +297,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         queries = self._turn(_heads(self.query, x), 0)
 
         def tokens(q, k):
-            options = mu.log_weights, self.causal, self.window, self.backend, mu.density
-            return Tokens(q, k, *options)
+            return Tokens(q, k, mu.log_weights, *self._masks, self.backend, mu.density)
 
         keys, values = self.keys_values(0.0, mu.points)
         # Sinkhorn attention scores tokens with tokens, so it takes their queries too.
@@ -303,8 +320,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         def head(query, key, value, output):
             q, y = apply(query, x), mu.points
             own, keys = apply(query, y), apply(key, y)
-            options = mu.log_weights, self.causal, self.window, self.backend, mu.density
-            tokens = Tokens(own, keys, *options)
+            tokens = Tokens(own, keys, mu.log_weights, *self._masks, self.backend, mu.density)
             slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
             values = apply(output, apply(value, y))
             return self.interaction.trace(q, tokens, values, slopes, self._scale)
@@ -376,7 +392,12 @@ def _backend(value: str | None) -> str | None:
     return value
 
 
-def _check_attend(interaction: AbstractInteraction):
+def _check_attend(interaction: AbstractInteraction, mask: AbstractMask | None):
+    if mask is not None:
+        raise NotImplementedError(
+            f"{mask!r} shows tokens by their indices among all, of which there are more with each "
+            "token, so keys and values cannot be kept for it: pass cache=False."
+        )
     if not isinstance(interaction, Softmax | Hardmax):
         raise NotImplementedError(
             f"{type(interaction).__name__} weighs a token by the number of all, also of those to "

@@ -24,18 +24,20 @@ from .._memory import PAIRS_AT_ONCE
 from .._rules import constant, count, not_negative, positive, real
 from .._types import Keys, LogWeights, Queries, ScalarLike, Values, accumulation_dtype
 from ..kernels import softmax_expectation
-from ..kernels.base import Window, visible
+from ..kernels.base import Window, pairs_of, visible
 from ..kernels.base import band as _band
+from ..masks import AbstractMask, AbstractPattern, check
 
 
 class Tokens(NamedTuple):
-    """What an interaction needs of the measure: Q y, K y, the log-weights and the mask."""
+    """What an interaction needs of the measure: Q y, K y, the log-weights and the masks."""
 
     queries: Queries
     keys: Keys
     log_weights: LogWeights | None
     causal: bool = False
     window: Window = None
+    mask: AbstractMask | None = None
     backend: str | None = None
     density: LogWeights | None = None  # the signs of the weights of a compressed measure
 
@@ -44,10 +46,10 @@ class Tokens(NamedTuple):
         log_weights = self.log_weights if potential is None else self.log_probabilities + potential
         if self.density is None:
             return self._operation(q, values, log_weights, scale)
-        if self.causal or self.window is not None:
+        if self.causal or self.window is not None or self.mask is not None:
             raise ValueError(
-                "a compressed measure has no order of tokens, which causal and windowed attention "
-                "ask for: pass the measure that was compressed."
+                "a compressed measure has no order of tokens, which masks ask for: pass the one "
+                "that was compressed."
             )
         # With weights w_j density_j: E[density v] / E[density], and Z E[density].
         density = self.density.astype(values.dtype)[:, None]
@@ -65,6 +67,7 @@ class Tokens(NamedTuple):
             scale=scale,
             causal=self.causal,
             window=self.window,
+            mask=self.mask,
             backend=self.backend,
         )
 
@@ -76,12 +79,12 @@ class Tokens(NamedTuple):
 
     @property
     def log_probabilities(self) -> LogWeights:
-        if self.density is not None:
-            return self.log_weights  # sum_j w_j density_j = 1 already
         n = self.keys.shape[0]
         dtype = accumulation_dtype(self.keys.dtype)
         if self.log_weights is None:
             return jnp.full(n, -np.log(n), dtype)
+        if self.density is not None:
+            return self.log_weights  # sum_j w_j density_j = 1 already
         return jax.nn.log_softmax(self.log_weights.astype(dtype))
 
 
@@ -152,10 +155,13 @@ class Linear(AbstractInteraction):
     """Linear attention: E[v] = int s(x, y) v(y) mu(dy), in O(n) by the moment E_mu[k v^T].
 
     With a causal mask or a window the moment becomes a difference of running sums, which hold
-    n p r numbers.
+    n p r numbers. It takes no other mask.
+
+    **Raises:** `NotImplementedError` for a mask.
     """
 
     def expectation(self, q, tokens, values, scale):
+        _without_mask(tokens)
         weights = tokens.weights.astype(values.dtype)
         keys = weights[:, None] * tokens.keys
         if not tokens.causal and tokens.window is None:
@@ -167,6 +173,7 @@ class Linear(AbstractInteraction):
         )
 
     def trace(self, q, tokens, values, slopes, scale):
+        _without_mask(tokens)
         weights = tokens.weights.astype(values.dtype)
         products = weights * (values * slopes).sum(axis=1)
         return _visible_sums(products, q, tokens)
@@ -182,14 +189,23 @@ def _visible_sums(a, q, tokens: Tokens):
     return sums[jnp.maximum(last, first)] - sums[first]
 
 
+def _without_mask(tokens: Tokens):
+    if tokens.mask is not None:
+        raise NotImplementedError(
+            f"linear attention takes no mask, got {tokens.mask!r}: its sums run over intervals of "
+            "keys, which `causal` and `window` are. Use Softmax() with masks."
+        )
+
+
 class Hardmax(AbstractInteraction):
     """Hardmax attention, the limit beta -> infinity: the mean over C(x) = argmax_j <Q x, K y_j>.
 
     Ties are averaged, with the weights of mu: scores within `tolerance` times the largest
     |score| of the query's maximum tie (default 32 machine epsilons). It is piecewise constant in
-    x, so its divergence at fixed mu is 0.
+    x, so its divergence at fixed mu is 0. Of masks it takes patterns.
 
-    **Raises:** `ValueError` or `TypeError` for a tolerance that is no number, or negative.
+    **Raises:** `ValueError` or `TypeError` for a tolerance that is no number, or negative;
+    `NotImplementedError` for masks other than patterns.
     """
 
     tolerance: float | None = None
@@ -203,14 +219,13 @@ class Hardmax(AbstractInteraction):
         dtype = accumulation_dtype(q.dtype)
         keys, values32 = tokens.keys.astype(dtype), values.astype(dtype)
         tolerance = 32 * jnp.finfo(dtype).eps if self.tolerance is None else self.tolerance
-        band = _band(tokens.causal, tokens.window)
-        columns = jnp.arange(keys.shape[0])
+        sees = _sight(tokens, (q.shape[0], keys.shape[0]))
 
         def one(args):
             i, q = args
             s = jnp.asarray(scale, dtype) * jnp.matmul(keys, q.astype(dtype), precision="highest")
             seen = ~jnp.isneginf(tokens.log_probabilities)
-            mask = visible(i[None], columns, band)
+            mask = sees(i)
             if mask is not None:
                 seen = seen & mask[0]
             top = jnp.max(s, where=seen, initial=-jnp.inf)
@@ -225,6 +240,22 @@ class Hardmax(AbstractInteraction):
 
     def trace(self, q, tokens, values, slopes, scale):
         return jnp.zeros(q.shape[0], values.dtype)
+
+
+def _sight(tokens: Tokens, shape: tuple[int, int]):
+    """i -> the keys that query i sees, (1, n), or None where it sees all."""
+    band, mask, columns = _band(tokens.causal, tokens.window), tokens.mask, jnp.arange(shape[1])
+    if mask is None:
+        return lambda i: visible(i[None], columns, band)
+    if not isinstance(mask, AbstractPattern):
+        raise NotImplementedError(
+            f"hardmax attention takes patterns as masks, such as Blocks, not {mask!r}: it is top-1 "
+            "attention itself, and has no means of groups. Use Softmax() with it."
+        )
+    check(mask, shape)
+    pattern = pairs_of(band, mask)
+    assert pattern is not None
+    return lambda i: pattern.visible(i[None], columns, shape)
 
 
 class Sinkhorn(AbstractInteraction):
@@ -242,7 +273,8 @@ class Sinkhorn(AbstractInteraction):
     - `tolerance`: largest change of g at convergence; default 64 machine epsilons, relative.
     - `max_iterations`: where an iteration to convergence stops at the latest.
 
-    **Raises:** `ValueError` or `TypeError` where these are no such numbers.
+    **Raises:** `ValueError` or `TypeError` where these are no such numbers; in use `ValueError` for
+    a causal or windowed field, `NotImplementedError` for one with a mask.
     """
 
     iterations: int | None = eqx.field(static=True, default=None)
@@ -271,6 +303,11 @@ class Sinkhorn(AbstractInteraction):
             raise ValueError(
                 "Sinkhorn attention has no causal or windowed form: a triangular matrix with unit "
                 "row and column sums is the identity. Use Softmax() with masks."
+            )
+        if tokens.mask is not None:
+            raise NotImplementedError(
+                f"Sinkhorn attention takes no mask, got {tokens.mask!r}: few patterns have "
+                "matrices with unit row and column sums. Use Softmax() with masks."
             )
         weights = jnp.exp(tokens.log_probabilities)
 

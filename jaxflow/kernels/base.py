@@ -31,6 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..masks import AbstractPattern, TopK
+from ..masks import Window as Within
+
 LOG2E = math.log2(math.e)
 # Stands for -inf where that would become nan, in a matrix product or a difference. Log-weights
 # below 1e-5 of it are -inf from the start, so that no score of a visible key comes near it.
@@ -52,6 +55,12 @@ class Problem:
     weighted: bool = True  # without, b = 0
     constant_scale: float | None = None  # a scale that is a Python number, of 16-bit operands
     mean_only: bool = False  # the log-partition has no cotangent
+    mask: AbstractPattern | TopK | None = None  # of the keys in the band
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether every query sees every key, so that the index of a query means nothing."""
+        return self.band == (None, None) and self.mask is None
 
 
 # ------------------------------------------------------------------ operands
@@ -147,7 +156,8 @@ class AbstractFunctions(abc.ABC):
 class AbstractBackend(AbstractFunctions):
     """A way to compute the three functions.
 
-    A backend serves every band, weights or none, and any batch, or refuses.
+    A backend serves every band, weights or none, and any batch, or refuses. It is asked for masks
+    only where the registry says that it takes them.
     """
 
     @abc.abstractmethod
@@ -210,6 +220,13 @@ def visible(
     if not masks:
         return None
     return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+
+
+def pairs_of(band: Band, mask: AbstractPattern | TopK | None) -> AbstractPattern | None:
+    """The pairs that the band and the mask leave, as one pattern; None where that is the band's
+    own business."""
+    pattern = mask.among if isinstance(mask, TopK) else mask
+    return pattern if pattern is None or band == (None, None) else pattern & Within(*band)
 
 
 # ------------------------------------------------------------------ pieces

@@ -15,12 +15,14 @@ so that a tile is one matrix product, one pass of exp and one more product.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from ..masks import AbstractPattern, Tiles, TopK
 from .base import (
     LOG2E,
     MASKED,
@@ -38,8 +40,10 @@ from .base import (
     inner_products,
     known_shift,
     pad,
+    pairs_of,
     visible,
 )
+from .reference import Derived, definition
 
 # A tile of scores is about this many rows times this many keys. Tuned on two Zen 3 cores with
 # 0.5 MiB of L2 each: tiles of 256 rows lose a third, larger tiles fall out of the cache.
@@ -47,6 +51,9 @@ ROWS, KEYS = 2048, 512
 # Under a band, a system of one tile is cut into up to four strips of at least this many rows, so
 # that fewer of the pairs outside the band are computed.
 STRIP = 64
+# Under a mask, tiles down to so many rows and keys are tried. Each costs as much as so many pairs
+# beside its own: 5,000 to 12,000 in tiles of 64 x 64 to 256 x 512 on those cores, d = 64.
+SMALLEST, TILE = 64, 2**13
 
 Arrays = tuple[Array, ...]
 
@@ -62,7 +69,9 @@ class Blocked(AbstractBackend):
     unrolled: bool = False
 
     def forward(self, operands: Forward, problem: Problem) -> Results:
-        one = partial(_forward, band=problem.band, unrolled=self.unrolled)
+        if isinstance(problem.mask, TopK):
+            return IN_ROWS.forward(operands, problem)
+        one = partial(_forward, problem=problem, unrolled=self.unrolled)
         if self.unrolled:
             return _over_batch(one, operands)
         # One choice for the whole batch: a batched `cond` would compute both sides.
@@ -76,27 +85,33 @@ class Blocked(AbstractBackend):
         )
 
     def tangent(self, operands: Tangent, problem: Problem) -> Results:
-        one = partial(_tangent, band=problem.band, unrolled=self.unrolled)
+        if isinstance(problem.mask, TopK):
+            return IN_ROWS.tangent(operands, problem)
+        one = partial(_tangent, problem=problem, unrolled=self.unrolled)
         return _over_batch(one, operands)
 
     def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
-        one = partial(_cotangent, band=problem.band, unrolled=self.unrolled)
+        if isinstance(problem.mask, TopK):
+            return IN_ROWS.cotangent(operands, problem)
+        one = partial(_cotangent, problem=problem, unrolled=self.unrolled)
         return _over_batch(one, operands)
 
     def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
         return None
 
     def kernel(self, mode: Mode, shapes: Shapes, problem: Problem) -> str:
+        if isinstance(problem.mask, TopK):
+            return "the largest scores of blocks of rows in XLA"
         return "blocks of rows in XLA"
 
 
 # ------------------------------------------------------------------ one system of m x n pairs
 
 
-def _forward(operands: Forward, shift: Array | None = None, *, band: Band, unrolled: bool):
+def _forward(operands: Forward, shift: Array | None = None, *, problem: Problem, unrolled: bool):
     q, k, v, b, scale = operands
     dtype = b.dtype
-    loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
+    loops = _Loops.of(q, k, problem, unrolled, dtype)
     u, k = scale * q.astype(dtype), k.astype(dtype)
     # The column of ones sums the weights within the product that sums the values.
     keys = loops.pad_keys((loops.keys_of(k, b), _with_columns(v.astype(dtype), 1)))
@@ -131,10 +146,10 @@ def _forward(operands: Forward, shift: Array | None = None, *, band: Band, unrol
     return mean.astype(v.dtype), lse
 
 
-def _tangent(operands: Tangent, *, band: Band, unrolled: bool):
+def _tangent(operands: Tangent, *, problem: Problem, unrolled: bool):
     q, k, v, b, scale, mean, lse, du, dk, dv, _ = operands
     dtype = b.dtype
-    loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
+    loops = _Loops.of(q, k, problem, unrolled, dtype)
     u, k, dk = scale * q.astype(dtype), k.astype(dtype), dk.astype(dtype)
     # <u, dk> + <du, k> + db is one product.
     k2, u2 = _with_columns(dk, k, operands.moving_db), _with_columns(u, du, 1)
@@ -157,10 +172,10 @@ def _tangent(operands: Tangent, *, band: Band, unrolled: bool):
     return dmean.astype(v.dtype), dlse
 
 
-def _cotangent(operands: Cotangent, *, band: Band, unrolled: bool):
+def _cotangent(operands: Cotangent, *, problem: Problem, unrolled: bool):
     q, k, v, b, scale, _, lse, g, _ = operands
     dtype = b.dtype
-    loops = _Loops(q.shape[0], k.shape[0], band, unrolled, dtype)
+    loops = _Loops.of(q, k, problem, unrolled, dtype)
     u, g = scale * q.astype(dtype), g.astype(dtype)
     keys = loops.pad_keys((loops.keys_of(k.astype(dtype), b), _with_columns(v.astype(dtype), 1)))
     # Tiles have keys as rows here: then all products but one sum over the last axis of a tile,
@@ -193,22 +208,76 @@ def _cotangent(operands: Cotangent, *, band: Band, unrolled: bool):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Tiling:
+    """The tiles of a masked score matrix: their size, and which of them hold a visible pair."""
+
+    rows: tuple[int, int]  # (rows in a block, number of blocks)
+    keys: tuple[int, int]
+    met: np.ndarray  # (row blocks, key blocks)
+
+    @staticmethod
+    def of(pattern: AbstractPattern, shape: tuple[int, int], height: int, width: int) -> "_Tiling":
+        rows, keys = _blocks(shape[0], height), _blocks(shape[1], width)
+        return _Tiling(rows, keys, pattern.meets(Tiles.of(shape, rows[0], keys[0]), shape))
+
+    @property
+    def cost(self) -> int:
+        """Of the tiles that are computed, in pairs."""
+        return int(self.met.sum()) * (self.rows[0] * self.keys[0] + TILE)
+
+    @property
+    def listed(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each row block the key blocks that it meets, first, and their number."""
+        order = np.argsort(~self.met, axis=1, kind="stable")
+        return order, self.met.sum(axis=1)
+
+
+@lru_cache(maxsize=64)
+def _tiling(pattern: AbstractPattern, shape: tuple[int, int], most: tuple[int, int]) -> _Tiling:
+    """The cheapest tiles, from `most` rows and keys down to SMALLEST."""
+    heights, widths = (_halves(n, min(n, SMALLEST)) for n in most)
+    tried = [_Tiling.of(pattern, shape, h, w) for h in heights for w in widths]
+    return min(tried, key=lambda tiling: tiling.cost)
+
+
+def _halves(length: int, least: int) -> list[int]:
+    sizes = [length]
+    while sizes[-1] > least:
+        sizes.append(max(sizes[-1] // 2, least))
+    return sizes
+
+
+@dataclasses.dataclass(frozen=True)
 class _Loops:
-    """The loops over the tiles of an m x n score matrix, tiles outside the band left out."""
+    """The loops over the tiles of an m x n score matrix, tiles outside the band or the mask left
+    out."""
 
     m: int
     n: int
     band: Band
+    pattern: AbstractPattern | None  # of the band too, where there is one
     unrolled: bool
     dtype: jnp.dtype
 
+    @staticmethod
+    def of(q: Array, k: Array, problem: Problem, unrolled: bool, dtype) -> "_Loops":
+        pattern = pairs_of(problem.band, problem.mask)
+        return _Loops(q.shape[0], k.shape[0], problem.band, pattern, unrolled, dtype)
+
+    @property
+    def tiling(self) -> _Tiling | None:
+        """The tiles of a masked matrix."""
+        return self.pattern and _tiling(self.pattern, (self.m, self.n), (ROWS, KEYS))
+
     @property
     def one_tile(self) -> bool:
-        return self.m * self.n <= ROWS * KEYS
+        return self.pattern is None and self.m * self.n <= ROWS * KEYS
 
     @property
     def rows(self) -> tuple[int, int]:
         """(rows in a block, number of blocks)."""
+        if self.tiling is not None:
+            return self.tiling.rows
         if not self.one_tile:
             return _blocks(self.m, max(ROWS, ROWS * KEYS // self.n))
         strips = 1 if self.band == (None, None) else 4
@@ -216,6 +285,8 @@ class _Loops:
 
     @property
     def keys(self) -> tuple[int, int]:
+        if self.tiling is not None:
+            return self.tiling.keys
         return _blocks(self.n, self.n if self.one_tile else max(KEYS, ROWS * KEYS // self.m))
 
     @property
@@ -239,11 +310,14 @@ class _Loops:
 
     def scores(self, u, k, row, column, transposed=False):
         rows, columns = row + jnp.arange(u.shape[0]), column + jnp.arange(k.shape[0])
-        band = self.band
-        if transposed:
-            u, k, rows, columns, band = k, u, columns, rows, (band[1], band[0])
-        s, mask = inner_products(u, k), visible(rows, columns, band)
-        return s if mask is None else jnp.where(mask, s, -jnp.inf)
+        if self.pattern is None:
+            mask = visible(rows, columns, self.band)
+        else:
+            mask = self.pattern.visible(rows, columns, (self.m, self.n))
+        s = inner_products(k, u) if transposed else inner_products(u, k)
+        if mask is None:
+            return s
+        return jnp.where(mask.T if transposed else mask, s, -jnp.inf)
 
     def pad_keys(self, operands: Arrays) -> Arrays:
         return tuple(pad(a, math.prod(self.keys), axis=0) for a in operands)
@@ -256,6 +330,8 @@ class _Loops:
             first = 0 if left is None else min(max(offset - left, 0), self.n - 1)
             last = self.n if right is None else min(offset + self.rows[0] + right, self.n)
             return step(init, first, *_slice(keys, first, max(last - first, 1)))
+        if self.tiling is not None:
+            return self._fold_met(self.tiling, step, init, keys, offset // self.rows[0])
         first, last = 0, count
         if left is not None and not self.unrolled:
             first = jnp.clip((offset - left) // block, 0, count)
@@ -266,6 +342,21 @@ class _Loops:
             return step(carry, j * block, *_slice(keys, j * block, block))
 
         return jax.lax.fori_loop(first, last, self._remat(body), init)
+
+    def _fold_met(self, tiling: _Tiling, step: Callable, init, keys: Arrays, row):
+        """The same over the key blocks that this row block meets."""
+        block, count = tiling.keys
+
+        def body(j, carry):
+            return step(carry, j * block, *_slice(keys, j * block, block))
+
+        if self.unrolled:
+            met = jnp.asarray(tiling.met)[row]
+            visit = lambda j, carry: jax.lax.cond(met[j], body, lambda _, c: c, j, carry)
+            return jax.lax.fori_loop(0, count, self._remat(visit), init)
+        order, counts = map(jnp.asarray, tiling.listed)
+        visit = lambda i, carry: body(order[row, i], carry)
+        return jax.lax.fori_loop(0, counts[row], visit, init)
 
     def scan_rows(self, fn: Callable, carry, rows: Arrays):
         """carry, outs = fn(carry, offset, *row block) over the row blocks."""
@@ -325,6 +416,29 @@ def _over_batch(one: Callable, operands: Operands, *more: Array) -> Results:
         batch_size = together if together > 1 else None
         outs = jax.lax.map(lambda args: one(*args), flat, batch_size=batch_size)
     return tuple(a.reshape((*batch, *a.shape[1:])) for a in outs)
+
+
+# ------------------------------------------------------------------ the largest scores
+
+
+def _in_rows(q, k, v, b, scale, problem: Problem) -> Results:
+    """The definition, of blocks of rows; what a derivative keeps of them are its operands."""
+    (m, width), n = q.shape, k.shape[0]
+    height, count = _blocks(m, max(1, ROWS * KEYS // n))
+    blocks = pad(q, height * count, axis=0).reshape(count, height, width)
+
+    @jax.checkpoint
+    def rows(first, q):
+        return definition(
+            q, k, v, b, scale, band=problem.band, mask=problem.mask, queries=m, first=first
+        )
+
+    outs = jax.lax.map(lambda block: rows(*block), (height * jnp.arange(count), blocks))
+    mean, lse = (a.reshape((height * count, *a.shape[2:]))[:m] for a in outs)
+    return mean, lse
+
+
+IN_ROWS = Derived(_in_rows, _over_batch)
 
 
 # ------------------------------------------------------------------ pieces

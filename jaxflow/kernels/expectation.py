@@ -13,7 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
+from ..masks import AbstractMask, AbstractPattern, Hierarchical, TopK, is_mask
+from ..masks import check as check_mask
 from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
+from .hierarchy import Levels, groups
 from .primitives import forward_p
 from .registry import (
     Candidate,
@@ -38,6 +41,7 @@ def softmax_expectation(
     scale: ScalarLike = 1.0,
     causal: bool = False,
     window: Window = None,
+    mask: AbstractMask | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Array, "m r"], Float[Array, " m"]]:
     """Expectation of the values under the Gibbs law of each query.
@@ -62,6 +66,8 @@ def softmax_expectation(
       at the top left, as in `jax.nn.dot_product_attention`).
     - `window`: `(left, right)`: query i sees the keys i - left <= j <= i + right. An integer w is
       `(w, w)`, as `local_window_size` in `jax.nn.dot_product_attention`.
+    - `mask`: which of these keys a query sees, an object of `jaxflow.masks` such as
+      `jaxflow.masks.Blocks(64)`. Indices of queries and keys are counted from the first.
     - `backend`: a name in `jaxflow.kernels.BACKENDS`, or `None` for the best on the platform that
       the program is compiled for, of those that are proved on its device (see
       [`jaxflow.kernels.select_backend`][]). A Pallas backend
@@ -75,9 +81,9 @@ def softmax_expectation(
 
     **Raises:**
 
-    - `ValueError` for wrong shapes, an empty array, a window that is no distance and an unknown
-      backend; also for a scale that is not finite and for log-weights that are NaN or +inf, unless
-      they are traced: then NaN comes out.
+    - `ValueError` for wrong shapes, an empty array, a window that is no distance, a mask that is
+      not for so many tokens and an unknown backend; also for a scale that is not finite and for
+      log-weights that are NaN or +inf, unless they are traced: then NaN comes out.
     - `TypeError` for wrong dtypes, and for what is no array, number, Boolean or name.
     - `NotImplementedError` with the reason where a backend asked for by name cannot do it.
 
@@ -98,10 +104,13 @@ def softmax_expectation(
     _check(shapes, b, batched=False)
     dtype = accumulation_dtype(shapes.q.dtype)
     scale = _scale(scale, dtype)
-    problem = _problem(shapes, b, scale, causal, window)
+    problem = _problem(shapes, b, scale, causal, window, mask)
     if backend is not None:
         check_named(backend, shapes, problem)
     b = jnp.zeros(len(shapes.k), dtype) if b is None else _log_weights(b, dtype)
+    if isinstance(problem.mask, Levels):
+        k, v, b = groups(shapes.k, shapes.v, b, len(problem.mask.lengths))
+        shapes = Shapes(shapes.q, k, v)
     operands = Forward(*shapes, b, jnp.asarray(scale, dtype))
     mean, log_partition = forward_p.bind(*operands, problem=problem, backend=backend)
     return mean, log_partition
@@ -116,6 +125,7 @@ def select_backend(
     scale: ScalarLike = 1.0,
     causal: bool = False,
     window: Window = None,
+    mask: AbstractMask | None = None,
     backend: str | None = None,
     platform: str | None = None,
     mode: str = "forward",
@@ -152,7 +162,7 @@ def select_backend(
     assert jf.select_backend(x, x, x, platform="cpu") == "blocked"
     ```
     """
-    shapes, problem = _described(q, k, v, log_weights, scale, causal, window)
+    shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
     return _select(shapes, problem, backend, platform, mode)
 
 
@@ -165,6 +175,7 @@ def describe_backend(
     scale: ScalarLike = 1.0,
     causal: bool = False,
     window: Window = None,
+    mask: AbstractMask | None = None,
     backend: str | None = None,
     platform: str | None = None,
     mode: str = "forward",
@@ -173,7 +184,7 @@ def describe_backend(
 
     Arguments and errors are those of [`jaxflow.kernels.select_backend`][].
     """
-    shapes, problem = _described(q, k, v, log_weights, scale, causal, window)
+    shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
     name = _select(shapes, problem, backend, platform, mode)
     return kernel_of(name, _mode(mode), shapes, problem).name
 
@@ -187,6 +198,7 @@ def explain_backend(
     scale: ScalarLike = 1.0,
     causal: bool = False,
     window: Window = None,
+    mask: AbstractMask | None = None,
     platform: str | None = None,
     mode: str = "forward",
 ) -> list[Candidate]:
@@ -195,18 +207,18 @@ def explain_backend(
 
     Arguments and errors are those of [`jaxflow.kernels.select_backend`][].
     """
-    shapes, problem = _described(q, k, v, log_weights, scale, causal, window)
+    shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
     return list(candidates(_mode(mode), _platform(platform), shapes, problem))
 
 
-def _described(q, k, v, log_weights, scale, causal, window) -> tuple[Shapes, Problem]:
+def _described(q, k, v, log_weights, scale, causal, window, mask) -> tuple[Shapes, Problem]:
     known = jax.Array | np.ndarray | jax.ShapeDtypeStruct
     describe = lambda name, a: a if isinstance(a, known) else _array(name, a)
     shapes = Shapes(describe("q", q), describe("k", k), describe("v", v))
     b = None if log_weights is None else describe("log_weights", log_weights)
     _check(shapes, b, batched=True)
     scale = _scale(scale, accumulation_dtype(shapes.q.dtype))
-    return shapes, _problem(shapes, b, scale, causal, window)
+    return shapes, _problem(shapes, b, scale, causal, window, mask)
 
 
 def _select(shapes: Shapes, problem: Problem, backend, platform, mode) -> str:
@@ -231,11 +243,32 @@ def _mode(name: str) -> Mode:
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {name!r}.")
 
 
-def _problem(shapes: Shapes, log_weights, scale: float | jax.Array, causal, window) -> Problem:
+def _problem(
+    shapes: Shapes, log_weights, scale: float | jax.Array, causal, window, mask
+) -> Problem:
     # Each constant is a program of its own, so it is one only where cuDNN can take it.
     narrow = jnp.dtype(shapes.q.dtype).itemsize == 2
     constant = scale if isinstance(scale, float) and narrow else None
-    return Problem(band(causal, window), log_weights is not None, constant)
+    limits, mask = band(causal, window), is_mask(mask)
+    weighted = log_weights is not None
+    if mask is None:
+        return Problem(limits, weighted, constant)
+    shape = shapes.q.shape[-2], shapes.k.shape[-2]
+    check_mask(mask, shape)
+    if isinstance(mask, Hierarchical):
+        if window is not None:
+            raise ValueError(
+                "a hierarchical mask takes no window, which cuts its groups of keys; got window="
+                f"{window}. Leave the window None: far keys cost a hierarchical mask little."
+            )
+        levels = Levels(mask.size, mask.lengths(shape), bool(causal))
+        return Problem((None, None), True, constant, mask=levels)  # groups have masses
+    if not isinstance(mask, AbstractPattern | TopK):
+        raise NotImplementedError(
+            f"the operation takes patterns, TopK and Hierarchical as masks, not {mask!r}. Subclass "
+            "jaxflow.masks.AbstractPattern."
+        )
+    return Problem(limits, weighted, constant, mask=mask)
 
 
 # ------------------------------------------------------------------ checks

@@ -46,7 +46,7 @@ def by_rule(run: Callable, kind: type[Operands], batch: int, problem: Problem) -
     `batch` is the number of batch axes.
     """
     inputs, outputs = _axes(kind, batch)
-    whole = "pnr" if problem.band == (None, None) else "mpnr"  # in the order in which they occur
+    whole = "pnr" if problem.all_pairs else "mpnr"  # in the order in which they occur
 
     def partition(mesh, operands, results):
         placed = zip((*inputs, *outputs), (*operands, *results), strict=True)
@@ -73,7 +73,7 @@ def by_size(run: Callable, kind: type[Operands], mesh, problem: Problem) -> Call
         named = kind(*operands)
         inputs, outputs = _axes(kind, named.scale.ndim)
         lengths = dict(zip(inputs[0], named.q.shape, strict=True))
-        divisible = [*inputs[0][:-2], *("m" if problem.band == (None, None) else "")]
+        divisible = [*inputs[0][:-2], *("m" if problem.all_pairs else "")]
         shared, left = {}, dict(mesh.shape)
         for axis in divisible:
             taken: list[str] = []

@@ -158,7 +158,7 @@ def _batch(primitive: Primitive, kind: type[Operands], args, dims, **params):
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     batched = {name for name, d in zip(kind._fields, dims, strict=True) if d is not None}
     rows = QUERY_OPERANDS[kind]
-    if params["problem"].band == (None, None) and batched <= rows:
+    if params["problem"].all_pairs and batched <= rows:
         nbatch = kind(*args).scale.ndim
 
         def longer(a, dim):

@@ -10,8 +10,8 @@ unless that could be wrong by too much for a query of a block: then the block as
 one. So most balls cost one pair for each query, and of the n^2 pairs few are left.
 
 **The bound.** Let X = <u, k_j - c_B> under the law of weights e^{b_j} / M_B in the ball: E X = 0,
-X <= a = |u| r_B with r_B the radius, and E X^2 <= |u|^2 l_B with l_B the norm of the covariance of
-the keys; likewise l'_B of the values. With psi(a) = (e^a - 1 - a) / a^2, which is increasing,
+X <= a = |u| r_B with r_B the radius, and E X^2 <= |u|^2 l_B with l_B the largest eigenvalue of
+their covariance; likewise l'_B of the values. With psi(a) = (e^a - 1 - a) / a^2, which is increasing,
 e^X <= 1 + X + X^2 psi(a) (as in Bennett's inequality; Boucheron, Lugosi and Massart, Concentration
 Inequalities, 2013, theorem 2.9), and |e^X - 1| <= |X| (e^a - 1) / a. Hence
 
@@ -39,7 +39,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ class Groups(NamedTuple):
         """The rows in their own order."""
         flat = grouped.reshape((-1, *grouped.shape[2:]))
         index = jnp.where(self.valid, self.index, length).reshape(-1)
-        place = jnp.zeros(length, int).at[index].set(jnp.arange(len(index)), mode="drop")
+        place = jnp.zeros(length, int).at[index].set(jnp.arange(len(index), dtype=int), mode="drop")
         return flat[place]
 
 
@@ -166,10 +166,10 @@ def group(x: Array, size: int) -> Groups:
     groups = -(-(first[1:] - first[:-1]) // size)
     start = jnp.cumsum(groups) - groups
     # One more than can be used: the last group is always empty.
-    number = jnp.arange(n // size + count + 1)
+    number = jnp.arange(n // size + count + 1, dtype=start.dtype)
     own = jnp.searchsorted(start, number, side="right") - 1
     place = first[own] + (number - start[own]) * size
-    place = place[:, None] + jnp.arange(size)[None, :]
+    place = place[:, None] + jnp.arange(size, dtype=place.dtype)[None, :]
     last = first[own + 1][:, None]
     return Groups(order[jnp.clip(place, 0, last - 1)], place < last, groups.sum())
 
@@ -183,7 +183,7 @@ def _landmarks(x: Array, count: int) -> Array:
     """
     size = -(-count // ROUNDS)
     x = x[:: max(1, len(x) // (SAMPLE * count))]
-    levels = ((jnp.arange(size) + 0.5) / size).astype(x.dtype)
+    levels = (jnp.arange(size, dtype=x.dtype) + 0.5) / size
 
     def draw(distance, _):
         total = jnp.cumsum(distance)
@@ -225,7 +225,7 @@ class Balls(NamedTuple):
     key: Array  # (balls, p)
     value: Array  # (balls, r)
     radius: Array  # (balls,): of the keys, about their mean
-    spread: Array  # (balls,): at least the norm of the covariance of the keys
+    spread: Array  # (balls,): at least the largest eigenvalue of the covariance of the keys
     value_spread: Array  # (balls,)
 
 
@@ -245,10 +245,15 @@ def moments(k: Array, v: Array, b: Array) -> Balls:
 
 
 def _spread(share: Array, e: Array) -> Array:
-    """The Frobenius norm of the covariance, which bounds its largest eigenvalue."""
+    """A bound on the largest eigenvalue of the covariance C, (tr C^8)^{1/8}."""
     scaled = jnp.sqrt(share)[:, None] * e
     short = scaled.T if e.shape[1] < len(e) else scaled
-    return jnp.sqrt((inner_products(short, short) ** 2).sum())
+    c = inner_products(short, short)
+    trace = jnp.trace(c)
+    c = c / jnp.where(trace > 0, trace, 1)
+    for _ in range(2):
+        c = inner_products(c, c)
+    return trace * (c**2).sum() ** (1 / 8)
 
 
 def log_excess(size: Array, balls: Balls) -> Array:
@@ -301,7 +306,7 @@ class System:
     log_tolerance: Array
 
     @classmethod
-    def of(cls, operands: Operands, tolerance: float | Array) -> Self:
+    def of(cls, operands: Operands, tolerance: float | Array) -> "System":
         """Ordered, with the moments of the balls."""
         q, k, v, b, scale, *_ = operands
         u, k, v = scale * q.astype(b.dtype), k.astype(b.dtype), v.astype(b.dtype)
@@ -427,7 +432,7 @@ class System:
 
         return jax.lax.fori_loop(0, turns, body, init)
 
-    def in_balls(self, *columns: Array) -> Array:
+    def in_balls(self, *columns: Array | int) -> Array:
         """Columns of keys, in balls."""
         return self.keys.take(_with_columns(*columns))
 

@@ -1,6 +1,7 @@
 """The definition, in jnp: the specification that every other backend is tested against.
 
     s_ij = scale <q_i, k_j> + b_j                   over the visible keys j of query i
+                                                    (the k largest: top_k.py)
     log_partition_i = logsumexp_j s_ij
     mean_i = sum_j exp(s_ij - log_partition_i) v_j
 
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..masks import AbstractPattern, TopK
 from .base import (
     AbstractBackend,
+    AbstractFunctions,
     Band,
     Cotangent,
     Forward,
@@ -27,8 +30,45 @@ from .base import (
     Shapes,
     Tangent,
     inner_products,
+    pairs_of,
     visible,
 )
+from .top_k import largest
+
+# (mean, lse) = fn(q, k, v, b, scale, problem) of one system.
+Definition = Callable[..., Results]
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived(AbstractFunctions):
+    """The three functions of what JAX can differentiate; `over_batch(fn, operands)` maps one system
+    over a batch."""
+
+    definition: Definition
+    over_batch: Callable[[Callable, Operands], Results]
+
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        return self.over_batch(lambda one: self.definition(*one, problem), operands)
+
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        def one(o: Tangent):
+            fn, primals = self._in_u(o, problem)
+            return jax.jvp(fn, primals, (o.du, o.dk, o.dv, o.db))[1]
+
+        return self.over_batch(one, operands)
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        def one(o: Cotangent):
+            fn, primals = self._in_u(o, problem)
+            return jax.vjp(fn, *primals)[1]((o.g, o.h))
+
+        return self.over_batch(one, operands)
+
+    def _in_u(self, o: Tangent | Cotangent, problem: Problem) -> tuple[Callable, tuple[Array, ...]]:
+        """The definition as a function of (u, k, v, b), and the point."""
+        one = jnp.ones((), o.b.dtype)
+        fn = lambda u, k, v, b: self.definition(u, k, v, b, one, problem)
+        return fn, (o.scale * o.q.astype(o.b.dtype), o.k, o.v, o.b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +76,13 @@ class Reference(AbstractBackend):
     """The definition."""
 
     def forward(self, operands: Forward, problem: Problem) -> Results:
-        return _over_batch(lambda one: definition(*one, band=problem.band), operands)
+        return WHOLE.forward(operands, problem)
 
     def tangent(self, operands: Tangent, problem: Problem) -> Results:
-        def one(o: Tangent):
-            fn, primals = _in_u(o, problem.band)
-            return jax.jvp(fn, primals, (o.du, o.dk, o.dv, o.db))[1]
-
-        return _over_batch(one, operands)
+        return WHOLE.tangent(operands, problem)
 
     def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
-        def one(o: Cotangent):
-            fn, primals = _in_u(o, problem.band)
-            return jax.vjp(fn, *primals)[1]((o.g, o.h))
-
-        return _over_batch(one, operands)
+        return WHOLE.cotangent(operands, problem)
 
     def refusal(self, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
         return None
@@ -67,13 +99,24 @@ def definition(
     scale: Float[Array, ""],
     *,
     band: Band,
+    mask: AbstractPattern | TopK | None = None,
+    queries: int | None = None,
+    first: int | Array = 0,
 ) -> tuple[Float[Array, "m r"], Float[Array, " m"]]:
-    """(mean, log_partition) of one system."""
+    """(mean, log_partition) of one system, or of its rows from `first` on, of so many queries."""
     dtype = b.dtype
-    s = inner_products(scale * q.astype(dtype), k.astype(dtype)) + b[None, :]
-    mask = visible(jnp.arange(q.shape[0]), jnp.arange(k.shape[0]), band)
-    if mask is not None:
-        s = jnp.where(mask, s, -jnp.inf)
+    s = inner_products(scale * q.astype(dtype), k.astype(dtype))
+    rows, columns = first + jnp.arange(q.shape[0]), jnp.arange(k.shape[0])
+    pattern = pairs_of(band, mask)
+    if pattern is not None:
+        seen = pattern.visible(rows, columns, (queries or q.shape[0], k.shape[0]))
+    else:
+        seen = visible(rows, columns, band)
+    if seen is not None:
+        s = jnp.where(seen, s, -jnp.inf)
+    if isinstance(mask, TopK):
+        s = largest(jnp.where(jnp.isneginf(b)[None, :], -jnp.inf, s), mask)
+    s = s + b[None, :]
     shift = jax.lax.stop_gradient(s.max(axis=1))
     shift = jnp.where(jnp.isneginf(shift), 0, shift)
     weights = jnp.exp(s - shift[:, None])
@@ -85,14 +128,14 @@ def definition(
     return mean.astype(v.dtype), log_partition
 
 
-def _in_u(o: Tangent | Cotangent, band: Band) -> tuple[Callable, tuple[Array, ...]]:
-    """The definition as a function of (u, k, v, b), and the point."""
-    one = jnp.ones((), o.b.dtype)
-    fn = lambda u, k, v, b: definition(u, k, v, b, one, band=band)
-    return fn, (o.scale * o.q.astype(o.b.dtype), o.k, o.v, o.b)
-
-
 def _over_batch(one: Callable[..., Results], operands: Operands) -> Results:
     for _ in operands.scale.shape:
         one = jax.vmap(one)
     return one(operands)
+
+
+def _whole(q, k, v, b, scale, problem: Problem) -> Results:
+    return definition(q, k, v, b, scale, band=problem.band, mask=problem.mask)
+
+
+WHOLE = Derived(_whole, _over_batch)

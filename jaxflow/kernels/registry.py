@@ -37,16 +37,18 @@ def _cudnn() -> AbstractBackend:
 
 
 class Entry(NamedTuple):
-    """What makes a backend, and the only platform that it runs on, if there is one."""
+    """What makes a backend, the only platform that it runs on, if there is one, and whether it
+    takes masks."""
 
     load: Callable[[], AbstractBackend]
     platform: str | None = None
+    masks: bool = False
 
 
 BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn", "pruned")
 REGISTRY = {
-    "reference": Entry(Reference),
-    "blocked": Entry(Blocked),
+    "reference": Entry(Reference, masks=True),
+    "blocked": Entry(Blocked, masks=True),
     "pallas_gpu": Entry(_pallas_gpu, "cuda"),
     "pallas_tpu": Entry(_pallas_tpu, "tpu"),
     "cudnn": Entry(_cudnn, "cuda"),
@@ -103,15 +105,23 @@ def check_named(name, shapes: Shapes, problem: Problem):
     if not isinstance(name, str):
         raise TypeError(f"backend must be the name of {known}, got {name!r}. {remedy}")
     try:
-        backend = load(name)
+        entry(name)
     except KeyError:
         raise ValueError(f"backend must be {known}, got {name!r}. {remedy}") from None
     for mode in MODES:
-        if (reason := backend.refusal(mode, shapes, problem)) is not None:
+        if (reason := refusal(name, mode, shapes, problem)) is not None:
             raise NotImplementedError(
                 f"the backend {name!r} cannot do this ({mode}): {reason}. "
                 "Leave backend None to take one that can."
             )
+
+
+def refusal(name: str, mode: Mode, shapes: Shapes, problem: Problem) -> str | None:
+    """Why a backend cannot run one of the functions on these operands; None if it can."""
+    if problem.mask is not None and not entry(name).masks:
+        able = [name for name in BACKENDS if REGISTRY[name].masks]
+        return f"it computes all pairs of a band, and masks are for {' and '.join(able)}"
+    return load(name).refusal(mode, shapes, problem)
 
 
 class Candidate(NamedTuple):
@@ -149,9 +159,9 @@ def candidates(mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> I
 
 def _candidate(name: str, mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> Candidate:
     kernel = kernel_of(name, mode, shapes, problem)
-    refusal = load(name).refusal(mode, shapes, problem)
-    wants_proof = refusal is None and entry(name).platform in proof.PLATFORMS
-    return Candidate(name, kernel, refusal, proof.doubt(platform, kernel) if wants_proof else None)
+    reason = refusal(name, mode, shapes, problem)
+    wants_proof = reason is None and entry(name).platform in proof.PLATFORMS
+    return Candidate(name, kernel, reason, proof.doubt(platform, kernel) if wants_proof else None)
 
 
 def kernel_of(name: str, mode: Mode, shapes: Shapes, problem: Problem) -> proof.Kernel:

@@ -106,7 +106,7 @@ class Measure(eqx.Module):
     @property
     def weights(self) -> Float[Array, "*batch n"]:
         """w_j, with sum_j w_j = 1."""
-        if self.density is not None:
+        if self.log_weights is not None and self.density is not None:
             return jnp.exp(self.log_weights) * self.density
         return jnp.exp(self.log_probabilities)
 

@@ -165,7 +165,7 @@ def _checked(points: Array, space: Space) -> Array:
     """The points, which are of the space; those that are known are looked at on the host."""
     rule = f"the tokens must lie in the space {space}, for which the points were chosen"
     if not is_concrete(points):
-        off = ~_inside(points, space).all()
+        off = ~jnp.asarray(_inside(points, space)).all()
         return error_where(off, points, f"{rule}: retract them first, or pass a larger space.")
     if (where := np.argwhere(~_inside(host := np.asarray(points), space))).size:
         first = tuple(map(int, where[0]))
@@ -339,7 +339,8 @@ def _weights_of_one(points: Float[Array, "n d"], w: Float[Array, " n"], grid: Gr
 
     @jax.checkpoint
     def add(total, tokens):
-        return total + _block(*tokens, grid), None
+        points, w = tokens
+        return total + _block(points, w, grid), None
 
     start = jnp.zeros(grid.points, w.dtype)
     return jax.lax.scan(add, start, blocks)[0]

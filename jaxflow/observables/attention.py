@@ -26,6 +26,7 @@ from ..fields import (
     Softmax,
 )
 from ..kernels import softmax_expectation
+from ..masks import Hierarchical, TopK
 from ..measure import Measure, check_measure
 from .base import AbstractObservable, over_leading
 
@@ -253,7 +254,8 @@ def attention_entropy(
     **Arguments:** `field`, with softmax attention somewhere in it; `t`, the time at which a
     time-dependent field is taken.
 
-    **Raises:** `TypeError` for a field without softmax attention, and where mu is no measure.
+    **Raises:** `TypeError` for a field without softmax attention, and where mu is no measure;
+    `NotImplementedError` for the masks `TopK` and `Hierarchical`.
     """
     check_measure("mu", mu)
     return over_leading(lambda x, logs: _mean_entropy(field, t, Measure(x, logs)), mu)
@@ -290,6 +292,12 @@ def _attentions(field, t, mu):
 def _entropy(field, mu):
     if not isinstance(field.interaction, Softmax):
         raise TypeError(f"the entropy of attention is that of softmax, got {field.interaction!r}.")
+    if isinstance(field.mask, TopK | Hierarchical):
+        raise NotImplementedError(
+            f"the entropy of attention is a mean of its scores, which {field.mask!r} changes. Take "
+            "a field with a pattern, such as jaxflow.masks.Blocks, or sum -A log A of "
+            "attention_matrix."
+        )
     scale, pairs = field.scores(mu)
 
     def head(q, k):
@@ -302,7 +310,7 @@ def _entropy(field, mu):
         values = jnp.concatenate([k, finite.astype(k.dtype)[:, None]], axis=1)
         mean, log_partition = softmax_expectation(
             q, k, values, log_weights, scale=scale, causal=field.causal, window=field.window,
-            backend=field.backend,
+            mask=field.mask, backend=field.backend,
         )  # fmt: skip
         q, mean, beta = (a.astype(log_partition.dtype) for a in (q, mean, scale))
         return log_partition - beta * (q * mean[:, :-1]).sum(axis=1) - mean[:, -1]

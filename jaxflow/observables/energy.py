@@ -29,7 +29,7 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
     check_measure("mu", mu, signed=True)
     beta = _inverse_temperature(beta)
     signs = jnp.ones(mu.points.shape[:-1], mu.points.dtype)
-    if mu.density is None:
+    if mu.density is None or mu.log_weights is None:
         return or_nan(over_leading(partial(_energy, beta), mu, signs), mu)
     sizes, signs = Measure(mu.points, mu.log_weights), mu.density.astype(mu.points.dtype)
     mass = jnp.exp(jax.nn.logsumexp(mu.log_weights, axis=-1))  # of the normalised sizes
