@@ -8,6 +8,7 @@ SUITES = (
     "flow",
     "derivatives",
     "scaling",
+    "scale",
     "compile",
     "training",
     "observables",

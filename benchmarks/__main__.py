@@ -24,6 +24,7 @@ from .timing import Options, Watch, library
 
 COLUMNS = {
     "shape": "{}",
+    "n": "{}",
     "mode": "{}",
     "rival": "{}",
     "config": "{}",
@@ -42,7 +43,10 @@ COLUMNS = {
     "vs_scan": "{:.2f}",
     "compile_vs_scan": "{:.2f}",
     "vs_forward": "{:.1f}",
-    "vs_default": "{:.2f}",
+    "vs_default": "{:.2g}",
+    "asked": "{:.1%}",
+    "replaced": "{:.1%}",
+    "skipped": "{:.1%}",
     "registers": "{}",
     "spilled": "{}",
     "instructions": "{:.1f}",

@@ -41,6 +41,8 @@ def real(
         number = _rounded(value, dtype)
         if not (np.isfinite(number) and holds(number)):
             raise ValueError(f"{name} must be {rule}, got {value}.")
+        with jax.ensure_compile_time_eval():  # What is known stays known while a jit is traced.
+            return jnp.asarray(value, dtype)
     return jnp.asarray(value, dtype)
 
 
@@ -80,6 +82,9 @@ def array(name: str, value: Any) -> Array:
             return value
         if isinstance(value, np.ndarray) and not _fits(value):
             raise OverflowError
+        if isinstance(value, np.ndarray):
+            with jax.ensure_compile_time_eval():
+                return jnp.asarray(value)
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         held = jax.dtypes.canonicalize_dtype(int)

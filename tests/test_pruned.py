@@ -14,7 +14,6 @@ from jaxflow.kernels.blocked import Blocked
 from jaxflow.kernels.pruned import Pruned
 
 M, N, D, R, TOLERANCE = 150, 300, 3, 2, 1e-3
-CLUSTERED = dict(seed=1, width=0.01, size=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +34,7 @@ def never_handed_over(monkeypatch):
     monkeypatch.setattr(pruned, "MOST", 1e9)
 
 
-def law(seed, width, size, lopsided=1.0, masked=7, dtype=np.float64):
+def law(seed, width, size, lopsided=1.0, masked=7, dtype: type = np.float64):
     """Clusters of this width; log-weights spread so much, each so-manieth key masked."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((8, D))
@@ -46,6 +45,10 @@ def law(seed, width, size, lopsided=1.0, masked=7, dtype=np.float64):
     k = draw(N)
     v = k[:, :R] + 100 * (rng.random((N, 1)) < 0.02)
     return tuple(jnp.asarray(a, dtype) for a in (draw(M), k, v, b))
+
+
+def clustered(width=0.01, dtype: type = np.float64):
+    return law(1, width, 1.0, dtype=dtype)
 
 
 def radius(v, b):
@@ -95,7 +98,7 @@ def test_the_error_is_at_most_the_tolerance(seed, width, size, scale, lopsided, 
 @pytest.mark.usefixtures("x64", "never_handed_over")
 def test_it_asks_for_few_pairs_and_says_so():
     """Clusters that look like points: nearly all pairs are replaced or left out."""
-    operands = law(**CLUSTERED | {"width": 3e-4})
+    operands = clustered(3e-4)
     off = keeps_its_promise(operands, 20.0)
     assert off > 1e-12  # it did replace
     report = pruning(*operands, scale=20.0, tolerance=TOLERANCE)
@@ -110,9 +113,9 @@ def test_it_asks_for_few_pairs_and_says_so():
 def test_derivatives_leave_out_little_and_are_each_other_s_transpose():
     rng = np.random.default_rng(5)
     draw = lambda *arrays: [jnp.asarray(rng.standard_normal(a.shape)) for a in arrays]
-    operands = Forward(*law(**CLUSTERED), jnp.asarray(20.0))
+    q, k, v, b = clustered()
+    operands = Forward(q, k, v, b, jnp.asarray(20.0))
     mean, lse = both(operands)[1]
-    q, k, v, b, _ = operands
     directions, (g, h) = draw(q, k, v, b), draw(mean, lse)
     tangents = Tangent(*operands, mean, lse, *directions)
     cotangents = Cotangent(*operands, mean, lse, g, h)
@@ -140,7 +143,7 @@ def test_derivatives_leave_out_little_and_are_each_other_s_transpose():
 @pytest.mark.usefixtures("x64", "never_handed_over")
 def test_derivatives_of_the_operation_pass():
     """First ones by its kernels, second ones by the portable code."""
-    q, k, v, b = law(**CLUSTERED)
+    q, k, v, b = clustered()
 
     def loss(backend):
         def fn(q, k):
@@ -148,9 +151,9 @@ def test_derivatives_of_the_operation_pass():
             return (jnp.sin(mean)).sum() + lse.sum()
 
         along = jnp.ones_like(q)
-        return jax.jit(
-            lambda q, k: jax.jvp(lambda q: jax.grad(fn, (0, 1))(q, k), (q,), (along,))
-        )(q, k)
+        return jax.jit(lambda q, k: jax.jvp(lambda q: jax.grad(fn, (0, 1))(q, k), (q,), (along,)))(
+            q, k
+        )
 
     for a, e in zip(
         jax.tree.leaves(loss("pruned:1e-9")), jax.tree.leaves(loss("blocked")), strict=True
@@ -159,7 +162,7 @@ def test_derivatives_of_the_operation_pass():
 
 
 def test_float32_vmap_and_keys_without_weight(never_handed_over):
-    q, k, v, b = law(**CLUSTERED, dtype=np.float32)
+    q, k, v, b = clustered(dtype=np.float32)
     fn = lambda b, backend: softmax_expectation(q, k, v, b, scale=3.0, backend=backend)
     weights = jnp.stack([b, jnp.full_like(b, -jnp.inf)])
     mean, lse = jax.jit(jax.vmap(lambda b: fn(b, "pruned:1e-3")))(weights)
@@ -185,7 +188,8 @@ def test_it_hands_over_where_little_can_be_left_out():
 
 def test_few_pairs_are_handed_over_at_once(monkeypatch):
     monkeypatch.setattr(pruned, "FEW", M * N + 1)
-    operands = Forward(*law(**CLUSTERED, dtype=np.float32), jnp.float32(1))
+    q, k, v, b = clustered(dtype=np.float32)
+    operands = Forward(q, k, v, b, jnp.float32(1))
     text = lambda backend: str(jax.make_jaxpr(lambda o: backend.forward(o, Problem()))(operands))
     assert text(Pruned()) == text(Blocked())
 

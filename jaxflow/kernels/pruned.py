@@ -11,7 +11,7 @@ one. So most balls cost one pair for each query, and of the n^2 pairs few are le
 
 **The bound.** Let X = <u, k_j - c_B> under the law of weights e^{b_j} / M_B in the ball: E X = 0,
 X <= a = |u| r_B with r_B the radius, and E X^2 <= |u|^2 l_B with l_B the largest eigenvalue of
-their covariance; likewise l'_B of the values. With psi(a) = (e^a - 1 - a) / a^2, which is increasing,
+their covariance; likewise l'_B of the values. With psi(a) = (e^a - 1 - a) / a^2, which increases,
 e^X <= 1 + X + X^2 psi(a) (as in Bennett's inequality; Boucheron, Lugosi and Massart, Concentration
 Inequalities, 2013, theorem 2.9), and |e^X - 1| <= |X| (e^a - 1) / a. Hence
 
@@ -67,14 +67,15 @@ from .blocked import Blocked, _exp2, _matmul, _normalise, _unmasked, _with_colum
 
 # Keys in a ball, queries in a block, balls that a block asks at a time, and balls of which it looks
 # at the moments at a time.
-BALL, ROWS, TOGETHER, LOOK = 128, 128, 4, 256
+BALL, ROWS, TOGETHER, LOOK = 128, 128, 8, 256
 # Landmarks, which make the cells of the order: one for `CELL` rows, but up to `CELLS` where a cell
 # has `LEAST_CELL`; found in so many rounds among a sample of so many rows for each.
 CELL, CELLS, LEAST_CELL, ROUNDS, SAMPLE = 256, 400, 64, 8, 16
 # With fewer pairs than this the portable backend is as fast, whatever the law.
 FEW = 2**28
-# The portable backend runs where more than this share of all pairs would be asked.
-MOST = 0.6
+# The portable backend runs where more than this share of all pairs would be asked: each costs about
+# three of its own (two Zen 3 cores), and the look a tenth of all.
+MOST = 0.35
 
 # By the dtype of sums: where nothing is said, and the least. Scores of size 10 are rounded there.
 DEFAULT = {"float32": 1e-6, "float64": 1e-10}
