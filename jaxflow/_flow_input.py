@@ -22,7 +22,7 @@ from jaxtyping import Array
 from ._types import ScalarLike, is_concrete
 from .fields import AbstractField
 from .measure import Measure
-from .measure import check_measure as is_measure
+from .measure import check_measure as check_is_measure
 
 Observables = Mapping[str, Callable[[Any, Measure], Any]]
 
@@ -34,7 +34,7 @@ def check_kinds(field, mu0, solver, controller, saveat, adjoint, event, meter, o
             f"field must be a jaxflow field, got {type(field).__name__}. Subclass "
             "jaxflow.fields.AbstractField to write your own."
         )
-    is_measure("mu0", mu0)
+    check_is_measure("mu0", mu0)
     for name, kind, value in (
         ("solver", diffrax.AbstractSolver, solver),
         ("stepsize_controller", diffrax.AbstractStepSizeController, controller),

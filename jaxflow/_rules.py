@@ -29,21 +29,33 @@ def real(
     **Raises:** `TypeError` for what is no real number, `ValueError` for arrays and where the rule
     does not hold.
     """
+    check_real(name, value, rule, holds)
+    dtype = _own_dtype(value)
+    if not is_concrete(value):
+        return jnp.asarray(value, dtype)
+    with jax.ensure_compile_time_eval():  # What is known stays known while a jit is traced.
+        return jnp.asarray(value if isinstance(value, jax.Array) else _rounded(value, dtype), dtype)
+
+
+def check_real(
+    name: str, value: Any, rule: str = "finite", holds: Callable[[Any], Any] = anything
+) -> None:
+    """The checks of `real`, which need no device: a module can make them while it loads."""
     if not is_real(value):
         raise TypeError(f"{name} must be a real number, got {value!r}.")
     if np.shape(value) != ():
         raise ValueError(
             f"{name} must be a scalar, got shape {np.shape(value)}; jax.vmap runs over many."
         )
-    own = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
-    dtype = value.dtype if own else jnp.result_type(float)
     if is_concrete(value):
-        number = _rounded(value, dtype)
+        number = _rounded(value, _own_dtype(value))
         if not (np.isfinite(number) and holds(number)):
             raise ValueError(f"{name} must be {rule}, got {value}.")
-        with jax.ensure_compile_time_eval():  # What is known stays known while a jit is traced.
-            return jnp.asarray(value, dtype)
-    return jnp.asarray(value, dtype)
+
+
+def _own_dtype(value: Any) -> Any:
+    own = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
+    return value.dtype if own else jnp.result_type(float)
 
 
 def constant(
@@ -54,7 +66,7 @@ def constant(
         raise TypeError(
             f"{name} is part of the structure of a field and cannot be traced: pass a number."
         )
-    real(name, value, rule, holds)
+    check_real(name, value, rule, holds)
     return float(value)
 
 

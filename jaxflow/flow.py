@@ -32,6 +32,7 @@ from ._flow_input import (
 )
 from ._functions import compared_by_code
 from ._memory import check_fits
+from ._mergers import Mergers
 from ._saving import (
     FlowArgs,
     Saved,
@@ -42,7 +43,7 @@ from ._saving import (
     save_points,
     saving,
 )
-from ._solution import FlowSolution, Mergers, measures_at
+from ._solution import FlowSolution, measures_at
 from ._types import (
     Points,
     ScalarLike,
@@ -397,12 +398,14 @@ def _traced_tolerances(controller, dtype):
     """Tolerances as arrays: a new value is then no new program."""
     is_pid = lambda x: isinstance(x, diffrax.PIDController)
 
+    def as_array(tol):
+        # A number is cast on the host, which is no program.
+        return jnp.asarray(tol if isinstance(tol, jax.Array) else np.asarray(tol, dtype), dtype)
+
     def trace(x):
         if not is_pid(x):
             return x
-        return eqx.tree_at(
-            lambda c: (c.rtol, c.atol), x, replace_fn=lambda tol: jnp.asarray(tol, dtype)
-        )
+        return eqx.tree_at(lambda c: (c.rtol, c.atol), x, replace_fn=as_array)
 
     return jtu.tree_map(trace, controller, is_leaf=is_pid)
 

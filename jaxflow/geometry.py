@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ._rules import known, positive, real, reals
+from ._rules import check_real, known, positive, reals
 from ._types import ArrayLike, accumulation_dtype, is_concrete
 
 Vectors = Float[Array, "*shape d"]
@@ -132,7 +132,7 @@ class Sphere(AbstractGeometry):
     radius: float = 1.0
 
     def __check_init__(self):
-        real("the radius of a sphere", self.radius, "positive and finite", positive)
+        check_real("the radius of a sphere", self.radius, "positive and finite", positive)
 
     def inner(self, u: Vectors, v: Vectors) -> Float[Array, "*shape"]:
         return _dot(u, v)

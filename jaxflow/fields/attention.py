@@ -136,7 +136,7 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         """What the interaction sees of mu: Q y, K y, the log-weights and the mask."""
         y = mu.points
         queries, keys = apply(self.query, y), apply(self.key, y)
-        return Tokens(queries, keys, mu.log_weights, *self._masks, self.backend, mu.density)
+        return Tokens(queries, keys, mu.log_weights, *self._masks, self.backend, mu.signs)
 
     @property
     def _masks(self):
@@ -297,7 +297,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         queries = self._turn(_heads(self.query, x), 0)
 
         def tokens(q, k):
-            return Tokens(q, k, mu.log_weights, *self._masks, self.backend, mu.density)
+            return Tokens(q, k, mu.log_weights, *self._masks, self.backend, mu.signs)
 
         keys, values = self.keys_values(0.0, mu.points)
         # Sinkhorn attention scores tokens with tokens, so it takes their queries too.
@@ -320,7 +320,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         def head(query, key, value, output):
             q, y = apply(query, x), mu.points
             own, keys = apply(query, y), apply(key, y)
-            tokens = Tokens(own, keys, mu.log_weights, *self._masks, self.backend, mu.density)
+            tokens = Tokens(own, keys, mu.log_weights, *self._masks, self.backend, mu.signs)
             slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
             values = apply(output, apply(value, y))
             return self.interaction.trace(q, tokens, values, slopes, self._scale)

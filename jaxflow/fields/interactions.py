@@ -39,21 +39,21 @@ class Tokens(NamedTuple):
     window: Window = None
     mask: AbstractMask | None = None
     backend: str | None = None
-    density: LogWeights | None = None  # the signs of the weights of a compressed measure
+    signs: LogWeights | None = None  # the signs of the weights of a compressed measure
 
     def attend(self, q: Queries, values: Values, scale: ScalarLike, potential=None):
         """(mean, log_partition) of the values at the queries, with a potential on the keys."""
         log_weights = self.log_weights if potential is None else self.log_probabilities + potential
-        if self.density is None:
+        if self.signs is None:
             return self._operation(q, values, log_weights, scale)
         if self.causal or self.window is not None or self.mask is not None:
             raise ValueError(
                 "a compressed measure has no order of tokens, which masks ask for: pass the one "
                 "that was compressed."
             )
-        # With weights w_j density_j: E[density v] / E[density], and Z E[density].
-        density = self.density.astype(values.dtype)[:, None]
-        channels = jnp.concatenate([density * values, density], axis=1)
+        # With weights w_j signs_j: E[signs v] / E[signs], and Z E[signs].
+        signs = self.signs.astype(values.dtype)[:, None]
+        channels = jnp.concatenate([signs * values, signs], axis=1)
         means, log_partition = self._operation(q, channels, log_weights, scale)
         total = means[:, -1]
         return means[:, :-1] / total[:, None], log_partition + jnp.log(total)
@@ -75,7 +75,7 @@ class Tokens(NamedTuple):
     def weights(self) -> LogWeights:
         """w_j, with sum_j w_j = 1."""
         weights = jnp.exp(self.log_probabilities)
-        return weights if self.density is None else weights * self.density
+        return weights if self.signs is None else weights * self.signs
 
     @property
     def log_probabilities(self) -> LogWeights:
@@ -83,13 +83,13 @@ class Tokens(NamedTuple):
         dtype = accumulation_dtype(self.keys.dtype)
         if self.log_weights is None:
             return jnp.full(n, -np.log(n), dtype)
-        if self.density is not None:
-            return self.log_weights  # sum_j w_j density_j = 1 already
+        if self.signs is not None:
+            return self.log_weights  # sum_j w_j signs_j = 1 already
         return jax.nn.log_softmax(self.log_weights.astype(dtype))
 
 
 def _positive(tokens: Tokens, name: str):
-    if tokens.density is not None:
+    if tokens.signs is not None:
         raise ValueError(
             f"{name} attention needs weights that are positive, and those of a compressed measure "
             "have signs: pass the measure that was compressed."

@@ -25,8 +25,8 @@ class Measure(eqx.Module):
     - `log_weights`: log w_j up to a constant, shape `(n,)` (shared by every system and time) or
       `(*batch, n)`. `-inf` is a token without mass (padding). `None` is the uniform weight 1/n.
 
-    - `density`: `None`, or the signs of weights exp(log_weights) density that are not all positive,
-      `(*batch, n)`: what [`jaxflow.measure.compress`][] gives. Fields of attention take such a
+    - `signs`: `None`, or 1 and -1, `(*batch, n)`, for weights exp(log_weights) signs that are not
+      all positive: what [`jaxflow.measure.compress`][] gives. Fields of attention take such a
       measure, and what needs positive weights, such as a count of clusters, refuses it.
 
     Indexing, iteration and `len` run over the leading axis: `sol.measures[-1]`.
@@ -44,13 +44,13 @@ class Measure(eqx.Module):
 
     points: Points
     log_weights: LogWeights | None = None
-    density: LogWeights | None = None
+    signs: LogWeights | None = None
 
     def __init__(
         self,
         points: ArrayLike,
         log_weights: ArrayLike | None = None,
-        density: Array | None = None,
+        signs: Array | None = None,
     ):
         points = array("points", points)
         if points.ndim < 2 or 0 in points.shape:
@@ -72,9 +72,9 @@ class Measure(eqx.Module):
             _check_mass(known(log_weights))
         self.points = jnp.asarray(points, points.dtype)  # Never weakly typed.
         self.log_weights = log_weights
-        if density is not None and (log_weights is None or density.shape != log_weights.shape):
-            raise ValueError("density has one sign a log-weight, in an array of the same shape.")
-        self.density = density
+        if signs is not None and (log_weights is None or signs.shape != log_weights.shape):
+            raise ValueError("signs must have the shape of log_weights, which they go with.")
+        self.signs = signs
 
     @property
     def n(self) -> int:
@@ -92,7 +92,7 @@ class Measure(eqx.Module):
 
         **Raises:** `TypeError` for weights with signs, which have no logarithms.
         """
-        if self.density is not None:
+        if self.signs is not None:
             raise TypeError("a compressed measure has weights of both signs, without logarithms.")
         if self.log_weights is None:
             return jnp.full(
@@ -106,8 +106,8 @@ class Measure(eqx.Module):
     @property
     def weights(self) -> Float[Array, "*batch n"]:
         """w_j, with sum_j w_j = 1."""
-        if self.log_weights is not None and self.density is not None:
-            return jnp.exp(self.log_weights) * self.density
+        if self.log_weights is not None and self.signs is not None:
+            return jnp.exp(self.log_weights) * self.signs
         return jnp.exp(self.log_probabilities)
 
     def __len__(self) -> int:
@@ -119,9 +119,9 @@ class Measure(eqx.Module):
         index = np.asarray(index) if isinstance(index, list | int | np.integer) else index
         self._check_index(index)
         if self.log_weights is None or self.log_weights.ndim == 1:
-            return Measure(self.points[index], self.log_weights, self.density)
-        density = None if self.density is None else self.density[index]
-        return Measure(self.points[index], self.log_weights[index], density)
+            return Measure(self.points[index], self.log_weights, self.signs)
+        signs = None if self.signs is None else self.signs[index]
+        return Measure(self.points[index], self.log_weights[index], signs)
 
     def _check_index(self, index: Any):
         """JAX would take the nearest entry for an index beyond the last."""
@@ -176,7 +176,7 @@ class Measure(eqx.Module):
 
         **Raises:** `ValueError` or `TypeError` where fn maps no token to a vector.
         """
-        return Measure(self._map(fn), self.log_weights, self.density)
+        return Measure(self._map(fn), self.log_weights, self.signs)
 
     def _map(self, fn: Callable) -> Array:
         function("what maps a token", fn)
@@ -205,7 +205,7 @@ def check_measure(name: str, value: Any, *, signed: bool = False):
 
     **Raises:** `TypeError` for anything else.
     """
-    if isinstance(value, Measure) and value.density is not None and not signed:
+    if isinstance(value, Measure) and value.signs is not None and not signed:
         raise TypeError(
             f"{name} must have positive weights, and those of a compressed measure have signs: "
             "pass the measure that was compressed."

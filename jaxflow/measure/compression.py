@@ -115,7 +115,7 @@ def compress(
 
     **Arguments:**
 
-    - `mu`: points `(*batch, n, d)` of the space.
+    - `mu`: points `(*batch, n, d)` of the space, in float32 or float64.
     - `space`: `jaxflow.Sphere(radius)` with d = 2 or 3, or a [`jaxflow.measure.Box`][] around the
       tokens in one to three dimensions.
     - `reach`: the longest query; for attention with inverse temperature beta, beta |K^T Q x|.
@@ -142,10 +142,9 @@ def compress(
     if mu.n <= grid.points:
         logs = mu.log_probabilities
         return Measure(mu.points, logs, jnp.ones_like(logs))
-    dtype = accumulation_dtype(mu.points.dtype)
-    points = _checked(mu.points.astype(dtype), space)
-    s = _weights(points, mu.weights.astype(dtype), grid)
-    places = jnp.asarray(grid.places(), mu.points.dtype)
+    points = _checked(mu.points, space)
+    s = _weights(points, mu.weights.astype(points.dtype), grid)
+    places = jnp.asarray(grid.places(), points.dtype)
     return _signed(jnp.broadcast_to(places, (*s.shape, mu.d)), s)
 
 
@@ -250,7 +249,12 @@ def grid_of(space: Space, d: int, reach: float, tolerance: float, dtype) -> Grid
     instance("space", space, (Sphere, Box), "jaxflow.Sphere()")
     reach = constant("reach, the longest query,", reach, "positive and finite", positive)
     tolerance = check_tolerance(tolerance)
-    least = 8 * float(jnp.finfo(accumulation_dtype(dtype)).eps)
+    if dtype != accumulation_dtype(dtype):
+        raise TypeError(
+            f"points of {jnp.dtype(dtype)} round the places of the points that would stand for "
+            "them, which no weights make up for: cast them to float32."
+        )
+    least = 8 * float(jnp.finfo(dtype).eps)
     if tolerance < least:
         raise ValueError(
             f"tolerance must be at least {least:.1e}, eight roundings of {jnp.dtype(dtype)}; got "

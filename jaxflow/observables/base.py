@@ -22,14 +22,20 @@ class AbstractObservable(eqx.Module):
         """The value at time t."""
 
 
-def over_leading(fn: Callable, mu: Measure, *args: Array, batch_size: int | None = None):
-    """fn(points (n, d), log_probabilities (n,), *args) over the leading axes of mu.
+def over_leading(
+    fn: Callable,
+    mu: Measure,
+    *args: Array,
+    each: tuple[Array, ...] = (),
+    batch_size: int | None = None,
+):
+    """fn(points (n, d), log_probabilities (n,), *each, *args) over the leading axes of mu.
 
-    `batch_size` systems are computed together, one batch after the other, so that memory is that
-    of one batch; `None` computes all together.
+    The arrays of `each` have those axes too. `batch_size` systems are computed together, one batch
+    after the other, so that memory is that of one batch; `None` computes all together.
     """
     shape = mu.points.shape[:-2]
-    systems = (mu.points, mu.log_probabilities)
+    systems = (mu.points, mu.log_probabilities, *each)
     if not shape:
         return fn(*systems, *args)
     flat = [a.reshape(-1, *a.shape[len(shape) :]) for a in systems]

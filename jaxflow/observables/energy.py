@@ -28,18 +28,20 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
     """
     check_measure("mu", mu, signed=True)
     beta = _inverse_temperature(beta)
-    signs = jnp.ones(mu.points.shape[:-1], mu.points.dtype)
-    if mu.density is None or mu.log_weights is None:
-        return or_nan(over_leading(partial(_energy, beta), mu, signs), mu)
-    sizes, signs = Measure(mu.points, mu.log_weights), mu.density.astype(mu.points.dtype)
+    energy = partial(_energy, beta)
+    if mu.signs is None or mu.log_weights is None:
+        return or_nan(over_leading(energy, mu), mu)
+    sizes = Measure(mu.points, mu.log_weights)
     mass = jnp.exp(jax.nn.logsumexp(mu.log_weights, axis=-1))  # of the normalised sizes
-    return mass**2 * or_nan(over_leading(partial(_energy, beta), sizes, signs), sizes)
+    signs = jnp.broadcast_to(mu.signs.astype(mu.points.dtype), mu.points.shape[:-1])
+    return mass**2 * or_nan(over_leading(energy, sizes, each=(signs,)), sizes)
 
 
-def _energy(beta, x, logs, density):
-    mean, log_partition = softmax_expectation(x, x, density[:, None], logs, scale=beta)
+def _energy(beta, x, logs, signs=None):
+    v = jnp.ones((len(x), 1), x.dtype) if signs is None else signs[:, None]
+    mean, log_partition = softmax_expectation(x, x, v, logs, scale=beta)
+    signs = None if signs is None else signs * mean[:, 0]
     # One logsumexp: no overflow before the last step.
-    signs = density * mean[:, 0]
     total = jnp.exp(jax.nn.logsumexp(logs + log_partition, b=signs))
     return total / (2 * jnp.asarray(beta, total.dtype))
 
