@@ -2,6 +2,7 @@
 
 roofline   pairs a second against the dimension, under what the device can do
 scaling    time and peak memory against the number of particles, with the slopes of `scaling`
+scale      compressed measures against all pairs, and which pairs pruned attention asks for
 """
 
 import itertools
@@ -30,7 +31,7 @@ def draw(json_file: Path) -> list[str]:
     matplotlib.use("agg")
     lines = []
     for report in json.loads(json_file.read_text()):
-        if plot := {"kernels": roofline, "scaling": scaling}.get(report["suite"]):
+        if plot := PLOTS.get(report["suite"]):
             path = json_file.with_name(f"{json_file.stem}-{plot.__name__}.png")
             with matplotlib.rc_context(STYLE):
                 figure = plot(report)
@@ -142,6 +143,61 @@ def scaling(report: dict):
             axis.legend(fontsize=12)
     return figure
 
+
+# ------------------------------------------------------------------ scale
+
+
+def scale(report: dict):
+    rows = [row for row in report["rows"] if "ms" in row]
+    figure, axes = _figure(1, 2, f"Many tokens, float32, {report['device']}")
+    _against_n(axes[0, 0], rows, report["fits"])
+    _against_blocked(axes[0, 1], rows)
+    return figure
+
+
+def _against_n(axis, rows: list[dict], fits: list[dict]):
+    """Time of all velocities by compressed measures, and by all pairs."""
+    slopes = {fit["shape"]: fit["time_exponent"] for fit in fits}
+    some = [r for r in rows if r["mode"] == "forward" and r["shape"] in slopes]
+    shapes = dict.fromkeys(row["shape"] for row in some)
+    for (shape, rival), color in zip(
+        itertools.product(shapes, ("jaxflow blocked", "jaxflow compressed")),
+        itertools.cycle(COLORS),
+        strict=False,
+    ):
+        points = [(r["n"], r["ms"]) for r in some if (r["shape"], r["rival"]) == (shape, rival)]
+        name = shape.removeprefix("compressed ")
+        how = f"slope {slopes[shape]:.2f}" if "compressed" in rival else "all pairs"
+        if points:
+            axis.plot(*zip(*points, strict=True), "o-", color=color, label=f"{name}: {how}")
+    axis.set(xscale="log", yscale="log", xlabel="tokens n", ylabel="ms, all velocities")
+    axis.set_title("compressed measures")
+    axis.legend(fontsize=11)
+
+
+def _against_blocked(axis, rows: list[dict]):
+    """How many times faster than all pairs pruned attention is, a bar a case."""
+    cases, times = [], {}
+    for row in rows:
+        if row["shape"].startswith("pruned"):
+            times[row["shape"], row["rival"]] = row["ms"]
+            cases += [row["shape"]] if row["shape"] not in cases else []
+    rivals = ("jaxflow pruned:1e-4", "jaxflow pruned:1e-6")
+    for i, rival in enumerate(rivals):
+        found = [
+            times.get((case, "jaxflow blocked"), np.nan) / times.get((case, rival), np.nan)
+            for case in cases
+        ]
+        places = np.arange(len(cases)) + 0.4 * i - 0.2
+        axis.barh(places, found, 0.38, color=COLORS[i], label=rival.removeprefix("jaxflow "))
+    axis.axvline(1, color="0.3", linewidth=2)
+    axis.set_yticks(range(len(cases)), [c.removeprefix("pruned ") for c in cases], fontsize=10)
+    axis.set(xscale="log", xlabel="times faster than all pairs")
+    axis.set_title("pruned attention")
+    axis.legend(fontsize=11)
+
+
+PLOTS = {"kernels": roofline, "scaling": scaling, "scale": scale}
 
 if __name__ == "__main__":
     print(*draw(Path(sys.argv[1])), sep="\n")

@@ -40,11 +40,77 @@ def attend(mask, **options):
     return jf.softmax_expectation(MU.points, MU.points, MU.points, mask=mask, **options)
 
 
+def compress(mu=MU, space=jf.Sphere(), reach=9.0, tolerance=1e-5):
+    return measure.compress(mu, space, reach=reach, tolerance=tolerance)
+
+
+def pruned(backend, **options):
+    return jf.softmax_expectation(MU.points, MU.points, MU.points, backend=backend, **options)
+
+
 def masked(interaction, mask=masks.Blocks(2)):
     return jf.SelfAttention(interaction=interaction, mask=mask)(0.0, MU.points, MU)
 
 
 CALLS = {
+    # compressed measures
+    "no reach": (lambda: compress(reach=0.0), ValueError, "positive and finite, got 0.0"),
+    "a reach without end": (lambda: compress(reach=INF), ValueError, "positive and finite"),
+    "a tolerance of 0": (lambda: compress(tolerance=0.0), ValueError, r"in \(0, 1\), got 0.0"),
+    "a tolerance of NaN": (lambda: compress(tolerance=NAN), ValueError, r"in \(0, 1\), got nan"),
+    "a tolerance below rounding": (
+        lambda: compress(tolerance=1e-9),
+        ValueError,
+        "at least 9.5e-07, eight roundings of float32; got 1e-09. Use float64",
+    ),
+    "no space": (lambda: compress(space=jf.Euclidean()), TypeError, "space must be an instance"),
+    "a sphere in R^4": (
+        lambda: compress(measure.simplex(4, 4)),
+        ValueError,
+        "on spheres in R\\^2 and R\\^3, got tokens of dimension 4",
+    ),
+    "a box of another dimension": (
+        lambda: compress(space=measure.Box([-1.0], [1.0])),
+        ValueError,
+        "a box of 1 dimensions holds no tokens of dimension 3",
+    ),
+    "a box inside out": (lambda: measure.Box([1.0], [-1.0]), ValueError, "low < high"),
+    "a box in R^4": (lambda: measure.Box(4 * [-1.0], 4 * [1.0]), ValueError, "d from 1 to 3"),
+    "too long queries": (lambda: compress(reach=1e6), ValueError, "lower the reach"),
+    "points of 16 bits": (
+        lambda: compress(jf.Measure(MU.points.astype(jnp.bfloat16))),
+        TypeError,
+        "cast them to float32",
+    ),
+    "compressed order": (
+        lambda: jf.Compressed(jf.SelfAttention(causal=True)),
+        ValueError,
+        "causal=True asks for: compress attention without masks",
+    ),
+    "a compressed maximum": (
+        lambda: jf.Compressed(jf.SelfAttention(interaction=jf.Hardmax())),
+        ValueError,
+        "Hardmax is no integral",
+    ),
+    "compressed without a space": (
+        lambda: jf.Compressed(jf.SelfAttention(geometry=jf.Euclidean())),
+        ValueError,
+        "pass space=jaxflow.Sphere",
+    ),
+    "compressed and unknown": (
+        lambda: jf.Compressed(lambda t, x, mu: x),
+        TypeError,
+        "only fields can be",
+    ),
+    # pruned
+    "pruned to nothing": (lambda: pruned("pruned:0"), ValueError, "between 0 and 1"),
+    "pruned to a word": (lambda: pruned("pruned:few"), ValueError, "pruned:1e-4|between 0 and 1"),
+    "pruned below rounding": (
+        lambda: pruned("pruned:1e-9"),
+        NotImplementedError,
+        "at least 1e-06 where sums are float32, got 1e-09",
+    ),
+    "pruned order": (lambda: pruned("pruned", causal=True), NotImplementedError, "orders the keys"),
     # masks
     "a size for a mask": (
         lambda: attend(64),

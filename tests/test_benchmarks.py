@@ -23,6 +23,7 @@ from benchmarks import (
     phase,
     plots,
     rivals,
+    scale,
     scaling,
     shapes,
     solvers,
@@ -319,6 +320,36 @@ def test_scaling_measures_every_size(monkeypatch):
     assert [(row["n"], row["peak_mib"]) for row in report["rows"]] == [(32, 64.0), (64, 128.0)]
     assert all(row["error"] < 1e-5 and row["ms"] > 0 for row in report["rows"])
     assert report["fits"][0]["memory_exponent"] == pytest.approx(1)
+
+
+# ------------------------------------------------------------------ scale
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    sizes = 100, 200
+    tiny = [*(scale.Ball(2, 3.0, n) for n in sizes), scale.Blobs("sphere", 4, 0.05, 16.0, 300)]
+    monkeypatch.setattr(scale, "cases", lambda quick: tiny)
+    monkeypatch.setattr(scale, "CHECKED", 50)
+    monkeypatch.setattr(scale, "PAIRS", 50 * 200)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_cases")
+def test_many_tokens_against_all_pairs():
+    report = scale.run(QUICK, timing.Watch())
+    mine = [row for row in report["rows"] if row["rival"].startswith("jaxflow")]
+    assert {row["rival"] for row in mine} > {"jaxflow blocked", "jaxflow compressed"}
+    for row in mine:
+        # The tolerance of compressed measures; scores of size 16 are rounded at 1e-6.
+        assert row["ms"] > 0 and row["error"] < 2e-5
+    [fit] = report["fits"]
+    assert fit["from_n"] == 100 and np.isfinite(fit["time_exponent"])
+    # All pairs of so few queries, as if there were n / 50 as many.
+    assert next(row for row in mine if row["n"] == 200)["note"] == "of 50 queries"
+    shares = next(row for row in mine if "pruned" in row["rival"])
+    assert 0 <= shares["asked"] + shares["skipped"] <= 1 + 1e-12
+    assert plots.scale(report | {"device": "a device"}).axes
 
 
 # ------------------------------------------------------------------ compile

@@ -19,14 +19,14 @@ def run(tmp_path, monkeypatch):
     """Runs the `main` of an example in an empty folder; its choice of precision ends with it."""
     monkeypatch.chdir(tmp_path)
     wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    yield lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+    yield lambda name, *args: runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*args)
     jax.config.update("jax_enable_x64", wide)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_tested(path):
     assert len(path.read_text().splitlines()) < 100
-    assert f'run("{path.stem}")' in pathlib.Path(__file__).read_text()
+    assert f'run("{path.stem}"' in pathlib.Path(__file__).read_text()
 
 
 @pytest.mark.slow
@@ -138,6 +138,17 @@ def test_text_as_a_measure(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_million_tokens(run, tmp_path):
+    """Twenty thousand of them."""
+    result = run("million_tokens", 20_000)
+    assert result["clusters"] == result["fastest"] == 4
+    # The law is linear as long as modes are small; by t = 3 second harmonics are some percent.
+    np.testing.assert_allclose(result["rate"], 0.7045, rtol=0.06)
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "tokens.png").exists()
+
+
 def test_masks(run, tmp_path):
     result = run("masks")
     last = {name: counts[-1] for name, counts in result["counts"].items()}

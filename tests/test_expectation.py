@@ -21,6 +21,7 @@ from jaxflow.kernels import (
 from jaxflow.kernels import (
     blocked,
     describe_backend,
+    pruned,
     registry,
     select_backend,
     softmax_expectation,
@@ -33,22 +34,33 @@ from jaxflow.kernels.reference import definition
 @dataclasses.dataclass(frozen=True)
 class Backend:
     name: str
-    tiles: tuple[int, int] | None = None  # rows and keys of a tile; small ones reach every loop
+    tiles: tuple[int, ...] | None = None  # rows and keys of a tile; small ones reach every loop
+    patch: tuple = ()  # module, and its constants
 
     def __str__(self):
         return self.name if self.tiles is None else f"{self.name}-{self.tiles}"
 
 
+# So small, and pruned whatever the law, that small operands reach every loop; as exact as can be.
+BALLS = {"BALL": 4, "ROWS": 4, "CELL": 8, "CELLS": 8, "LEAST_CELL": 4, "LOOK": 4}
+ALWAYS = {"FEW": 0, "MOST": 1e9, "DEFAULT": pruned.LEAST}
+SMALL = tuple((pruned, *item) for item in (BALLS | ALWAYS).items())
 # Pallas's interpreter is slow. What of the TPU's kernels does not depend on the rules of the
 # operation is compared with the definition in test_pallas_tpu.py.
 BACKENDS = [
     Backend("blocked"),
-    Backend("blocked", (8, 5)),
+    Backend("blocked", (8, 5), ((blocked, "ROWS", 8), (blocked, "KEYS", 5))),
+    pytest.param(Backend("pruned", (4, 4), SMALL), marks=pytest.mark.slow),
     Backend("pallas_gpu:interpret"),
     Backend("pallas_tpu:interpret"),
 ]
 # TPUs have no float64: operands are rounded to float32 and tolerances count its roundings.
 IN_FLOAT32 = ("pallas_tpu:interpret",)
+
+
+def hardest(backend):
+    """The hardest case that the backend takes: balls of keys have no order."""
+    return HARD_WITHOUT_BAND if backend == "pruned" else HARD
 
 
 def roundings(tolerance, backend):
@@ -91,6 +103,7 @@ CASES = [
     Case("hard", m=29, n=17, masked=(0, 7), options=(("window", (4, 2)),)),
 ]
 HARD, PLAIN = CASES[-1], CASES[0]
+HARD_WITHOUT_BAND = dataclasses.replace(HARD, name="masked keys", options=())
 LONG = Case("long", m=5, n=64, p=2, r=4)
 
 
@@ -98,12 +111,12 @@ LONG = Case("long", m=5, n=64, p=2, r=4)
 @pytest.fixture(scope="module", params=BACKENDS, ids=str)
 def backend(request):
     operation.cache_clear()
-    if not request.param.tiles:
+    if not request.param.patch:
         yield request.param.name
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "ROWS", request.param.tiles[0])
-        patch.setattr(blocked, "KEYS", request.param.tiles[1])
+        for module, name, value in request.param.patch:
+            patch.setattr(module, name, value)
         jax.clear_caches()
         yield request.param.name
     jax.clear_caches()
@@ -164,6 +177,7 @@ EVERY_KIND = (
 KINDS = {
     "blocked": EVERY_KIND,
     "blocked-(8, 5)": ("jvp", "grad", "jvp of grad", "grad of grad"),
+    "pruned-(4, 4)": ("jvp", "grad", "transpose", "jvp of grad"),
     "pallas_gpu:interpret": ("jvp", "transpose", "jvp of grad"),
     "pallas_tpu:interpret": ("jvp", "transpose"),
 }
@@ -197,6 +211,10 @@ def derivatives(fn, operands, directions, kinds=EVERY_KIND):
 def test_value(case, backend):
     if backend in IN_FLOAT32 and case not in (PLAIN, HARD):
         pytest.skip("test_pallas_tpu.py has more of its cases")
+    if backend == "pruned" and case.options:
+        with pytest.raises(NotImplementedError, match="where they lie"):
+            operation(case, backend)(*case.operands())
+        return
     # A few dozen roundings of float64.
     assert_close(
         operation(case, backend)(*case.operands()), values(case), roundings(1e-14, backend)
@@ -242,19 +260,21 @@ DIRECTIONS = tuple(np.random.default_rng(11).standard_normal(shape) for shape in
 
 
 @functools.cache
-def true_derivatives():
-    fn = jax.jit(lambda *a: derivatives(truth(HARD), a, DIRECTIONS))
-    return jax.device_get(fn(*HARD.operands()))
+def true_derivatives(case):
+    kinds = EVERY_KIND if case is HARD else KINDS["pruned-(4, 4)"]
+    fn = jax.jit(lambda *a: derivatives(truth(case), a, DIRECTIONS, kinds))
+    return jax.device_get(fn(*case.operands()))
 
 
 @pytest.mark.usefixtures("x64")
 def test_derivatives(backend, request):
-    fn, kinds = operation(HARD, backend), KINDS[request.node.callspec.id]
-    actual = jax.jit(lambda *a: derivatives(fn, a, DIRECTIONS, kinds))(*HARD.operands())
+    case, kinds = hardest(backend), KINDS[request.node.callspec.id]
+    fn = operation(case, backend)
+    actual = jax.jit(lambda *a: derivatives(fn, a, DIRECTIONS, kinds))(*case.operands())
     assert actual.keys() == set(kinds)
     for kind, found in actual.items():
         # Second derivatives add up some hundred terms of size 1.
-        assert_close(found, true_derivatives()[kind], roundings(1e-13, backend))
+        assert_close(found, true_derivatives(case)[kind], roundings(1e-13, backend))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(found[-1])), kind
 
 
@@ -307,8 +327,9 @@ def test_vmap_over_a_subset(case, axes):
 
 @pytest.mark.usefixtures("x64")
 def test_a_batch_of_systems(backend):
-    actual = batched(operation(HARD, backend), HARD, ALL)
-    assert_close(actual, true_batch(HARD, ALL), roundings(1e-13, backend))
+    case = hardest(backend)
+    actual = batched(operation(case, backend), case, ALL)
+    assert_close(actual, true_batch(case, ALL), roundings(1e-13, backend))
 
 
 def mapped_gradients(fn):
@@ -352,7 +373,7 @@ def test_the_definition_as_a_backend():
     fn = operation(HARD, "reference")
     assert_close(batched(fn, HARD, ALL), true_batch(HARD, ALL), 1e-14)
     actual = jax.jit(jax.grad(loss(fn), ALL))(*HARD.operands())
-    assert_close(actual, true_derivatives()["grad"], 1e-13)
+    assert_close(actual, true_derivatives(HARD)["grad"], 1e-13)
 
 
 @pytest.mark.usefixtures("x64")

@@ -70,8 +70,11 @@ def softmax_expectation(
       `jaxflow.masks.Blocks(64)`. Indices of queries and keys are counted from the first.
     - `backend`: a name in `jaxflow.kernels.BACKENDS`, or `None` for the best on the platform that
       the program is compiled for, of those that are proved on its device (see
-      [`jaxflow.kernels.select_backend`][]). A Pallas backend
-      with ":interpret" behind its name runs anywhere, slowly, in Pallas's interpreter.
+      [`jaxflow.kernels.select_backend`][]). "pruned:1e-4" asks only for the pairs that matter, to
+      that tolerance of means (relative to the largest value) and log-partitions, and pays where
+      tokens have clustered ([`jaxflow.kernels.pruning`][] counts the pairs); it is never chosen
+      unasked. A Pallas backend with ":interpret" behind its name runs anywhere, slowly, in Pallas's
+      interpreter.
 
     **Returns:**
 
