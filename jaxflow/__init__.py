@@ -11,6 +11,7 @@ The map, in reading order:
                                        Compressed
     time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
     flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
+    noise        dX = X dt + dW        flow(..., noise=Noise(kappa, key=...))
     coarsen      the same              where tokens that have met are one token
     observables  functions of (t, mu)  `jaxflow.observables`
     phase        p(beta, t)            phase_diagram(betas, ts, n=..., d=...)
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .kernels import select_backend, softmax_expectation
     from .lyapunov import lyapunov_exponents
     from .measure import Measure
+    from .noise import Noise
     from .phase import PhaseDiagram, phase_diagram
 
 __version__ = "0.1.0"
@@ -88,6 +90,7 @@ __all__ = [
     "Measure",
     "MultiHeadAttention",
     "NGPT",
+    "Noise",
     "PeriNorm",
     "PhaseDiagram",
     "PiecewiseConstant",
@@ -126,7 +129,7 @@ __all__ = [
 ]
 
 # Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
-_HOMES = "_cache", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "phase"
+_HOMES = "_cache", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "noise", "phase"
 
 
 def __getattr__(name: str) -> Any:

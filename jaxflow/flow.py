@@ -57,6 +57,7 @@ from .fields import AbstractField, token_velocities
 from .fields.time import breakpoints, jumps
 from .geometry import Euclidean
 from .measure import Measure
+from .noise import Noise, noisy_solver
 from .solvers import (
     AbstractSplitting,
     Geodesic,
@@ -91,6 +92,7 @@ def flow(
     throw: bool = True,
     progress_meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter(),
     observe: Observables | None = None,
+    noise: Noise | None = None,
 ) -> FlowSolution:
     """Moves a measure along a field from time t0 to t1.
 
@@ -126,6 +128,9 @@ def flow(
       program are callbacks to the host: `throw=False` leaves them out, which programs need that
       are kept on disk or compiled for a device that is not there.
     - `observe`: `{name: fn}` with fn(t, mu), evaluated inside the solve at each saved time.
+    - `noise`: a [`jaxflow.Noise`][], Brownian motion beside the field. Steps are then fixed ones,
+      `dt0`, unless `stepsize_controller` says otherwise, and `solver` one of diffrax's for
+      stochastic equations: `Heun` if it is left to the default.
 
     **Returns:** a [`jaxflow.FlowSolution`][].
 
@@ -161,6 +166,7 @@ def flow(
         throw=throw,
         progress_meter=progress_meter,
         observe=observe,
+        noise=noise,
     )
 
 
@@ -196,6 +202,7 @@ def flow_around(
     throw: bool,
     progress_meter: diffrax.AbstractProgressMeter,
     observe: Observables | None,
+    noise: Noise | None = None,
 ) -> FlowSolution:
     """A flow, with something around its solver: `None`, or an `AbstractAround`.
 
@@ -205,8 +212,10 @@ def flow_around(
     check_measure(field, mu0)
     mu0 = jtu.tree_map(on_automatic_mesh, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)
+    if noise is not None:
+        solver = noisy_solver(noise, solver, field.geometry)
     if stepsize_controller is None:
-        stepsize_controller = default_controller(solver, dt0, dtype)
+        stepsize_controller = default_controller(solver, dt0, dtype, noise)
     check_tolerances(stepsize_controller)
     check_fits(
         memory_estimate(mu0, solver=solver, saveat=saveat, max_steps=max_steps),
@@ -226,6 +235,7 @@ def flow_around(
             saveat=compared_by_code(when.saveat, keep=(save_points,)),
             controller=_traced_tolerances(controller, dtype),
         ),
+        noise,
     )
     forward = _check_modes(arguments, adjoint)
     on_geometry = is_concrete(mu0.points)
@@ -254,7 +264,7 @@ def _solve(
     around, arguments, solver, adjoint, event, max_steps, meter, observe, on_geometry, throw
 ):
     """The solution; its last time and state, whether it failed, and whether it is finite."""
-    field, mu0, times = arguments
+    field, mu0, times, noise = arguments
     geometry, log_weights = field.geometry, mu0.log_weights
     y0 = mu0.points
     # These two run the same solver on an augmented state, or save nothing but the state.
@@ -270,13 +280,17 @@ def _solve(
                 y0 = jnp.where(off, jnp.nan, y0)
         # In 16 bits no step would be near enough.
         y0 = geometry.retract(y0.astype(accumulation_dtype(y0.dtype)))
+    terms = diffrax.ODETerm(particle_velocity)
+    if noise is not None:
+        y0 = y0.astype(accumulation_dtype(y0.dtype))
+        terms = diffrax.MultiTerm(terms, noise.term(times, y0, solver, geometry))
     saveat = times.saveat if plain else saving(times.saveat, geometry)
     if around is not None:
         solver = around(solver, field)
         saveat = dataclasses.replace(saveat, solver_state=True)
     with times_checked(times.checked):
         sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(particle_velocity),
+            terms,
             solver,
             times.t0,
             times.t1,
@@ -345,16 +359,21 @@ def _evaluations(stats, field, times, solver):
 
 
 def default_controller(
-    solver: diffrax.AbstractSolver, dt0: ScalarLike | None, dtype: np.dtype
+    solver: diffrax.AbstractSolver,
+    dt0: ScalarLike | None,
+    dtype: np.dtype,
+    noise: Noise | None = None,
 ) -> diffrax.AbstractStepSizeController:
-    """Adaptive steps where the solver estimates its error, and fixed ones otherwise.
+    """Adaptive steps where the solver estimates its error, and fixed ones otherwise or with noise.
 
     **Raises:** `ValueError` for fixed steps without `dt0`.
     """
-    if isinstance(solver, diffrax.AbstractAdaptiveSolver):
+    if noise is None and isinstance(solver, diffrax.AbstractAdaptiveSolver):
         tolerance = 1e-8 if dtype == jnp.float64 else 1e-5
         return diffrax.PIDController(rtol=tolerance, atol=tolerance)
     if dt0 is None:
+        if noise is not None:
+            raise ValueError("a flow with noise takes fixed steps: pass their length, dt0.")
         raise ValueError(
             f"{type(solver).__name__} takes fixed steps: pass dt0, or a solver with an error "
             "estimate such as diffrax.Tsit5()."

@@ -87,6 +87,10 @@ class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
     def root_finder(self):
         return self.solver.root_finder  # pyright: ignore[reportAttributeAccessIssue]
 
+    @property
+    def minimal_levy_area(self):
+        return self.solver.minimal_levy_area  # pyright: ignore[reportAttributeAccessIssue]
+
     def order(self, terms):
         return self.solver.order(terms)
 
@@ -195,7 +199,7 @@ class RK4(diffrax.AbstractERK):
         return 4
 
 
-class Geodesic(diffrax.AbstractAdaptiveSolver, AbstractMethod):
+class Geodesic(diffrax.AbstractAdaptiveSolver, diffrax.AbstractStratonovichSolver, AbstractMethod):
     """An explicit Runge-Kutta method in normal coordinates of the field's geometry.
 
         y_{k+1} = exp_{y_k}(u(h)),    u' = (D exp_{y_k}(u))^{-1} X(exp_{y_k}(u)),    u(0) = 0
@@ -203,7 +207,9 @@ class Geodesic(diffrax.AbstractAdaptiveSolver, AbstractMethod):
     A step is a step of the method for u, in the tangent space at y_k, so that its order and its
     error estimate carry over and each stage lies on the manifold: a Runge-Kutta-Munthe-Kaas
     method of a homogeneous space (Munthe-Kaas 1999; Iserles et al., Lie-group methods, 2000). On
-    R^d it is the method itself. `Geodesic(diffrax.Heun())` has order 2, `Geodesic()` order 4.
+    R^d it is the method itself. `Geodesic(diffrax.Heun())` has order 2, `Geodesic()` order 4. With
+    [`jaxflow.Noise`][] its increment in the tangent space at y_k is part of u: without a drift the
+    tokens then walk along geodesics, and the weak order is 1.
 
     **Arguments:** `solver`, any explicit Runge-Kutta method of diffrax's, or `RK4()`.
 
@@ -226,22 +232,29 @@ class Geodesic(diffrax.AbstractAdaptiveSolver, AbstractMethod):
         return self.solver.order(terms)
 
     def init(self, terms, t0, t1, y0, args):
-        return terms.vf(t0, y0, args)
+        drift = terms.terms[0] if isinstance(terms, diffrax.MultiTerm) else terms
+        return drift.vf(t0, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        h, noise = t1 - t0, None
+        if isinstance(terms, diffrax.MultiTerm):
+            terms, diffusion = terms.terms
+            noise = diffusion.vf_prod(t0, y0, args, diffusion.contr(t0, t1))
         geometry, method = args.field.geometry, self._tableau
-        h = t1 - t0
+        moved = lambda u, c: h * u if noise is None else h * u + c * noise
         start = lambda: terms.vf(t0, y0, args)
         slopes = [jax.lax.cond(made_jump, start, lambda: solver_state)]
         velocity = slopes[0]
         for c, row in zip(method.c, method.a_lower, strict=True):
-            u = h * combined(row, slopes)
+            u = moved(combined(row, slopes), float(c))
             velocity = terms.vf(t0 + float(c) * h, geometry.exp(y0, u), args)
             slopes.append(geometry.exp_inverse_derivative(y0, u, velocity))
-        y1 = geometry.exp(y0, h * combined(method.b_sol, slopes))
+        y1 = geometry.exp(y0, moved(combined(method.b_sol, slopes), 1.0))
         error = h * combined(method.b_error, slopes)
-        last = velocity if method.fsal else terms.vf(t1, y1, args)
+        last = velocity if method.fsal and noise is None else terms.vf(t1, y1, args)
         dense_info = {"y0": y0, "y1": y1, "k0": h * slopes[0], "k1": h * last}
+        if noise is not None:
+            dense_info |= {"k0": y1 - y0, "k1": y1 - y0}  # a line
         return y1, error, dense_info, last, diffrax.RESULTS.successful
 
     def func(self, terms, t0, y0, args):

@@ -52,7 +52,43 @@ def masked(interaction, mask=masks.Blocks(2)):
     return jf.SelfAttention(interaction=interaction, mask=mask)(0.0, MU.points, MU)
 
 
+def noisy(kappa=1.0, field=jf.SelfAttention(), **options):
+    noise = jf.Noise(kappa, key=KEY)
+    return jf.flow(field, measure.simplex(3, 3), t1=1.0, noise=noise, **options)
+
+
 CALLS = {
+    # noise
+    "no temperature": (lambda: noisy(0.0), ValueError, "kappa must be positive and finite, got 0"),
+    "noise without a step": (lambda: noisy(), ValueError, "fixed steps: pass their length, dt0"),
+    "an implicit method for noise": (
+        lambda: noisy(dt0=0.1, solver=diffrax.Kvaerno5()),
+        ValueError,
+        "Kvaerno5 is no method for noise: pass",
+    ),
+    "splitting noise": (
+        lambda: noisy(dt0=0.1, solver=jf.solvers.Strang(diffrax.Heun())),
+        ValueError,
+        "Strang is no method for noise",
+    ),
+    "additive noise on a sphere": (
+        lambda: noisy(dt0=0.1, solver=diffrax.ShARK()),
+        ValueError,
+        "ShARK is for noise that does not depend on the place",
+    ),
+    "a number for noise": (
+        lambda: jf.flow(jf.SelfAttention(), measure.simplex(3, 3), t1=1.0, noise=2.0),
+        TypeError,
+        "noise must be an instance such as jaxflow.Noise",
+    ),
+    "noise on an ellipsoid": (
+        lambda: noisy(
+            field=jf.SelfAttention(geometry=jf.Ellipsoid([1.0, 2.0, 1.0], [0.0, 0.0, 0.0])),
+            dt0=0.1,
+        ),
+        ValueError,
+        "noise is for R.d and for spheres|must lie on",
+    ),
     # compressed measures
     "no reach": (lambda: compress(reach=0.0), ValueError, "positive and finite, got 0.0"),
     "a reach without end": (lambda: compress(reach=INF), ValueError, "positive and finite"),

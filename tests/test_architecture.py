@@ -40,6 +40,7 @@ LAYERS = {
     "explicit": 3,
     "observables": 3,
     "solvers": 4,
+    "noise": 4.5,
     "_coarsened": 5,
     "flow": 5,
     "coarsen": 6,
