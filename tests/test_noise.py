@@ -61,7 +61,7 @@ def test_ornstein_uhlenbeck():
 def test_noisy_kuramoto_settles_on_the_self_consistent_law(kappa):
     """exp(kappa r cos) with r = I_1(kappa r) / I_0(kappa r): 0 up to kappa = 2."""
     gap = lambda r: iv(1, kappa * r) / iv(0, kappa * r) - r
-    expected = brentq(gap, 0.1, 1) if kappa > 2 else 0.0
+    expected = float(np.asarray(brentq(gap, 0.1, 1))) if kappa > 2 else 0.0
     mu0 = jf.measure.von_mises_fisher(2000, jnp.array([1.0, 0.0]), 1.0, key=KEY)
     r = order_parameter(moved(KURAMOTO, mu0.points, 8.0, 0.1, kappa).last)
     # Fluctuations of n^{-1/2} = 0.022, larger near the transition.
