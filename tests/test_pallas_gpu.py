@@ -189,7 +189,8 @@ def test_tiles_of_a_small_shared_memory(capability, rows):
     family = pallas_gpu.family(Shapes(q, q, q), Problem(), capability)
     assert isinstance(family, tensor_cores.TensorCores)
     small = family.small_memory
-    assert tensor_cores.default_config("gu", 512, 512, 256, q.dtype, small_memory=small).rows == rows
+    tile = tensor_cores.default_config("gu", 512, 512, 256, q.dtype, small_memory=small)
+    assert tile.rows == rows
 
 
 # ------------------------------------------------------------------ Mosaic GPU, interpreted

@@ -376,19 +376,19 @@ TILES = {
         256: Config(16, 16, warps=8),
     },
     ("tangent", 4): {
-        16: Config(64, 32),
+        32: Config(64, 32),
         64: Config(32, 32),
         128: Config(32, 16),
         256: Config(16, 16),
     },
     ("gu", 4): {
-        16: Config(64, 32),
+        32: Config(64, 32),
         64: Config(32, 32),
         128: Config(32, 16),
         256: Config(16, 16, warps=8),
     },
     ("gk", 4): {
-        16: Config(64, 32),
+        32: Config(64, 32),
         64: Config(32, 32),
         128: Config(16, 32),
         256: Config(16, 16, stages=1),
