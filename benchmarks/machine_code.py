@@ -125,11 +125,15 @@ def lower(fn: Callable, args, device: Device, *, over: int = 1):
 
 
 def compiled(lowered, device: Device, folder: str | None = None):
-    """The program in machine code; with a folder, its kernels' PTX is written there.
+    """The program in machine code; with a folder, its kernels' PTX is written there, and the rest
+    is left as it comes, since only the PTX will be read.
 
     What is divided among devices is lowered while it is compiled, so for the device here too.
     """
-    options = {} if folder is None else {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+    options: dict[str, Any] = {}
+    if folder is not None:
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        options["xla_gpu_disable_gpuasm_optimizations"] = True
     with _environment(folder), _named(device), without_cache():
         return lowered.compile(compiler_options=options)
 

@@ -39,22 +39,22 @@ PROBLEMS = {
     "weighted": Problem(),
 }
 PARTICLES = [("float32", d) for d in (2, 3, 8, 16)]
-LANGUAGE = [(dtype, d) for dtype in ("bfloat16", "float16") for d in (16, 64, 128, 256)]
-WIDE = [("float32", d) for d in (32, 64, 128, 256)]
+CHANNELS = (16, 64, 128, 256)
+HEADS = [*(("bfloat16", d) for d in CHANNELS), *(("float32", d) for d in (32, 64, 128, 256))]
 RAGGED = 1000  # no multiple of a tile
-# Bytes a thread, by family, mode, bytes of an operand and channels: these have more sums than
-# registers, and every other tile spills more.
+# Bytes a thread that spill, without and with a band, by family, mode, bytes of an operand and
+# channels: these have more sums and factors than registers, and every other tile takes more
+# instructions a pair.
 SPILLS = {
-    ("particles", "cotangent", 4, 16): 260,
-    ("tensor_cores", "forward", 4, 256): 40,
-    ("tensor_cores", "tangent", 4, 256): 2100,
-    ("tensor_cores", "cotangent", 4, 256): 500,
+    ("particles", "tangent", 4, 16): (64, 0),
+    ("particles", "cotangent", 4, 16): (280, 0),
+    ("hopper", "tangent", 2, 256): (80, 350),
+    ("tensor_cores", "tangent", 4, 128): (460, 1000),
+    ("tensor_cores", "tangent", 4, 256): (1150, 3100),
+    ("tensor_cores", "cotangent", 4, 256): (640, 1550),
 }
-# With the compiler of CUDA 13, which JAX has from 0.11 on.
-SPILLS_OF_CUDA_13 = {("tensor_cores", "tangent", 4, 64): 24}
-# On compute capability 10.0 alone: a few bytes beside masks, and one tile too large.
-SPILLS_OF_BLACKWELL = {("tensor_cores", "cotangent", 2, 256): 2200}
-BESIDE_A_LOOP = 16
+# What any kernel may spill, if at most one instruction in a hundred of a loop moves it.
+BESIDE_LOOPS = 80
 # Instructions a pair of the loop that takes the time, without log-weights, on compute capability
 # 9.0: of the cotangent the loop over keys and the one over queries.
 INSTRUCTIONS = {
@@ -108,10 +108,7 @@ class Case:
     def fits(self) -> int:
         """Bytes a thread that may spill."""
         key = self.family.name, self.mode, jnp.dtype(self.dtype).itemsize, self.d
-        known = SPILLS | SPILLS_OF_CUDA_13 if machine_code.cuda() == 13 else SPILLS
-        if self.capability != "10.0":
-            return known.get(key, 0)
-        return (known | SPILLS_OF_BLACKWELL).get(key, BESIDE_A_LOOP)
+        return SPILLS.get(key, (0, 0))[PROBLEMS[self.problem].band != (None, None)]
 
     def kernels(self):
         run = _run(self.family, PROBLEMS[self.problem])
@@ -132,13 +129,20 @@ CHOSEN = [
     Case("12.0", "tangent", "float32", 3, "weighted"),
     Case("12.0", "forward", "float32", 256),
 ]
+# No case whose machine code another one has: a band pads few channels to 16, float16 differs from
+# bfloat16 in the names of instructions, and ragged tiles hold all that whole ones do.
+KINDS = [
+    *((*kind, problem) for kind in PARTICLES for problem in ("plain", "weighted")),
+    *(("float32", 16, problem) for problem in ("causal", "window")),
+    *((*kind, problem) for kind in HEADS for problem in PROBLEMS),
+    *(("float16", d, problem) for d in CHANNELS for problem in ("plain", "window")),
+]
 MATRIX = [
-    Case(capability, mode, dtype, d, problem, n)
+    Case(capability, mode, *kind, n)
     for capability in DEVICES
-    for dtype, d in (*PARTICLES, *LANGUAGE, *WIDE)
+    for kind in KINDS
     for mode in MODES
-    for problem in PROBLEMS
-    for n in (RAGGED, 2048)
+    for n in ((RAGGED, 2048) if kind[2] == "plain" and kind[0] != "float16" else (RAGGED,))
 ]
 
 
@@ -148,23 +152,28 @@ def _run(family, problem: Problem):
     return partial(evaluate, family, problem=problem)
 
 
+def beside_loops(kernel: machine_code.Kernel) -> bool:
+    rare = (100 * loop.count("LDL", "STL") <= loop.length for loop in kernel.loops)
+    return kernel.spilled <= BESIDE_LOOPS and all(rare)
+
+
 def check(case: Case):
     kernels = case.kernels()
     assert kernels
     for kernel in kernels:
-        assert kernel.spilled <= case.fits, kernel
+        assert kernel.spilled <= case.fits or beside_loops(kernel), kernel
         assert not kernel.serialised
         assert kernel.loops
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_compiles_without_spills(case):
+def test_spills_at_most_what_must(case):
     check(case)
 
 
 @pytest.mark.aot_full
 @pytest.mark.parametrize("case", MATRIX, ids=str)
-def test_every_kernel_compiles_without_spills(case):
+def test_every_kernel_spills_at_most_what_must(case):
     check(case)
 
 

@@ -185,10 +185,12 @@ def test_without_triton_it_falls_back(abstract_device, monkeypatch):
 
 @pytest.mark.parametrize("capability, rows", [((8, 0), 64), ((8, 9), 32)], ids=str)
 def test_tiles_of_a_small_shared_memory(capability, rows):
-    shapes = Shapes(*[jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)] * 3)
-    family = pallas_gpu.family(shapes, Problem(), capability)
+    q = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)
+    family = pallas_gpu.family(Shapes(q, q, q), Problem(), capability)
     assert isinstance(family, tensor_cores.TensorCores)
-    assert family.candidates("cotangent", shapes)[0].rows == rows
+    small = family.small_memory
+    tile = tensor_cores.default_config("gu", 512, 512, 256, q.dtype, small_memory=small)
+    assert tile.rows == rows
 
 
 # ------------------------------------------------------------------ Mosaic GPU, interpreted
@@ -263,29 +265,26 @@ def _assert_close(found, expected, tolerance):
 @pytest.mark.parametrize("band", [(None, None), (None, 0), (5, 3), (None, -2), (3, None)], ids=str)
 def test_unmasked_tiles_are_whole(band):
     """Every visible pair is in a visited tile, and no invisible one in an unmasked tile."""
-    m, n, config = 80, 104, tensor_cores.Config(16, 8)
+    m, n, config = 80, 112, tensor_cores.Config(16, 8)
     tiles = tensor_cores.Tiles(m, n, band, config, interpret=True)
     left, right = band
     i, j = np.arange(m)[:, None], np.arange(n)[None, :]
     visible = np.ones((m, n), bool)
     visible &= True if left is None else j >= i - left
     visible &= True if right is None else j <= i + right
-    seen = {"keys": np.zeros((m, n), int), "queries": np.zeros((m, n), int)}
 
-    def visit(name, row, column, masked):
+    def visit(seen, visible, row, column, masked):
         part = np.s_[int(row) : int(row) + config.rows, int(column) : int(column) + config.keys]
-        seen[name][part] += 1
+        seen[part] += 1
         assert masked or visible[part].all()
 
-    with jax.disable_jit():
-        for row in range(0, m, config.rows):
-            step = lambda column, masked, _, row=row: visit("keys", row, column, masked)
-            tiles.over_keys(row, step, None)
-        for column in range(0, n, config.keys):
-            step = lambda row, masked, _, column=column: visit("queries", row, column, masked)
-            tiles.over_queries(column, step, None)
-    for counts in seen.values():
-        assert counts.max() == 1 and (counts[visible] == 1).all()
+    for over, pairs in ((tiles, visible), (tiles.transposed, visible.T)):
+        seen = np.zeros(pairs.shape, int)
+        with jax.disable_jit():
+            for row in range(0, over.m, config.rows):
+                step = lambda column, masked, _, at=(seen, pairs, row): visit(*at, column, masked)
+                over.over_columns(row, step, None)
+        assert seen.max() == 1 and (seen[pairs] == 1).all()
 
 
 # ------------------------------------------------------------------ cuDNN

@@ -507,7 +507,7 @@ class _Tiles:
 
     ring: _Ring
     slot: Any
-    mask: Any  # of the visible pairs; None where all are
+    mask: Callable | None  # of the visible pairs; None where all are
 
     def wait(self, packet):
         plgpu.barrier_wait(self.ring.full[packet].at[self.slot])
@@ -520,7 +520,7 @@ class _Tiles:
         plgpu.barrier_arrive(self.ring.empty[packet].at[self.slot])
 
     def visible(self, x):
-        return x if self.mask is None else jnp.where(self.mask, x, -jnp.inf)
+        return x if self.mask is None else jnp.where(self.mask(), x, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -643,7 +643,7 @@ def _stream(
                 return total.step(group, _Tiles(ring, ring.slot(i), None), carry)
 
             def masked_step(i, carry):
-                mask = extent.mask(row, tile(i) * columns, interpret)
+                mask = partial(extent.mask, row, tile(i) * columns, interpret)
                 return total.step(group, _Tiles(ring, ring.slot(i), mask), carry)
 
             if extent.masks:

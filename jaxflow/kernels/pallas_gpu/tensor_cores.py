@@ -44,7 +44,10 @@ from .family import AbstractFamily, exp2
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Queries and keys of a tile of scores, warps of a block, loads in flight."""
+    """Queries and keys of a tile of scores, warps of a block, loads in flight.
+
+    Where keys stay in registers and queries pass, `rows` are keys and `keys` are queries.
+    """
 
     rows: int
     keys: int
@@ -65,6 +68,11 @@ class Tiles:
     config: Config
     interpret: bool
 
+    @property
+    def transposed(self) -> "Tiles":
+        """With keys as rows, and queries as what passes them."""
+        return dataclasses.replace(self, m=self.n, n=self.m, band=self.band[::-1])
+
     def mask(self, row, column, scores):
         """Scores of the tile that starts at (row, column), -inf outside the band."""
         i = row + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -76,8 +84,9 @@ class Tiles:
             scores = jnp.where(j <= i + right, scores, -jnp.inf)
         return scores
 
-    def over_keys(self, row, step: Callable, init):
-        """Folds step(column, masked, carry) over the key blocks that the queries from `row` see."""
+    def over_columns(self, row, step: Callable, init):
+        """Folds step(column, masked, carry) over the key blocks that the queries from `row` see;
+        transposed, over the query blocks that see the keys from `row`."""
         left, right = self.band
         first = None if left is None else row - left
         last = None if right is None else row + self.config.rows - 1 + right
@@ -85,15 +94,6 @@ class Tiles:
         whole = None if left is None else row + self.config.rows - 1 - left
         until = None if right is None else row + right
         return _sweep(self.config.keys, self.n, first, whole, until, last, step, init)
-
-    def over_queries(self, column, step: Callable, init):
-        """Folds step(row, masked, carry) over the query blocks that see the keys from `column`."""
-        left, right = self.band
-        first = None if right is None else column - right
-        last = None if left is None else column + self.config.keys - 1 + left
-        whole = None if right is None else column + self.config.keys - 1 - right
-        until = None if left is None else column + left
-        return _sweep(self.config.rows, self.m, first, whole, until, last, step, init)
 
     def exp2(self, x):
         """Without assembly Triton's exp2 spends three more instructions on subnormal numbers."""
@@ -136,11 +136,11 @@ def _sweep(block, length, first, whole, until, last, step, init):
 def _scores(tiles, masked, row, column, q, k, b, scale):
     s = scale * tiles.dot(q, k, axes=(1, 1))
     if b is not None:
-        s += b[None, :]
+        s += b if b.ndim == 2 else b[None, :]
     return tiles.mask(row, column, s) if masked else s
 
 
-def _keys(tiles, column, *refs) -> list[Any]:
+def _part(tiles, column, *refs) -> list[Any]:
     part = pl.ds(column, tiles.config.keys)
     return [None if ref is None else ref[0, part] for ref in refs]
 
@@ -151,7 +151,7 @@ def _forward_kernel(tiles, *, q, k, v, scale, mean, lse, b=None):
 
     def step(column, masked, carry):
         shift, z, total = carry
-        kj, vj, bj = _keys(tiles, column, k, v, b)
+        kj, vj, bj = _part(tiles, column, k, v, b)
         s = _scores(tiles, masked, row, column, queries, kj, bj, beta)
         new = jnp.maximum(shift, s.max(axis=1))
         finite = jnp.where(new == -jnp.inf, 0, new)
@@ -162,7 +162,7 @@ def _forward_kernel(tiles, *, q, k, v, scale, mean, lse, b=None):
 
     start = jnp.zeros((rows, v.shape[2]), dtype)
     init = jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), start
-    shift, z, total = tiles.over_keys(row, step, init)
+    shift, z, total = tiles.over_columns(row, step, init)
     empty = z == 0
     z = jnp.where(empty, 1, z)
     mean[0] = (total / z[:, None]).astype(mean.dtype)
@@ -176,7 +176,7 @@ def _tangent_kernel(tiles, *, q, du, lse, k, dk, v, dv, scale, total, dlse, b=No
 
     def step(column, masked, carry):
         sums, dz = carry
-        kj, dkj, vj, dvj, bj, dbj = _keys(tiles, column, k, dk, v, dv, b, db)
+        kj, dkj, vj, dvj, bj, dbj = _part(tiles, column, k, dk, v, dv, b, db)
         p = tiles.exp2(_scores(tiles, masked, row, column, queries, kj, bj, beta) - shift)
         ds = (beta / LOG2E) * tiles.dot(queries, dkj, axes=(1, 1))
         ds += tiles.dot(moves, kj, axes=(1, 1))
@@ -188,7 +188,7 @@ def _tangent_kernel(tiles, *, q, du, lse, k, dk, v, dv, scale, total, dlse, b=No
         return sums, dz + pds.sum(axis=1)
 
     init = jnp.zeros((rows, v.shape[2]), dtype), jnp.zeros(rows, dtype)
-    total[0], dlse[0] = tiles.over_keys(row, step, init)
+    total[0], dlse[0] = tiles.over_columns(row, step, init)
 
 
 def _rows_kernel(tiles, *, q, g, lse, centre, k, v, scale, gu, b=None):
@@ -196,31 +196,33 @@ def _rows_kernel(tiles, *, q, g, lse, centre, k, v, scale, gu, b=None):
     shift, middle, beta = lse[0][:, None], centre[0][:, None], scale[0]
 
     def step(column, masked, total):
-        kj, vj, bj = _keys(tiles, column, k, v, b)
+        kj, vj, bj = _part(tiles, column, k, v, b)
         p = tiles.exp2(_scores(tiles, masked, row, column, queries, kj, bj, beta) - shift)
         w = p * (tiles.dot(cotangents, vj, axes=(1, 1)) - middle)
         return total + tiles.dot(w.astype(kj.dtype), kj, axes=(1, 0))
 
-    gu[0] = tiles.over_keys(row, step, jnp.zeros(gu.shape[1:], gu.dtype))
+    gu[0] = tiles.over_columns(row, step, jnp.zeros(gu.shape[1:], gu.dtype))
 
 
 def _columns_kernel(tiles, *, q, g, lse, centre, k, v, scale, gk, gv, gb, b=None):
-    column, kj, vj = pl.program_id(0) * tiles.config.keys, k[0], v[0]
-    bj, beta, dtype = None if b is None else b[0], scale[0], lse.dtype
+    # A key a row: so the weights leave one product as they enter the next. The other way round
+    # each thread would take every exponential two to four times.
+    tiles = tiles.transposed
+    row, keys, values = pl.program_id(0) * tiles.config.rows, k[0], v[0]
+    bias, beta, dtype = None if b is None else b[0][:, None], scale[0], lse.dtype
 
-    def step(row, masked, carry):
+    def step(column, masked, carry):
         sum_k, sum_v, sum_b = carry
-        part = pl.ds(row, tiles.config.rows)
-        queries, cotangents = q[0, part], g[0, part]
-        s = _scores(tiles, masked, row, column, queries, kj, bj, beta)
-        p = tiles.exp2(s - lse[0, part][:, None])
-        w = p * (tiles.dot(cotangents, vj, axes=(1, 1)) - centre[0, part][:, None])
-        sum_k += tiles.dot(w.astype(kj.dtype), queries, axes=(0, 0))
-        sum_v += tiles.dot(p.astype(vj.dtype), cotangents, axes=(0, 0))
-        return sum_k, sum_v, sum_b + w.sum(axis=0)
+        queries, cotangents, shift, middle = _part(tiles, column, q, g, lse, centre)
+        s = _scores(tiles, masked, row, column, keys, queries, bias, beta)
+        p = tiles.exp2(s - shift[None, :])
+        w = p * (tiles.dot(values, cotangents, axes=(1, 1)) - middle[None, :])
+        sum_k += tiles.dot(w.astype(keys.dtype), queries, axes=(1, 0))
+        sum_v += tiles.dot(p.astype(values.dtype), cotangents, axes=(1, 0))
+        return sum_k, sum_v, sum_b + w.sum(axis=1)
 
     init = tuple(jnp.zeros(ref.shape[1:], dtype) for ref in (gk, gv, gb))
-    sum_k, sum_v, gb[0] = tiles.over_queries(column, step, init)
+    sum_k, sum_v, gb[0] = tiles.over_columns(row, step, init)
     gk[0] = ((beta / LOG2E) * sum_k).astype(gk.dtype)
     gv[0] = sum_v.astype(gv.dtype)
 
@@ -264,25 +266,23 @@ class TensorCores(AbstractFamily):
         rows = {"q": (q, 0), "g": (g, 0), "lse": (LOG2E * finite(lse), 0)}
         rows["centre"] = operands.centre, 0
         keys = {"k": (k, 0), "v": (v, 0)} | _weights(problem, b)
-        call = partial(self._call, "cotangent", problem.band)
-        (gu,) = call(_rows_kernel, rows, keys, scale, {"gu": ("m", q.shape[-1], dtype)})
+        outs: dict[str, Any] = {"gu": ("m", q.shape[-1], dtype)}
+        (gu,) = self._call("gu", problem.band, _rows_kernel, rows, keys, scale, outs)
         outs = {
             "gk": ("n", k.shape[-1], k.dtype),
             "gv": ("n", v.shape[-1], v.dtype),
             "gb": ("n", None, dtype),
         }
-        gk, gv, gb = call(_columns_kernel, rows | {"lse": (away, jnp.inf)}, keys, scale, outs)
+        rows["lse"] = away, jnp.inf
+        gk, gv, gb = self._call("gk", problem.band, _columns_kernel, rows, keys, scale, outs)
         return gu, gk, gv, gb
 
-    def candidates(self, mode: Mode, shapes: Shapes) -> Sequence[Config]:
-        q, k, _ = shapes
-        sizes = q.shape[-2], k.shape[-2], shapes.channels
-        default = default_config(mode, *sizes, q.dtype, small_memory=self.small_memory)
+    def candidates(self, mode: Mode, shapes: Shapes) -> Sequence[Config | None]:
+        # None fits each kernel of a mode.
         tiles = [(r, c) for r in (32, 64, 128) for c in (16, 32, 64, 128)]
-        tries = [Config(*tile, w, s) for tile in tiles for w in (4, 8) for s in (2, 3)]
-        return [default, *(c for c in tries if c != default)]
+        return [None, *(Config(*tile, w, s) for tile in tiles for w in (4, 8) for s in (2, 3))]
 
-    def _call(self, mode: Mode, band: Band, kernel, rows, keys, scale, outs) -> Results:
+    def _call(self, kernel: str, band: Band, body, rows, keys, scale, outs) -> Results:
         """Runs a kernel on a grid over blocks of its outputs' tokens: "m" queries or "n" keys.
 
         `rows` and `keys` hold operands (batch, tokens[, channels]) with what pads their tokens,
@@ -292,16 +292,18 @@ class TensorCores(AbstractFamily):
 
         q, k, r = rows["q"][0], keys["k"][0], keys["v"][0].shape[-1]
         (batch, m, p), n = q.shape, k.shape[1]
-        config = self.config
+        (over,) = {axis for axis, _, _ in outs.values()}
+        sizes, config = (m, n) if over == "m" else (n, m), self.config
         if config is None:
-            config = default_config(mode, m, n, max(p, r), q.dtype, small_memory=self.small_memory)
-        lengths = {"m": _up(m, config.rows), "n": _up(n, config.keys)}
-        if n != lengths["n"] and "b" not in keys:
+            config = default_config(
+                kernel, *sizes, max(p, r), q.dtype, small_memory=self.small_memory
+            )
+        blocks = dict(zip("mn" if over == "m" else "nm", (config.rows, config.keys), strict=True))
+        lengths = {"m": _up(m, blocks["m"]), "n": _up(n, blocks["n"])}
+        if over == "m" and n != lengths["n"] and "b" not in keys:
             # A loop of its own for the last keys costs registers, up to 18 KB a thread of spills.
             zeros = jnp.zeros((batch, n), accumulation_dtype(q.dtype))
             keys = keys | {"b": (zeros, -jnp.inf)}
-        blocks = {"m": config.rows, "n": config.keys}
-        (over,) = {axis for axis, _, _ in outs.values()}
         tiles = Tiles(lengths["m"], lengths["n"], band, config, self.interpret)
 
         def spec(axis, channels):
@@ -322,7 +324,7 @@ class TensorCores(AbstractFamily):
             name: () if c is None else (_power_of_two(c),) for name, (_, c, _) in outs.items()
         }
         found = pl.pallas_call(
-            lambda *refs: kernel(tiles, **dict(zip(names, refs, strict=True))),
+            lambda *refs: body(tiles, **dict(zip(names, refs, strict=True))),
             grid=(lengths[over] // blocks[over], batch),
             in_specs=[specs[name] for name in operands],
             out_specs=[spec(axis, *widths[name] or (None,)) for name, (axis, _, _) in outs.items()],
@@ -332,7 +334,7 @@ class TensorCores(AbstractFamily):
             ],
             compiler_params=triton.CompilerParams(num_warps=config.warps, num_stages=config.stages),
             interpret=self.interpret,
-            name=f"jaxflow{kernel.__name__}",
+            name=f"jaxflow{body.__name__}",
         )(*operands.values())
         tokens = {"m": m, "n": n}[over]
         cut = lambda a, c: a[:, :tokens] if c is None else a[:, :tokens, :c]
@@ -359,28 +361,53 @@ def _up(length: int, block: int) -> int:
     return block * -(-length // block)
 
 
-# Rows, keys and warps by the bytes of an operand and the channels up to a limit: the largest tiles
-# whose registers ptxas does not spill (compute capability 8.0 and 9.0). At 256 channels of float32
-# every tile spills; these the least (36 bytes a thread forward, 0.5 and 2 KB in the derivatives).
+# Tiles by the bytes of an operand and the channels up to a limit: of those whose registers ptxas
+# does not spill in the loop (compute capability 8.0 and 9.0) the one with the fewest instructions a
+# pair. At 256 channels of float32 every tile spills; these the least.
 TILES = {
-    ("forward", 2): {128: (128, 64, 8), 256: (32, 32, 4)},
-    ("tangent", 2): {64: (128, 64, 8), 128: (64, 32, 4), 256: (32, 32, 4)},
-    ("cotangent", 2): {256: (64, 32, 4)},
-    ("forward", 4): {16: (64, 64, 4), 64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 16, 8)},
-    ("tangent", 4): {16: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 4)},
-    ("cotangent", 4): {16: (64, 32, 4), 64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 8)},
+    ("forward", 2): {128: Config(128, 64, 8), 256: Config(32, 32)},
+    ("tangent", 2): {64: Config(128, 64, 8), 128: Config(64, 32), 256: Config(32, 32)},
+    ("gu", 2): {256: Config(64, 32)},
+    ("gk", 2): {128: Config(64, 32), 256: Config(32, 32)},
+    ("forward", 4): {
+        16: Config(64, 64),
+        64: Config(64, 32),
+        128: Config(32, 32),
+        256: Config(16, 16, warps=8),
+    },
+    ("tangent", 4): {
+        32: Config(64, 32),
+        64: Config(32, 32),
+        128: Config(32, 16),
+        256: Config(16, 16),
+    },
+    ("gu", 4): {
+        32: Config(64, 32),
+        64: Config(32, 32),
+        128: Config(32, 16),
+        256: Config(16, 16, warps=8),
+    },
+    ("gk", 4): {
+        32: Config(64, 32),
+        64: Config(32, 32),
+        128: Config(16, 32),
+        256: Config(16, 16, stages=1),
+    },
 }
 
 
 def default_config(
-    mode: Mode, m: int, n: int, channels: int, dtype, *, small_memory: bool = False
+    kernel: str, kept: int, passing: int, channels: int, dtype, *, small_memory: bool = False
 ) -> Config:
+    """For "forward", "tangent", "gu" (the cotangent over keys) or "gk" (over queries), by the
+    number of tokens that blocks keep and that pass them."""
     row = channels * jnp.dtype(dtype).itemsize  # bytes
-    tiles = TILES[mode, min(jnp.dtype(dtype).itemsize, 4)]
-    rows, keys, warps = tiles[min((c for c in tiles if channels <= c), default=max(tiles))]
-    rows, keys = min(rows, _power_of_two(m)), min(keys, _power_of_two(n))
+    tiles = TILES[kernel, min(jnp.dtype(dtype).itemsize, 4)]
+    config = tiles[min((c for c in tiles if channels <= c), default=max(tiles))]
+    rows, keys = min(config.rows, _power_of_two(kept)), min(config.keys, _power_of_two(passing))
+    config = dataclasses.replace(config, rows=rows, keys=keys)
     if small_memory and row > 512:
-        return Config(rows, keys, warps, stages=1)
+        return dataclasses.replace(config, stages=1)
     if small_memory and row > 256:
-        return Config(max(16, rows // 2), keys, warps)
-    return Config(rows, keys, warps)
+        return dataclasses.replace(config, rows=max(16, rows // 2))
+    return config
