@@ -13,6 +13,8 @@ The map, in reading order:
     flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
     coarsen      the same              where tokens that have met are one token
     observables  functions of (t, mu)  `jaxflow.observables`
+    density      mu(dx) = rho(x) dx    log_density(field, mu0, x0, log_rho0, t1=...); on a grid and
+                                       in closed form: `jaxflow.density`
     phase        p(beta, t)            phase_diagram(betas, ts, n=..., d=...)
     models       embed, flow, read out `jaxflow.models`, trained by `jaxflow.training`
     pictures     `jaxflow.viz`
@@ -26,9 +28,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import events, masks, measure, models, observables, phase, solvers, training, viz
+    from . import density, events, masks, measure, models, observables, phase, solvers, training, viz
     from ._cache import enable_compilation_cache
     from .coarsen import coarsen
+    from .density import log_density
     from .fields import (
         NGPT,
         AbstractField,
@@ -106,10 +109,12 @@ __all__ = [
     "UnitNorm",
     "Unnormalised",
     "coarsen",
+    "density",
     "divergence",
     "enable_compilation_cache",
     "events",
     "flow",
+    "log_density",
     "lyapunov_exponents",
     "masks",
     "measure",
@@ -126,7 +131,9 @@ __all__ = [
 ]
 
 # Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
-_HOMES = "_cache", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "phase"
+_HOMES = (
+    "_cache", "density", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "phase",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
