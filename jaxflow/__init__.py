@@ -28,7 +28,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import density, events, masks, measure, models, observables, phase, solvers, training, viz
+    from . import (
+        density,
+        events,
+        masks,
+        measure,
+        models,
+        observables,
+        phase,
+        solvers,
+        training,
+        viz,
+    )
     from ._cache import enable_compilation_cache
     from .coarsen import coarsen
     from .density import log_density

@@ -1,7 +1,7 @@
 """log rho along the flow against laws whose density is known.
 
-Solves run at rtol 1e-10, atol 1e-12; over some tens of steps the local errors add up to a few 1e-10,
-which TRUTH allows for.
+Solves run at rtol 1e-10, atol 1e-12; over some tens of steps the local errors add up to a few
+1e-10, which TRUTH allows for.
 """
 
 import diffrax
@@ -32,8 +32,8 @@ def log_poisson(r, x):
 
 
 def test_poisson_kernels_stay_poisson_kernels():
-    """F5 at t = 2: r = r0 e^{t/2} / sqrt(1 - r0^2 + r0^2 e^t). 400 quantiles have the order parameter
-    of the law to r0^400."""
+    """F5 at t = 2: r = r0 e^{t/2} / sqrt(1 - r0^2 + r0^2 e^t). 400 quantiles have the order
+    parameter of the law to r0^400."""
     x0 = jf.measure.from_angles(ANGLES).points
     mu0, field = jf.measure.kuramoto(400, 0.2), jf.SelfAttention(beta=0.0)
     x, logs = log_density(field, mu0, x0, lambda x: log_poisson(0.2, x), t1=2.0)
@@ -55,9 +55,7 @@ def test_linear_attention_keeps_gaussian_laws():
     """X[mu](x) = b V E[y y^T] x is linear in x, so that N(m, S) with the mean and covariance of the
     tokens stays one with theirs."""
     V = jnp.array([[0.3, -0.2], [0.5, -0.6]])
-    field = jf.SelfAttention(
-        value=V, beta=0.4, interaction=jf.Linear(), geometry=jf.Euclidean()
-    )
+    field = jf.SelfAttention(value=V, beta=0.4, interaction=jf.Linear(), geometry=jf.Euclidean())
     mu0 = jf.measure.gaussian(12, 2, key=jax.random.key(0), mean=[0.5, -0.3])
     law = lambda mu: multivariate_normal(np.asarray(mu.mean), np.asarray(mu.covariance))
     x0 = jax.random.normal(jax.random.key(1), (5, 2))
@@ -67,7 +65,7 @@ def test_linear_attention_keeps_gaussian_laws():
 
 
 def test_the_integral_on_the_circle():
-    """rho_t(x_t) dx_t = rho_0 dx_0 at each point of a grid, dx_t/dx_0 by FFT: 128 modes resolve it."""
+    """rho_t(x_t) dx_t = rho_0 dx_0 at each point of a grid, dx_t/dx_0 by FFT."""
     mu0, field = jf.measure.kuramoto(7, 0.3), jf.SelfAttention(beta=2.0)
     x0 = jf.measure.from_angles(ANGLES).points
     x, logs = log_density(field, mu0, x0, jnp.zeros(128), t1=0.5)

@@ -220,6 +220,7 @@ def _initial(log_rho0, x0: Float[Array, "m d"]) -> Float[Array, " m"]:
     logs = known(log_rho0)
     if logs is not None and not (logs < np.inf).all():
         raise ValueError(
-            f"log_rho0 must be finite, or -inf where there is no mass; got {logs[~(logs < np.inf)][0]}."
+            "log_rho0 must be finite, or -inf where there is no mass; got "
+            f"{logs[~(logs < np.inf)][0]}."
         )
     return log_rho0.astype(x0.dtype)
