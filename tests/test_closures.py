@@ -5,8 +5,6 @@ the law that has moved, and their integrals of e^{<a, y>} are exact to (|a|^2 / 
 1e-10 here. Both solves have rtol = 1e-10 a step.
 """
 
-from typing import ClassVar
-
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from scipy.linalg import expm
 
 import jaxflow as jf
 from jaxflow.density import closures
+from jaxflow.geometry import AbstractGeometry
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -47,11 +46,11 @@ def gauss_hermite(n=12):
 class L2(jf.AbstractField):
     """X(x) = V E[y], mu_x(dy) proportional to exp(-|Q x - K y|^2 / 2) mu(dy)."""
 
-    geometry: ClassVar = jf.Euclidean()
+    geometry: AbstractGeometry = jf.Euclidean()
 
     def __call__(self, t, x, mu):
         keys = mu.points @ KEY.T
-        logs = mu.log_weights - (keys**2).sum(axis=1) / 2
+        logs = mu.log_probabilities - (keys**2).sum(axis=1) / 2
         return jf.softmax_expectation(x @ QUERY.T, keys, mu.points, logs)[0] @ VALUE.T
 
 
@@ -61,12 +60,11 @@ def attention(interaction):
 
 @pytest.mark.parametrize("interaction", [jf.Softmax(), jf.Linear(), jf.Sinkhorn(), None])
 def test_gaussian_laws(interaction):
-    field = L2() if interaction is None else attention(interaction)
-    closure = (
-        closures.L2Gaussian(QUERY, KEY, VALUE)
-        if interaction is None
-        else closures.gaussian(field, 2)
-    )
+    if interaction is None:
+        field, closure = L2(), closures.L2Gaussian(QUERY, KEY, VALUE)
+    else:
+        field = attention(interaction)
+        closure = closures.gaussian(field, 2)
     mu0 = gauss_hermite()
     law = closures.Moments.of(mu0)
     np.testing.assert_allclose(law.covariance, ROOT @ ROOT.T, atol=1e-12)

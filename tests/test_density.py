@@ -4,6 +4,8 @@ Steps are controlled to 1e-8, the default of float64: what a spectral grid resol
 some 1e-7 after tens of steps.
 """
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from scipy.integrate import quad, solve_ivp
 from scipy.optimize import brentq
 from scipy.special import iv
-from scipy.stats import norm, wasserstein_distance
+from scipy.stats import wasserstein_distance
 
 import jaxflow as jf
 from jaxflow import density
@@ -21,7 +23,6 @@ from jaxflow.density import closures
 pytestmark = pytest.mark.usefixtures("x64")
 
 ROUNDING = 1e-13
-KURAMOTO = {"beta": 0.0}
 
 
 def solve(field, rho0, grid, **options):
@@ -109,7 +110,8 @@ def test_growth_off_the_uniform_law(interaction):
 @pytest.mark.parametrize("grid", [density.Circle(96), density.FourierCircle(48)])
 def test_the_stationary_law_on_the_circle(grid):
     """F18 at b = 0, kappa = 4: von Mises with r = I_1(kappa r) / I_0(kappa r) = .831462."""
-    r = 0.8314622
+    r = root(lambda r: iv(1, 4 * r) / iv(0, 4 * r) - r)
+    np.testing.assert_allclose(r, 0.831462, rtol=0, atol=5e-7)
     exact = np.exp(4 * r * np.cos(grid.axes[0])) / (2 * np.pi * iv(0, 4 * r))
     sol = solve(jf.SelfAttention(beta=0.0), lambda x: 1 + 0.9 * x[0], grid, t1=30.0, kappa=4.0)
     is_density(sol, 1e-11)
@@ -120,6 +122,16 @@ def test_the_stationary_law_on_the_circle(grid):
 
 
 # ------------------------------------------------------------------ the line and the plane
+
+
+def normal(grid, mean, variance):
+    x = grid.points[:, 0]
+    return jnp.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+
+
+def root(fn) -> float:
+    found: Any = brentq(fn, 0.1, 0.99)
+    return found
 
 
 def gaussian(mean, variance):
@@ -137,7 +149,7 @@ def test_softmax_on_the_line_is_of_second_order():
         grid = density.Box(-6.0, 6.0, n)
         sol = solve(field, gaussian([0.8], 1.0), grid, t1=0.5)
         is_density(sol)
-        errors.append(l1(sol, norm(m, np.sqrt(S)).pdf(grid.points[:, 0])))
+        errors.append(l1(sol, normal(grid, m, S)))
     orders = -np.diff(np.log2(errors))
     assert (orders > 1.8).all() and errors[-1] < 1e-3, (orders, errors)
 
@@ -148,11 +160,11 @@ def test_the_ornstein_uhlenbeck_law():
     sol = solve(jf.LinearDrift(-1.0), gaussian([1.0], 1.0), grid, t1=1.0, kappa=2.0)
     is_density(sol, 1e-12)
     variance = 0.5 + 0.5 * np.exp(-2)
-    assert l1(sol, norm(np.exp(-1), np.sqrt(variance)).pdf(grid.points[:, 0])) < 2e-3
+    assert l1(sol, normal(grid, np.exp(-1), variance)) < 2e-3
     np.testing.assert_allclose(sol.mean[-1], [np.exp(-1)], atol=1e-3)
 
 
-@pytest.mark.parametrize("kappa", [None, 4.0])
+@pytest.mark.parametrize("kappa", [None, pytest.param(4.0, marks=pytest.mark.slow)])
 def test_the_plane(kappa):
     """Softmax attention with V = -I keeps N(m, S), with S' = -2 b S^2 + 2/kappa: a grid of 32^2 has
     them to second order, (1/4)^2 / 4."""
@@ -167,6 +179,7 @@ def test_the_plane(kappa):
     np.testing.assert_allclose(sol.measures[-1].covariance, S * np.eye(2), rtol=0, atol=0.016)
 
 
+@pytest.mark.slow
 def test_an_anisotropic_box():
     """x_1' = -x_1, x_2' = x_2 / 2 moves the axes apart: a transposed axis would not."""
     grid = density.Box((-3.0, -4.0), (3.0, 4.0), (24, 40))
@@ -187,8 +200,9 @@ def moebius(a, x):
 
 
 def test_attention_at_beta_0_on_the_sphere():
-    """X = P_x g, g = E[y], is a conformal field: a' = (1 - a^2) g / 2 (Chandra, Girvan and Ott 2019),
-    and g(a) by quadrature. a = 0.26 at the end, of which degree 16 leaves out 17 a^17 = 2e-9."""
+    """X = P_x g, g = E[y], is a conformal field: a' = (1 - a^2) g / 2 (Chandra, Girvan and Ott
+    2019), and g(a) by quadrature. a = 0.26 at the end, of which
+    degree 16 leaves out 17 a^17 = 2e-9."""
     grid = density.SphereHarmonics(16)
     height = lambda u, a: u * ((1 - a**2) / (1 - 2 * a * u + a**2)) ** 2 / 2
     mean = lambda a: quad(height, -1, 1, args=(a,), epsabs=1e-12)[0]
@@ -200,6 +214,7 @@ def test_attention_at_beta_0_on_the_sphere():
     np.testing.assert_allclose(sol.mean[-1], [0, 0, mean(a)], rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_rotated_laws_on_the_sphere():
     """SA commutes with rotations, and harmonics in longitude with those around the axis: what is
     tilted towards e_1 moves as what is tilted towards e_3."""
@@ -211,12 +226,13 @@ def test_rotated_laws_on_the_sphere():
     assert means[2][2] > 0.2
 
 
+@pytest.mark.slow
 def test_the_stationary_law_on_the_sphere():
-    """F18 at b = 0, d = 3, kappa = 4: r = coth(kappa r) - 1 / (kappa r)."""
-    r = brentq(lambda r: 1 / np.tanh(4 * r) - 1 / (4 * r) - r, 0.1, 0.99)
-    grid = density.SphereHarmonics(10)
+    """F18 at b = 0, d = 3, kappa = 6: r = coth(kappa r) - 1 / (kappa r)."""
+    r = root(lambda r: 1 / np.tanh(6 * r) - 1 / (6 * r) - r)
+    grid = density.SphereHarmonics(14)
     field = jf.SelfAttention(beta=0.0)
-    sol = solve(field, lambda x: 1 + 0.5 * x[0], grid, t1=40.0, kappa=4.0)
+    sol = solve(field, lambda x: 1 + 0.5 * x[0], grid, t1=40.0, kappa=6.0)
     is_density(sol, 1e-11)
     np.testing.assert_allclose(sol.mean[-1], [r, 0, 0], rtol=0, atol=1e-6)
 
@@ -263,7 +279,7 @@ def test_the_density_along_the_flow_is_that_on_a_grid():
     x, logs = jf.log_density(field, mu0, mu0.points, lambda x: jnp.log(rho0(x)), t1=0.5)
     angles = jnp.arctan2(x[:, 1], x[:, 0])
     modes = jnp.fft.rfft(sol.densities[-1]) / 64
-    k = jnp.arange(1, 32)
+    k = jnp.arange(1.0, 32.0)
     waves = jnp.exp(1j * (k[None] * angles[:, None]).astype(complex))
     there = modes[0].real + 2 * (modes[None, 1:32] * waves).sum(axis=1).real
     np.testing.assert_allclose(jnp.exp(logs), there, rtol=1e-6)
@@ -276,14 +292,20 @@ def test_ssprk43_is_of_third_order():
     """Two tokens at beta = 0, rho = tanh t, in 8, 16 and 32 steps."""
     errors = []
     for dt0 in (1 / 8, 1 / 16, 1 / 32):
-        options = {"solver": density.SSPRK43(), "dt0": dt0}
-        steps = {"stepsize_controller": diffrax.ConstantStepSize()}
-        sol = closures.evolve(closures.TwoTokens(0.0), 0.0, t1=1.0, **options, **steps)
+        sol = closures.evolve(
+            closures.TwoTokens(0.0),
+            0.0,
+            t1=1.0,
+            dt0=dt0,
+            solver=density.SSPRK43(),
+            stepsize_controller=diffrax.ConstantStepSize(),
+        )
         errors.append(abs(sol.states[-1] - np.tanh(1)))
     orders = -np.diff(np.log2(np.array(errors)))
-    assert (abs(orders - 3) < 0.1).all(), orders
+    assert (abs(orders - 3) < 0.15).all(), orders
 
 
+@pytest.mark.slow
 def test_other_methods_give_the_same():
     """The Laplacian implicitly in the grid's modes, explicitly, and KenCarp of another order."""
     field, grid = jf.SelfAttention(beta=1.0), density.FourierCircle(24)
@@ -294,6 +316,7 @@ def test_other_methods_give_the_same():
     np.testing.assert_allclose(found, found[0], rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_field_that_moves_in_time():
     """A field of two pieces is one after the other: steps end at the jump."""
     pieces = [jf.SelfAttention(beta=0.0), -2.0 * jf.SelfAttention(beta=0.0)]

@@ -15,7 +15,7 @@ from .._rules import instance, positive, real
 from .._saving import save_points
 from .._types import ArrayLike, Scalar, ScalarLike, error_where, is_concrete
 from ..fields import AbstractField
-from ..fields.base import is_field
+from ..fields.base import is_field, tells_apart
 from ..flow import FlowError, default_controller, integrate, why_stopped
 from .grids import AbstractGrid
 from .solution import DEFECT, DensitySolution
@@ -80,35 +80,33 @@ def solve(
     ```
     """
     instance("grid", grid, AbstractGrid, "jaxflow.density.Circle(128)")
-    _check_space(is_field(field), grid)
+    _check_field(is_field(field), grid)
     rho = grid.sample(rho0)
     strength = None if kappa is None else real("kappa", kappa, "positive and finite", positive)
-    solver = _solver(grid, solver, strength is not None)
+    method = _solver(grid, solver, strength is not None)
     state = grid.encode(rho)
     ts = _saved_times(saveat)
     if stepsize_controller is None:
-        stepsize_controller = default_controller(solver, dt0, state.dtype)
+        stepsize_controller = default_controller(method, dt0, state.dtype)
         if ts is not None and isinstance(stepsize_controller, diffrax.PIDController):
             # An interpolant between two densities need not be positive.
             stepsize_controller = diffrax.ClipStepSizeController(stepsize_controller, step_ts=ts)
     sol = integrate(
-        _terms(strength, is_imex(solver)),
+        _terms(strength, is_imex(method)),
         state,
         _Args(field, grid, None if strength is None else strength.astype(state.dtype)),
         t0=t0,
         t1=t1,
         dt0=dt0,
-        solver=solver,
+        solver=method,
         stepsize_controller=stepsize_controller,
         saveat=saveat,
         adjoint=adjoint,
         max_steps=max_steps,
     )
     assert sol.ts is not None and sol.ys is not None and sol.stats is not None
-    out = DensitySolution(
-        grid, sol.ts, _decode(grid, sol.ys), sol.stats, sol.result, sol.t0, sol.t1
-    )
-    return _checked(out, sol, solver, max_steps) if throw else out
+    out = DensitySolution(grid, sol.ts, _decode(grid, sol.ys), sol.stats, sol.result)
+    return _checked(out, sol, method, max_steps) if throw else out
 
 
 class _Args(eqx.Module):
@@ -150,7 +148,7 @@ def _saved_times(saveat: diffrax.SaveAt) -> Array | None:
     return sub.ts
 
 
-def _solver(grid, solver, diffuses: bool):
+def _solver(grid, solver, diffuses: bool) -> diffrax.AbstractSolver:
     """The method; implicit steps of the Laplacian are solved in the grid's modes."""
     if solver is None:
         solver = diffrax.KenCarp4() if diffuses else grid.solver
@@ -164,11 +162,18 @@ def _solver(grid, solver, diffuses: bool):
     return eqx.tree_at(lambda s: s.root_finder, solver, Diagonal(grid))
 
 
-def _check_space(field: AbstractField, grid: AbstractGrid):
-    """The field is tangent to the points of the grid."""
+def _check_field(field: AbstractField, grid: AbstractGrid):
+    """The field is tangent to the points of the grid, and asks for no order of tokens."""
+    if ordered := tells_apart(field):
+        raise ValueError(
+            f"{ordered} asks in which order tokens come, and a density has none: pass a field "
+            "without it, or call jaxflow.flow."
+        )
     mine, its = type(grid.geometry), type(field.geometry)
-    points = np.asarray(grid.points)
-    on = is_concrete(*jax.tree.leaves(field.geometry)) and field.geometry.contains(points).all()
+    with jax.ensure_compile_time_eval():
+        points = np.asarray(grid.points)
+    known = is_concrete(*jax.tree.leaves(field.geometry))
+    on = not known or np.asarray(field.geometry.contains(points)).all()
     if mine is not its or not on:
         raise ValueError(
             f"{type(grid).__name__} is a grid of {grid.geometry}, and the field lives on "

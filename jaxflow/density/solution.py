@@ -21,7 +21,7 @@ class DensitySolution(eqx.Module):
 
     - `grid`; `ts`, the saved times, shape `(times,)`; `densities`, rho at its points,
       `(times, n)`, in the shape of a picture `densities.reshape(-1, *grid.shape)`.
-    - `stats`, `result`: those of diffrax; `t0`, `t1`: the interval.
+    - `stats`, `result`: those of diffrax.
     """
 
     grid: AbstractGrid
@@ -29,8 +29,6 @@ class DensitySolution(eqx.Module):
     densities: Float[Array, "times n"]
     stats: dict[str, Any]
     result: diffrax.RESULTS
-    t0: Array
-    t1: Array
 
     @property
     def mass(self) -> Float[Array, " times"]:

@@ -53,7 +53,8 @@ class Moments(NamedTuple):
 
     def log_density(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """log of the density of N(m, S) at a point."""
-        return jax.scipy.stats.multivariate_normal.logpdf(x, self.mean, self.covariance)
+        logs = jax.scipy.stats.multivariate_normal.logpdf(x, self.mean, self.covariance)
+        return jnp.asarray(logs)
 
 
 class AbstractGaussianClosure(AbstractClosure):
