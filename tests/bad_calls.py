@@ -41,7 +41,7 @@ def attend(mask, **options):
     return jf.softmax_expectation(MU.points, MU.points, MU.points, mask=mask, **options)
 
 
-def log_density(x0=MU.points, log_rho0=np.zeros(4), **options):
+def log_density(x0=MU.points[:3], log_rho0=np.zeros(3), **options):
     return jf.log_density(jf.SelfAttention(), MU, x0, log_rho0, t1=1.0, **options)
 
 
@@ -319,10 +319,10 @@ CALLS = {
     "a density for each coordinate": (
         lambda: log_density(log_rho0=lambda x: jnp.log(x)),
         ValueError,
-        r"one number a point, shape \(4,\), or a function",
+        r"one number a point, shape \(3,\), or a function",
     ),
-    "an infinite density": (lambda: log_density(log_rho0=np.full(4, INF)), ValueError, "or -inf"),
-    "a whole density": (lambda: log_density(log_rho0=np.zeros(4, int)), TypeError, "Cast it first"),
+    "an infinite density": (lambda: log_density(log_rho0=np.full(3, INF)), ValueError, "or -inf"),
+    "a whole density": (lambda: log_density(log_rho0=np.zeros(3, int)), TypeError, "Cast it first"),
     "a seed for probes": (lambda: log_density(key=0), TypeError, r"jax.random.key\(0\)"),
     "no probes": (
         lambda: log_density(key=KEY, samples=0),

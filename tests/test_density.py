@@ -7,10 +7,12 @@ some 1e-7 after tens of steps.
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array
 from scipy.integrate import quad, solve_ivp
 from scipy.optimize import brentq
 from scipy.special import iv
@@ -19,10 +21,18 @@ from scipy.stats import wasserstein_distance
 import jaxflow as jf
 from jaxflow import density
 from jaxflow.density import closures
+from jaxflow.geometry import AbstractGeometry
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 ROUNDING = 1e-13
+
+
+class Hashed(list):
+    """A list that is itself alone."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __eq__ = object.__eq__
 
 
 def solve(field, rho0, grid, **options):
@@ -325,6 +335,49 @@ def test_a_field_that_moves_in_time():
     sol = solve(jf.TimeDependent(curve), poisson(0.3)(grid.points), grid, t1=1.0)
     # z' = c (1 - z^2) z / 2, c = 1 and then -2.
     np.testing.assert_allclose(sol.mean[-1, 0], order_parameter(-0.5), rtol=0, atol=1e-7)
+
+
+class Counted(jf.AbstractField):
+    """X = b P_x E[y], which notes when it is traced."""
+
+    b: Array
+    traces: list = eqx.field(static=True)
+    geometry: AbstractGeometry = jf.Sphere()
+
+    def __call__(self, t, x, mu):
+        self.traces.append(1)
+        return self.geometry.project(x, jnp.broadcast_to(self.b * mu.mean[None], x.shape))
+
+
+def test_new_numbers_are_no_new_program():
+    grid, traces = density.FourierCircle(16), Hashed()
+
+    def run(b, rho0, t1, rtol, kappa):
+        return solve(
+            Counted(jnp.asarray(b), traces),
+            rho0,
+            grid,
+            t1=t1,
+            kappa=kappa,
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=1e-8),
+        )
+
+    run(1.0, lambda x: 1 + 0.5 * x[0], 0.5, 1e-8, 3.0)
+    before = len(traces)
+    run(2.0, lambda x: 1 + 0.3 * x[1], 1.0, 1e-7, 4.0)
+    assert len(traces) == before
+
+
+def test_each_step_can_be_saved():
+    """Times after the last step are inf, and nothing is asked of them."""
+    saveat = diffrax.SaveAt(t0=True, steps=True)
+    sol = solve(
+        jf.SelfAttention(beta=0.0), poisson(0.3)(density.Circle(32).points), density.Circle(32),
+        t1=1.0, saveat=saveat, max_steps=64,
+    )  # fmt: skip
+    reached = np.isfinite(sol.ts)
+    assert sol.ok and 2 < reached.sum() < 65
+    assert np.abs(sol.mass[reached] - 1).max() < ROUNDING
 
 
 @pytest.mark.slow

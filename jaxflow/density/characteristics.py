@@ -50,7 +50,7 @@ def log_density(
     rho_t is the density at time t of the law that had rho_0 at time t0, each token of which is
     moved by mu (Chen et al., arXiv 1806.07366, theorem 1, for fields that depend on mu). With mu0
     drawn from rho_0 it is that of mu itself as n -> infinity. On the sphere it is a density with
-    respect to the surface measure.
+    respect to the surface measure, on an ellipsoid to that of the sphere it is the image of.
 
     **Arguments:**
 

@@ -159,7 +159,7 @@ def _solver(grid, solver, diffuses: bool) -> diffrax.AbstractSolver:
             f"{type(solver).__name__} takes the Laplacian implicitly, and without kappa there is "
             "none: pass kappa, or an explicit method such as diffrax.Tsit5()."
         )
-    return eqx.tree_at(lambda s: s.root_finder, solver, Diagonal(grid))
+    return eqx.tree_at(lambda s: s.root_finder, solver, Diagonal(grid=grid))
 
 
 def _check_field(field: AbstractField, grid: AbstractGrid):
@@ -195,7 +195,7 @@ def _checked(out: DensitySolution, sol, solver, max_steps) -> DensitySolution:
     if not diffrax.is_okay(sol.result):
         raise FlowError(why_stopped(sol, solver, max_steps))
     mass, negative = np.asarray(out.mass), np.asarray(out.negative_mass)
-    first = int(np.argmin((abs(mass - 1) < DEFECT) & (negative < DEFECT)))
+    first = int(np.argmin(np.asarray(out.kept)))
     raise FlowError(
         f"the mass of a density is 1 and none of it negative, to {DEFECT:g}; at t = "
         f"{float(out.ts[first]):.6g} {type(out.grid).__name__} holds a mass of {mass[first]:.6g}, "
