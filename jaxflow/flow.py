@@ -386,7 +386,9 @@ def integrate(
         ),
     )
     _check_modes((terms, y0, args, when), adjoint)
-    return _integrate((terms, y0, args, when), solver, adjoint, compared_by_code(event), max_steps)
+    return _integrate(
+        (terms, y0, args, when), _with_newton(solver), adjoint, compared_by_code(event), max_steps
+    )
 
 
 @eqx.filter_jit

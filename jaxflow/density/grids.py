@@ -83,10 +83,11 @@ class AbstractGrid(eqx.Module):
     def inverse(self, modes: Array) -> Float[Array, "*state"]:
         """The state of modes."""
 
-    def measure(self, density: Float[Array, " n"]) -> Measure:
+    def measure(self, density: Float[Array, "*times n"]) -> Measure:
         """The measure with mass density times volume at each point; none where it is negative."""
-        least = jnp.finfo(density.dtype).tiny
-        return Measure(self.points, jnp.log(jnp.maximum(density * self.volumes, least)))
+        points = jnp.broadcast_to(self.points, (*density.shape, self.points.shape[1]))
+        masses = density * jnp.broadcast_to(self.volumes, density.shape)
+        return Measure(points, jnp.log(jnp.maximum(masses, jnp.finfo(density.dtype).tiny)))
 
     def diffusion(self, state: Float[Array, "*state"]) -> Float[Array, "*state"]:
         """Laplace rho."""

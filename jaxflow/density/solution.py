@@ -57,10 +57,7 @@ class DensitySolution(eqx.Module):
     def measures(self) -> Measure:
         """The measures at the saved times, points `(times, n, d)`: what fields and observables
         take; `measures[-1]` is the last."""
-        points = jnp.broadcast_to(self.grid.points[None], (len(self.ts), *self.grid.points.shape))
-        least = jnp.finfo(self.densities.dtype).tiny
-        masses = jnp.maximum(self.densities * self.grid.volumes[None], least)
-        return Measure(points, jnp.log(masses))
+        return self.grid.measure(self.densities)
 
     def energy(self, beta: ScalarLike) -> Float[Array, " times"]:
         """E_beta[rho] = 1/(2 beta) int int exp(beta <x, y>) rho(x) rho(y).

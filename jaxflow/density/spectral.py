@@ -122,7 +122,7 @@ class SphereHarmonics(AbstractGrid):
 
     @property
     def shape(self):
-        return (3 * self.degree + 3) // 2, 3 * self.degree + 1
+        return (3 * self.degree + 2) // 2, 3 * self.degree + 1
 
     @property
     def axes(self):
