@@ -14,6 +14,8 @@ The map, in reading order:
     noise        dX = X dt + dW        flow(..., noise=Noise(kappa, key=...))
     coarsen      the same              where tokens that have met are one token
     observables  functions of (t, mu)  `jaxflow.observables`
+    density      mu(dx) = rho(x) dx    log_density(field, mu0, x0, log_rho0, t1=...); on a grid and
+                                       in closed form: `jaxflow.density`
     phase        p(beta, t)            phase_diagram(betas, ts, n=..., d=...)
     models       embed, flow, read out `jaxflow.models`, trained by `jaxflow.training`
     pictures     `jaxflow.viz`
@@ -27,9 +29,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import events, masks, measure, models, observables, phase, solvers, training, viz
+    from . import (
+        density,
+        events,
+        masks,
+        measure,
+        models,
+        observables,
+        phase,
+        solvers,
+        training,
+        viz,
+    )
     from ._cache import enable_compilation_cache
     from .coarsen import coarsen
+    from .density import log_density
     from .fields import (
         NGPT,
         AbstractField,
@@ -109,10 +123,12 @@ __all__ = [
     "UnitNorm",
     "Unnormalised",
     "coarsen",
+    "density",
     "divergence",
     "enable_compilation_cache",
     "events",
     "flow",
+    "log_density",
     "lyapunov_exponents",
     "masks",
     "measure",
@@ -129,7 +145,10 @@ __all__ = [
 ]
 
 # Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
-_HOMES = "_cache", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "noise", "phase"
+_HOMES = (
+    "_cache", "density", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "noise",
+    "phase",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

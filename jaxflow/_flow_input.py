@@ -35,6 +35,16 @@ def check_kinds(field, mu0, solver, controller, saveat, adjoint, event, meter, o
             "jaxflow.fields.AbstractField to write your own."
         )
     check_is_measure("mu0", mu0)
+    check_policy(solver, controller, saveat, adjoint, event, meter, max_steps)
+    if not isinstance(observe, Mapping | None):
+        raise TypeError(f"observe must be a dictionary {{name: fn(t, mu)}}, got {observe!r}.")
+    for name, fn in (observe or {}).items():
+        if not isinstance(name, str) or not callable(fn):
+            raise TypeError(f"observe maps names to functions of (t, mu); got {name!r}: {fn!r}.")
+
+
+def check_policy(solver, controller, saveat, adjoint, event, meter, max_steps):
+    """How to solve: each argument is of its class."""
     for name, kind, value in (
         ("solver", diffrax.AbstractSolver, solver),
         ("stepsize_controller", diffrax.AbstractStepSizeController, controller),
@@ -46,11 +56,6 @@ def check_kinds(field, mu0, solver, controller, saveat, adjoint, event, meter, o
         optional = value is None and name in ("stepsize_controller", "event")
         if not optional and not isinstance(value, kind):
             raise TypeError(f"{name} must be a diffrax.{kind.__name__} instance, got {value!r}.")
-    if not isinstance(observe, Mapping | None):
-        raise TypeError(f"observe must be a dictionary {{name: fn(t, mu)}}, got {observe!r}.")
-    for name, fn in (observe or {}).items():
-        if not isinstance(name, str) or not callable(fn):
-            raise TypeError(f"observe maps names to functions of (t, mu); got {name!r}: {fn!r}.")
     whole = isinstance(max_steps, int | np.integer) and not isinstance(max_steps, bool)
     if max_steps is not None and not (whole and max_steps >= 1):
         raise ValueError(f"max_steps must be a whole number from 1 on, or None; got {max_steps!r}.")

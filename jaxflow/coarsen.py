@@ -26,7 +26,8 @@ from ._mergers import Mergers
 from ._rules import flag, positive, real
 from ._solution import FlowSolution
 from ._types import Scalar, ScalarLike, accumulation_dtype, is_concrete
-from .fields import AbstractCompositeField, AbstractField, Constant, TimeDependent
+from .fields import AbstractField, Constant, TimeDependent
+from .fields.base import all_fields, tells_apart
 from .flow import AbstractAround, default_controller, flow_around
 from .geometry import AbstractGeometry, Ellipsoid, Sphere
 from .measure import Measure
@@ -156,24 +157,13 @@ def _check_adjoint(adjoint):
         )
 
 
-def _all_fields(field: AbstractField) -> list[AbstractField]:
-    """The field and all that it is made of."""
-    inside = field.inside(0.0) if isinstance(field, AbstractCompositeField) else ()
-    return [field, *(found for inner in inside for found in _all_fields(inner))]
-
-
 def _check_order(field: AbstractField):
     """The field knows no order of the tokens, as far as it says so itself."""
-    for inner in _all_fields(field):
-        for name in ("causal", "window", "mask", "rotary"):
-            value = getattr(inner, name, None)
-            if value is None or value is False:
-                continue
-            shown = value if np.ndim(value) == 0 else f"an array of shape {np.shape(value)}"
-            raise ValueError(
-                f"{type(inner).__name__}({name}={shown}) tells tokens at one place apart, so that "
-                f"they are not one token. Coarsen a field without {name}, or call jaxflow.flow."
-            )
+    if ordered := tells_apart(field):
+        raise ValueError(
+            f"{ordered} tells tokens at one place apart, so that they are not one token. Coarsen a "
+            "field without it, or call jaxflow.flow."
+        )
 
 
 def _default_delta(controller) -> ScalarLike:
@@ -206,7 +196,7 @@ def _moves(field: AbstractField, mu0: Measure, t0, t1) -> bool:
     What is of the user's own is looked up at a few tokens where it is known, and also whether it
     depends on the law of the tokens alone.
     """
-    curves = [inner.curve for inner in _all_fields(field) if isinstance(inner, TimeDependent)]
+    curves = [inner.curve for inner in all_fields(field) if isinstance(inner, TimeDependent)]
     moving = any(not isinstance(curve, Constant) for curve in curves)
     of_the_users = any(map(_is_foreign, jtu.tree_leaves(field, is_leaf=_is_foreign)))
     known = is_concrete(*jtu.tree_leaves(eqx.filter((field, mu0, t0, t1), eqx.is_array_like)))

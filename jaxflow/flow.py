@@ -26,6 +26,7 @@ from ._flow_input import (
     Observables,
     check_kinds,
     check_measure,
+    check_policy,
     check_tolerances,
     times,
     times_checked,
@@ -353,6 +354,87 @@ def _evaluations(stats, field, times, solver):
     return (
         counts[0] * starts + counts[1] * stats["num_steps"] + (2 if adaptive and dt0 is None else 0)
     )
+
+
+# ------------------------------------------------------------------ equations of laws
+
+
+def integrate(
+    terms: diffrax.AbstractTerm | tuple[diffrax.AbstractTerm, ...],
+    y0: Any,
+    args: Any = None,
+    *,
+    t0: ScalarLike,
+    t1: ScalarLike,
+    dt0: ScalarLike | None,
+    solver: diffrax.AbstractSolver,
+    stepsize_controller: diffrax.AbstractStepSizeController | None,
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
+    adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint(),
+    event: diffrax.Event | None = None,
+    max_steps: int | None = 4096,
+) -> diffrax.Solution:
+    """Solves an equation that is not one of tokens: of densities on a grid, of a few parameters.
+
+    The terms, the state, `args` and times may change without a new compilation; breakpoints of
+    curves inside `args` end a step, as in [`jaxflow.flow`][].
+
+    **Arguments:** as in `diffrax.diffeqsolve`, and [`jaxflow.flow`][] for the default of
+    `stepsize_controller`. `y0`, arrays of one floating-point dtype.
+
+    **Returns:** a `diffrax.Solution`, whose `result` says whether it succeeded.
+
+    **Raises:** `ValueError` or `TypeError` for bad input.
+    """
+    check_policy(
+        solver, stepsize_controller, saveat, adjoint, event, diffrax.NoProgressMeter(), max_steps
+    )
+    dtype = jtu.tree_leaves(y0)[0].dtype
+    controller = stepsize_controller or default_controller(solver, dt0, dtype)
+    check_tolerances(controller)
+    when = times(t0, t1, dt0, saveat, _at_jumps(controller, args), dtype)
+    when = when._replace(
+        saveat=compared_by_code(when.saveat, keep=(save_points,)),
+        controller=_traced_tolerances(
+            _at_breakpoints(when.controller, args, adjoint, solver, dtype), dtype
+        ),
+    )
+    _check_modes((terms, y0, args, when), adjoint)
+    return _integrate(
+        (terms, y0, args, when), _with_newton(solver), adjoint, compared_by_code(event), max_steps
+    )
+
+
+@eqx.filter_jit
+def _integrate(arguments, solver, adjoint, event, max_steps) -> diffrax.Solution:
+    terms, y0, args, times = arguments
+    with times_checked(times.checked):
+        return diffrax.diffeqsolve(
+            terms,
+            solver,
+            times.t0,
+            times.t1,
+            times.dt0,
+            y0,
+            args,
+            saveat=times.saveat,
+            stepsize_controller=times.controller,
+            adjoint=adjoint,
+            event=event,
+            max_steps=max_steps,
+            throw=False,
+        )
+
+
+def why_stopped(sol: diffrax.Solution, solver: diffrax.AbstractSolver, max_steps) -> str:
+    """Why a solution of `integrate` failed, and what to change."""
+    steps, rejected = (int(sol.stats[name]) for name in ("num_steps", "num_rejected_steps"))
+    text = f"the solve stopped after {steps} steps, of which {rejected} were rejected: "
+    if steps >= (max_steps or math.inf):
+        text += f"max_steps = {max_steps} was reached."
+    else:
+        text += str(diffrax.RESULTS[sol.result])
+    return f"{text} {_advice(solver, rejected > steps / 2, cast(Array, sol.t0).dtype)}"
 
 
 # ------------------------------------------------------------------ controllers

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxflow as jf
-from jaxflow import masks, measure, models, observables, viz
+from jaxflow import density, masks, measure, models, observables, viz
+from jaxflow.density import closures
 
 KEY = jax.random.key(0)
 MU = jf.Measure(np.eye(4, 3, dtype=np.float32))
@@ -46,6 +47,18 @@ def compress(mu=MU, space=jf.Sphere(), reach=9.0, tolerance=1e-5):
 
 def pruned(backend, **options):
     return jf.softmax_expectation(MU.points, MU.points, MU.points, backend=backend, **options)
+
+
+def log_density(x0=MU.points[:3], log_rho0=np.zeros(3), **options):
+    return jf.log_density(jf.SelfAttention(), MU, x0, log_rho0, t1=1.0, **options)
+
+
+def solve(field=jf.SelfAttention(), rho0=np.ones(8), grid=density.Circle(8), **options):
+    return density.solve(field, rho0, grid, t1=1.0, **options)
+
+
+def evolve(z0, closure=closures.OttAntonsen()):
+    return closures.evolve(closure, z0, t1=1.0)
 
 
 def masked(interaction, mask=masks.Blocks(2)):
@@ -396,6 +409,121 @@ CALLS = {
         ),
         MemoryError,
         "softmax attention",
+    ),
+    # densities
+    "probes of another dimension": (
+        lambda: log_density(np.eye(2)),
+        ValueError,
+        r"x0 must have shape \(m, 3\), .*; got \(2, 2\)",
+    ),
+    "probes off the sphere": (lambda: log_density(2 * MU.points), ValueError, "Retract it first"),
+    "a probe of nan": (lambda: log_density(np.full((4, 3), NAN)), ValueError, "x0 must be finite"),
+    "a density for each coordinate": (
+        lambda: log_density(log_rho0=lambda x: jnp.log(x)),
+        ValueError,
+        r"one number a point, shape \(3,\), or a function",
+    ),
+    "an infinite density": (lambda: log_density(log_rho0=np.full(3, INF)), ValueError, "or -inf"),
+    "a whole density": (lambda: log_density(log_rho0=np.zeros(3, int)), TypeError, "Cast it first"),
+    "a seed for probes": (lambda: log_density(key=0), TypeError, r"jax.random.key\(0\)"),
+    "no probes": (
+        lambda: log_density(key=KEY, samples=0),
+        ValueError,
+        "samples must be at least 1, got 0",
+    ),
+    "several systems": (
+        lambda: jf.log_density(
+            jf.SelfAttention(), jf.Measure(MU.points[None]), MU.points, np.zeros(4), t1=1.0
+        ),
+        ValueError,
+        "jax.vmap it over several",
+    ),
+    "a number for a grid": (lambda: solve(grid=8), TypeError, r"jaxflow.density.Circle\(128\)"),
+    "a field of another space": (
+        lambda: solve(jf.LinearDrift(1.0)),
+        ValueError,
+        r"Circle is a grid of Sphere.*Pass geometry=jaxflow.Sphere",
+    ),
+    "a sphere of another size": (
+        lambda: solve(jf.SelfAttention(geometry=jf.Sphere(2.0))),
+        ValueError,
+        "lives on Sphere",
+    ),
+    "a density below 0": (
+        lambda: solve(rho0=lambda x: x[0]),
+        ValueError,
+        "finite and not negative; got -",
+    ),
+    "a density of another grid": (lambda: solve(rho0=np.ones(9)), ValueError, r"shape \(8,\), or"),
+    "no density": (lambda: solve(rho0=np.zeros(8)), ValueError, "must have some mass"),
+    "negative noise": (lambda: solve(kappa=-1.0), ValueError, "kappa must be positive"),
+    "nothing that is implicit": (
+        lambda: solve(solver=diffrax.KenCarp4()),
+        ValueError,
+        "without kappa there is none",
+    ),
+    "a masked field of a density": (
+        lambda: solve(jf.SelfAttention(causal=True)),
+        ValueError,
+        "causal=True",
+    ),
+    "a function to save of a density": (
+        lambda: solve(saveat=diffrax.SaveAt(t1=True, fn=lambda t, y, args: y)),
+        ValueError,
+        "a solve saves densities",
+    ),
+    "three cells": (lambda: density.Circle(3), ValueError, "n must be at least 4, got 3"),
+    "a grid inside out": (
+        lambda: density.Box(1.0, -1.0, 8),
+        ValueError,
+        r"lower < upper and cells.*got lower=\(1.0,\)",
+    ),
+    "a box of two shapes": (
+        lambda: density.Box((0.0, 0.0), (1.0, 1.0), 8),
+        ValueError,
+        "one number a coordinate",
+    ),
+    "no degree": (lambda: density.SphereHarmonics(0), ValueError, "degree must be at least 1"),
+    "an order parameter of 1": (lambda: evolve([1.0, 0.0]), ValueError, r"\|z\| < 1; got"),
+    "a cosine of 2": (
+        lambda: evolve(2.0, closures.TwoTokens(1.0)),
+        ValueError,
+        "from -1 to 1, the cosine",
+    ),
+    "five tokens too far apart": (
+        lambda: evolve(-0.5, closures.Equiangular(5, 1.0)),
+        ValueError,
+        "from -0.25 to 1",
+    ),
+    "a measure for moments": (
+        lambda: evolve(MU, closures.SoftmaxGaussian(np.eye(2), np.eye(2))),
+        TypeError,
+        r"closures.Moments\(mean, covariance\)",
+    ),
+    "no covariance of a law": (
+        lambda: evolve(
+            closures.Moments(np.zeros(2), -np.eye(2)),
+            closures.SoftmaxGaussian(np.eye(2), np.eye(2)),
+        ),
+        ValueError,
+        "positive definite, got",
+    ),
+    "a closure of hardmax": (
+        lambda: closures.gaussian(
+            jf.SelfAttention(interaction=jf.Hardmax(), geometry=jf.Euclidean()), 2
+        ),
+        TypeError,
+        "keeps no Gaussian law: pass Softmax",
+    ),
+    "Gaussian laws on the sphere": (
+        lambda: closures.gaussian(jf.SelfAttention(), 2),
+        ValueError,
+        "geometry=jaxflow.Euclidean",
+    ),
+    "a closure of hardmax tokens": (
+        lambda: closures.Equiangular(4, 1.0, jf.Hardmax()),
+        TypeError,
+        "interaction must be an instance",
     ),
     # models
     "a token beyond": (

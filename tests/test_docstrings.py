@@ -15,6 +15,7 @@ import pytest
 
 import jaxflow
 from jaxflow import (
+    density,
     events,
     fields,
     kernels,
@@ -26,9 +27,11 @@ from jaxflow import (
     training,
     viz,
 )
+from jaxflow.density import closures
 
 OWNERS = (
-    jaxflow, measure, masks, fields, kernels, solvers, observables, events, models, training, viz,
+    jaxflow, measure, masks, fields, kernels, solvers, observables, events, density, closures,
+    models, training, viz,
 )  # fmt: skip
 # The most used names, each of which shows how.
 SHOWN = """
@@ -36,7 +39,7 @@ SHOWN = """
     softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution coarsen
     until_clustered merges cluster_labels cluster_count InteractionEnergy lyapunov_exponents
     phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
-    Hierarchical
+    Hierarchical log_density solve evolve
 """.split()
 
 

@@ -173,3 +173,19 @@ def test_phase_diagram(run, tmp_path):
     assert 3 < boundaries[8][-1] - curve[-1] < 5
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "runs" / "phase.png").exists()
+
+
+@pytest.mark.slow
+def test_log_density(run, tmp_path):
+    errors = run("log_density")
+    # Steps are controlled to 1e-8.
+    assert max(errors.values()) < 3e-8, errors
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "log_density.png").exists()
+
+
+@pytest.mark.slow
+def test_continuity_equation(run, tmp_path):
+    assert list(run("continuity_equation").values()) == [3, 4, 4]
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "continuity_equation.png").exists()

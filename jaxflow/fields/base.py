@@ -312,6 +312,24 @@ class Scaled(AbstractDivergenceField, AbstractWrapper):
         return self.leave(t, x, divergence(self.field, t, x, mu))
 
 
+def all_fields(field: AbstractField) -> list[AbstractField]:
+    """The field and all that it is made of."""
+    inside = field.inside(0.0) if isinstance(field, AbstractCompositeField) else ()
+    return [field, *(found for inner in inside for found in all_fields(inner))]
+
+
+def tells_apart(field: AbstractField) -> str | None:
+    """What in the field asks in which order tokens come, as far as it says so itself."""
+    for inner in all_fields(field):
+        for name in ("causal", "window", "mask", "rotary"):
+            value = getattr(inner, name, None)
+            if value is None or value is False:
+                continue
+            shown = value if np.ndim(value) == 0 else f"an array of shape {np.shape(value)}"
+            return f"{type(inner).__name__}({name}={shown})"
+    return None
+
+
 # ------------------------------------------------------------------ divergence
 
 
