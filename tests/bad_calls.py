@@ -23,6 +23,7 @@ from jaxflow import masks, measure, models, observables, viz
 
 KEY = jax.random.key(0)
 MU = jf.Measure(np.eye(4, 3, dtype=np.float32))
+FLAT = jf.SelfAttention(geometry=jf.Euclidean())
 NAN, INF = float("nan"), float("inf")
 
 
@@ -110,6 +111,36 @@ CALLS = {
         NotImplementedError,
         "attention_matrix",
     ),
+    # maps of the literature
+    "tokens that are not normalised": (
+        lambda: jf.flow(FLAT, MU, t1=1.0, dt0=0.1, solver=jf.solvers.NormalisedEuler()),
+        ValueError,
+        r"of a field on Euclidean\(\) are not: give the field geometry=jaxflow.Sphere\(\)",
+    ),
+    "retracted elsewhere": (
+        lambda: jf.flow(
+            FLAT, MU, t1=1.0, dt0=0.1, solver=jf.solvers.Retracted(diffrax.Euler(), jf.Sphere())
+        ),
+        ValueError,
+        r"of the field, Euclidean\(\); got Retracted on Sphere.*Pass Euler\(\) alone",
+    ),
+    "retracted elsewhere, in parts": (
+        lambda: jf.flow(
+            FLAT,
+            MU,
+            t1=1.0,
+            dt0=0.1,
+            solver=jf.solvers.LieTrotter(jf.solvers.Retracted(diffrax.Euler(), jf.Sphere())),
+        ),
+        ValueError,
+        "on the geometry of the field",
+    ),
+    "rescaled on the sphere": (
+        lambda: jf.Rescaled(jf.SelfAttention()),
+        ValueError,
+        r"pass geometry=jaxflow.Euclidean\(\)",
+    ),
+    "a rescaled drift": (lambda: jf.Rescaled(jf.LinearDrift(1.0)), TypeError, "attention must be"),
     # pictures
     "a picture of nothing": (lambda: viz.summary(None), TypeError, "sol must be"),
     "a number for a path": (lambda: viz.film(None, 3), TypeError, "path must be"),

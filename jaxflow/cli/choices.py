@@ -13,8 +13,8 @@ Observable = StrEnum("Observable", "energy clusters diameter order hull-area kin
 Until = StrEnum("Until", "never clustered steady")
 Solver = StrEnum(
     "Solver",
-    "lie-trotter strang euler midpoint heun rk4 bosh3 tsit5 dopri5 dopri8 geodesic "
-    "kvaerno3 kvaerno5",
+    "lie-trotter strang euler normalised-euler midpoint heun rk4 bosh3 tsit5 dopri5 dopri8 "
+    "geodesic kvaerno3 kvaerno5",
 )
 Curve = StrEnum("Curve", "layers shared linear smooth fourier hyper hyper-full")
 Placement = StrEnum("Placement", "pre peri post")
@@ -23,4 +23,4 @@ PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
 DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 
 # Methods without an estimate of their error, which take fixed steps.
-FIXED = {Solver(name) for name in ("lie-trotter", "strang", "euler", "rk4")}
+FIXED = {Solver(name) for name in ("lie-trotter", "strang", "euler", "normalised-euler", "rk4")}

@@ -33,6 +33,7 @@ from .normalisation import (
     SqrtScaling,
     UnitNorm,
 )
+from .rescaled import Rescaled
 from .time import (
     AbstractCurve,
     Constant,
@@ -73,6 +74,7 @@ __all__ = [
     "PostNorm",
     "PreNorm",
     "RMSNorm",
+    "Rescaled",
     "Scaled",
     "SelfAttention",
     "Sinkhorn",

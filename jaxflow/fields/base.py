@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._rules import array, count, instance, real
 from .._types import ScalarLike, accumulation_dtype, is_concrete
-from ..geometry import AbstractGeometry
+from ..geometry import AbstractGeometry, Euclidean
 from ..measure import Measure
 
 
@@ -81,6 +81,22 @@ def is_field(value: Any) -> AbstractField:
         f"only fields can be added, multiplied, wrapped or moved in time, got {value!r}: pass an "
         "instance such as jaxflow.SelfAttention(), or subclass jaxflow.AbstractField."
     )
+
+
+def unprojected(field: AbstractField) -> AbstractField:
+    """F of a field X = P F: the same field in R^d, each geometry inside it replaced.
+
+    **Raises:** `ValueError` where the field's geometry is not one of its attributes, so that it
+    stays what it is.
+    """
+    is_geometry = lambda x: isinstance(x, AbstractGeometry)
+    flat = jax.tree.map(lambda x: Euclidean() if is_geometry(x) else x, field, is_leaf=is_geometry)
+    if not isinstance(flat.geometry, Euclidean):
+        raise ValueError(
+            f"the force of {type(field).__name__} before its projection is asked for by its "
+            "`geometry`, which must be an attribute of the field, or of a field inside it."
+        )
+    return flat
 
 
 class AbstractDivergenceField(AbstractField):
@@ -252,7 +268,7 @@ class Sum(AbstractDivergenceField, AbstractCompositeField):
             raise ValueError(f"a sum takes a tuple of at least one field, got {fields!r}.")
         for field in fields:
             is_field(field)
-        if not all(_same(f.geometry, fields[0].geometry) for f in fields):
+        if not all(same_geometry(f.geometry, fields[0].geometry) for f in fields):
             raise ValueError(
                 "the fields of a sum must live on one geometry, got "
                 f"{', '.join(repr(f.geometry) for f in fields)}. Pass the same `geometry=` to each."
@@ -382,7 +398,7 @@ def _derivative_along(field, t, x, mu):
     return along
 
 
-def _same(one: AbstractGeometry, other: AbstractGeometry) -> bool:
+def same_geometry(one: AbstractGeometry, other: AbstractGeometry) -> bool:
     """Whether two geometries are one; numbers that are not known yet may be."""
     if jax.tree.structure(one) != jax.tree.structure(other):
         return False
