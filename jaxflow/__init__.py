@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from ._cache import enable_compilation_cache
     from .coarsen import coarsen
     from .fields import (
+        L2,
         NGPT,
         AbstractField,
+        ALiBi,
+        BoundedConfidence,
         Compressed,
         Constant,
         FeedForward,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
         Legendre,
         Linear,
         LinearDrift,
+        MeanShift,
         MultiHeadAttention,
         PeriNorm,
         PiecewiseConstant,
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
         RMSNorm,
         Scaled,
         SelfAttention,
+        Sigmoid,
         Sinkhorn,
         Softmax,
         SqrtScaling,
@@ -71,7 +76,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALiBi",
     "AbstractField",
+    "BoundedConfidence",
     "Compressed",
     "Constant",
     "Ellipsoid",
@@ -82,10 +89,12 @@ __all__ = [
     "Fourier",
     "Hardmax",
     "HyperNetwork",
+    "L2",
     "LayerNorm",
     "Legendre",
     "Linear",
     "LinearDrift",
+    "MeanShift",
     "Measure",
     "MultiHeadAttention",
     "NGPT",
@@ -99,6 +108,7 @@ __all__ = [
     "Rescaled",
     "Scaled",
     "SelfAttention",
+    "Sigmoid",
     "Sinkhorn",
     "Softmax",
     "Sphere",

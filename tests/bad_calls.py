@@ -99,7 +99,7 @@ CALLS = {
     "hardmax of the top": (
         lambda: masked(jf.Hardmax(), masks.TopK(2)),
         NotImplementedError,
-        "takes patterns as masks",
+        "take patterns as masks",
     ),
     "keys kept for a mask": (
         lambda: jf.SelfAttention(mask=masks.Blocks(2)).attend(0.0, MU.points[:1], MU.points, 0),
@@ -134,6 +134,64 @@ CALLS = {
         ),
         ValueError,
         "on the geometry of the field",
+    ),
+    "biases without an order": (
+        lambda: jf.SelfAttention(interaction=jf.ALiBi(0.5)),
+        ValueError,
+        "pass causal=True",
+    ),
+    "slopes of other heads": (
+        lambda: jf.MultiHeadAttention(
+            8, 4, interaction=jf.ALiBi([0.5, 0.25]), causal=True, key=KEY
+        ),
+        ValueError,
+        r"one number a head, shape \(4,\); got \(2,\)",
+    ),
+    "slopes of no head": (
+        lambda: jf.SelfAttention(interaction=jf.ALiBi([0.5, 0.25]), causal=True)(
+            0.0, MU.points, MU
+        ),
+        ValueError,
+        "2 slopes are those of as many heads",
+    ),
+    "a table of slopes": (lambda: jf.ALiBi(np.eye(2)), ValueError, r"one a head, shape \(H,\)"),
+    "a sigmoid of nan": (lambda: jf.Sigmoid(NAN), ValueError, "bias must be finite, got nan"),
+    "sigmoid attention masked": (
+        lambda: masked(jf.Sigmoid(), masks.TopK(2)),
+        NotImplementedError,
+        "take patterns as masks",
+    ),
+    "sigmoid attention compressed": (
+        lambda: jf.Compressed(jf.SelfAttention(interaction=jf.Sigmoid())),
+        ValueError,
+        "Sigmoid is no integral of exp",
+    ),
+    "a function compressed": (
+        lambda: jf.Compressed(jf.SelfAttention(query=jnp.sin)),
+        ValueError,
+        "compress attention with matrices",
+    ),
+    "a function rescaled": (
+        lambda: jf.Rescaled(jf.SelfAttention(value=jnp.sin, geometry=jf.Euclidean())),
+        ValueError,
+        "matrices or None, got functions",
+    ),
+    "a vector for a matrix": (
+        lambda: jf.SelfAttention(query=[1.0, 2.0]),
+        ValueError,
+        r"query must be a matrix, or a function of a token; got shape \(2,\)",
+    ),
+    "no bandwidth": (lambda: jf.MeanShift(0.0), ValueError, "beta must be positive"),
+    "no confidence": (lambda: jf.BoundedConfidence(-1.0), ValueError, "radius must be positive"),
+    "a D that is not symmetric": (
+        lambda: jf.fields.weighted_attention([[1.0, 2.0], [0.0, 1.0]]),
+        ValueError,
+        "D must be symmetric.*take SelfAttention",
+    ),
+    "an energy of vectors": (
+        lambda: observables.InteractionEnergy(1.0, query=[1.0, 2.0]),
+        ValueError,
+        r"query must be a matrix \(p, d\), or None; got shape \(2,\)",
     ),
     "rescaled on the sphere": (
         lambda: jf.Rescaled(jf.SelfAttention()),

@@ -36,7 +36,8 @@ SHOWN = """
     softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution coarsen
     until_clustered merges cluster_labels cluster_count InteractionEnergy lyapunov_exponents
     phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
-    Hierarchical NormalisedEuler Rescaled
+    Hierarchical NormalisedEuler Rescaled L2 ALiBi Sigmoid MeanShift
+    BoundedConfidence AbstractInteraction
 """.split()
 
 

@@ -1,12 +1,17 @@
 """Maps of the literature against their exact results, or a direct formula in float64."""
 
+from typing import Any
+
 import diffrax
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.linalg import expm
 
 import jaxflow as jf
+from jaxflow.fields.base import divergence_by_derivatives
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -99,6 +104,194 @@ def test_normalised_euler_in_time_sums_and_splittings():
     half = unit(x + 0.2 * pull(x))
     split = unit(half + 0.2 * push(half))
     np.testing.assert_allclose(step(jf.solvers.LieTrotter(euler)), split, rtol=0, atol=1e-14)
+
+
+# ------------------------------------------------------------------ interactions
+
+
+@eqx.filter_jit
+def both(field, x, mu):
+    """The velocity, and the divergence in closed form and by derivatives."""
+    exact = divergence_by_derivatives(field, 0.0, x, mu)
+    return field(0.0, x, mu), jf.divergence(field, 0.0, x, mu), exact
+
+
+def l2_weights(q, k, w, beta):
+    return softmax(np.log(w)[None] - beta / 2 * ((q[:, None] - k[None]) ** 2).sum(axis=-1))
+
+
+def sigmoid_weights(q, k, w, beta):
+    return w[None] / (1 + np.exp(-(beta * q @ k.T + 0.25)))
+
+
+def top_weights(q, k, w, beta):
+    s = beta * q @ k.T
+    least = np.sort(s, axis=1)[:, -3:-2]
+    return softmax(np.where(s >= least, s, -np.inf) + np.log(w)[None])
+
+
+WEIGHTS: dict[str, Any] = {
+    "L2": (l2_weights, {"interaction": jf.L2()}),
+    "sigmoid": (sigmoid_weights, {"interaction": jf.Sigmoid(0.25)}),
+    "top 3": (top_weights, {"mask": jf.masks.TopK(3)}),
+}
+
+
+@pytest.mark.parametrize("geometry", [jf.Euclidean(), jf.Sphere()], ids=["R^d", "sphere"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_interactions_are_their_formulas(name, geometry):
+    """V sum_j w_ij y_j, and its divergence against d derivatives; 9 weighted tokens, 5 probes."""
+    formula, options = WEIGHTS[name]
+    Q, K, V, beta = normal(1, 2, 3), normal(2, 2, 3), normal(3, 3, 3), 1.7
+    field = jf.SelfAttention(Q, K, V, beta=beta, geometry=geometry, **options)
+    mu = jf.Measure(normal(4, 9, 3), normal(5, 9))
+    x = spherical(6, 5, 3)
+    y = np.asarray(mu.points)
+    weights = formula(np.asarray(x) @ Q.T, y @ K.T, np.asarray(mu.weights), beta)
+    velocity, divergence, derivatives = both(field, x, mu)
+    expected = geometry.project(x, jnp.asarray(weights @ y @ V.T))
+    # Sums of 9 terms of size 10.
+    np.testing.assert_allclose(velocity, expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(divergence, derivatives, rtol=0, atol=1e-12)
+
+
+def test_l2_attention_of_a_gaussian_measure():
+    """mu = N(m, S): mu_x = N(A (S^{-1} m + beta K^T Q x), A), A = (S^{-1} + beta K^T K)^{-1}.
+
+    (arXiv 2501.18322.) 32 Gauss-Hermite nodes a side integrate e^{-beta/2 |Q x - K y|^2} to 1e-10.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(32)
+    S, m, beta = np.array([[0.5, 0.2], [0.2, 0.4]]), np.array([0.3, -0.2]), 0.7
+    Q, K, V = normal(1, 2, 2), normal(2, 2, 2) / 2, normal(3, 2, 2)
+    grid = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
+    logs = np.log(np.outer(weights, weights).ravel())
+    mu = jf.Measure(m + grid @ np.linalg.cholesky(S).T, logs)
+    field = jf.SelfAttention(Q, K, V, beta=beta, interaction=jf.L2(), geometry=jf.Euclidean())
+    x = normal(4, 5, 2) / 2
+    precision = np.linalg.inv(S)
+    A = np.linalg.inv(precision + beta * K.T @ K)
+    exact = (A @ (precision @ m + beta * (x @ Q.T @ K)).T).T @ V.T
+    np.testing.assert_allclose(field(0.0, jnp.asarray(x), mu), exact, rtol=0, atol=1e-10)
+
+
+def alibi_weights(scores, slope):
+    """softmax_j(s_ij - slope (i - j)), j <= i."""
+    i, j = np.indices(scores.shape)
+    return softmax(np.where(j <= i, scores - slope * (i - j), -np.inf))
+
+
+@pytest.mark.parametrize("heads", [0, 4], ids=["one slope", "a slope a head"])
+def test_alibi_is_its_formula(heads):
+    x = normal(1, 7, 8)
+    mu = jf.Measure(x)
+    if heads:
+        field = jf.MultiHeadAttention(
+            8, heads, interaction=jf.ALiBi(jf.fields.alibi_slopes(heads)), causal=True,
+            key=jax.random.key(0),
+        )  # fmt: skip
+        Q, K, V, O = (np.asarray(a) for a in (field.query, field.key, field.value, field.output))
+        beta, slopes = 2**-0.5, [2**-2, 2**-4, 2**-6, 2**-8]
+    else:
+        interaction, flat = jf.ALiBi(0.4), jf.Euclidean()
+        field = jf.SelfAttention(beta=0.3, interaction=interaction, causal=True, geometry=flat)
+        Q = K = V = O = np.eye(8)[None]
+        beta, slopes = 0.3, [0.4]
+    parts = [
+        alibi_weights(beta * (x @ q.T) @ (x @ k.T).T, slope) @ (x @ v.T) @ o.T
+        for q, k, v, o, slope in zip(Q, K, V, O, slopes, strict=True)
+    ]
+    velocity, divergence, derivatives = both(field, mu.points, mu)
+    total = np.sum(parts, axis=0)
+    np.testing.assert_allclose(velocity, total, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(divergence, derivatives, rtol=0, atol=1e-12)
+    # The last token, continued by the keys and values of all.
+    last = field.attend(0.0, mu.points[6:], field.keys_values(0.0, mu.points), 6)
+    np.testing.assert_allclose(last, total[6:], rtol=0, atol=1e-13)
+
+
+# ------------------------------------------------------------------ maps that are no matrices
+
+
+@pytest.mark.parametrize("geometry", [jf.Euclidean(), jf.Sphere()], ids=["R^d", "sphere"])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_maps_may_be_modules(which, geometry):
+    """P_x E_{mu_x}[V(y)] with a network in place of one of Q, K, V."""
+    maps: dict[str, Any] = {
+        "query": normal(1, 2, 3),
+        "key": normal(2, 2, 3),
+        "value": normal(3, 3, 3),
+    }
+    out = 3 if which == "value" else 2
+    maps[which] = eqx.nn.MLP(3, out, 4, 1, activation=jnp.tanh, key=jax.random.key(0))
+    field = jf.SelfAttention(**maps, beta=1.7, geometry=geometry)
+    mu, x = jf.Measure(normal(4, 9, 3)), spherical(6, 5, 3)
+    on = lambda f, z: np.asarray(jax.vmap(f)(z)) if callable(f) else np.asarray(z) @ f.T
+    y = mu.points
+    weights = softmax(1.7 * on(maps["query"], x) @ on(maps["key"], y).T)
+    velocity, divergence, derivatives = both(field, x, mu)
+    expected = geometry.project(x, jnp.asarray(weights @ on(maps["value"], y)))
+    np.testing.assert_allclose(velocity, expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(divergence, derivatives, rtol=0, atol=1e-12)
+
+
+def test_the_arrays_of_a_module_are_parameters_in_time():
+    mlp = lambda seed: eqx.nn.MLP(2, 2, 3, 1, key=jax.random.key(seed))
+    layers = [jf.SelfAttention(value=mlp(k), geometry=jf.Euclidean()) for k in (0, 1)]
+    field = jf.TimeDependent(jf.PiecewiseConstant(layers, [0.0, 0.1, 0.2]))
+    mu = jf.Measure(normal(0, 4, 2))
+    x = jf.flow(field, mu, t1=0.2, dt0=0.1, solver=diffrax.Euler()).last.points
+    for layer in layers:
+        mu = jf.Measure(mu.points + 0.1 * layer(0.0, mu.points, mu))
+    np.testing.assert_allclose(x, mu.points, rtol=0, atol=1e-14)
+
+
+# ------------------------------------------------------------------ near attention
+
+
+def test_mean_shift_climbs_the_density_of_the_kernel():
+    """X = grad log rho / beta, rho(x) = sum_j w_j e^{-beta/2 |x - y_j|^2}."""
+    mu, x, beta = jf.Measure(normal(0, 9, 2), normal(1, 9)), jnp.asarray(normal(2, 5, 2)), 1.3
+    square = lambda x: ((mu.points - x[None]) ** 2).sum(axis=1)
+    log_density = lambda x: jax.nn.logsumexp(mu.log_weights - beta / 2 * square(x))
+    velocity, divergence, derivatives = both(jf.MeanShift(beta), x, mu)
+    exact = jax.vmap(jax.grad(log_density))(x) / beta
+    np.testing.assert_allclose(velocity, exact, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(divergence, derivatives, rtol=0, atol=1e-12)
+
+
+def test_bounded_confidence_is_the_published_iteration():
+    """x_i <- the mean of those within the radius, until nothing moves, to rounding."""
+    x, radius = np.random.default_rng(0).uniform(0, 10, (40, 1)), 1.0
+    field, euler = jf.BoundedConfidence(radius), diffrax.Euler()
+    sol = jf.flow(field, jf.Measure(x), t1=12.0, dt0=1.0, solver=euler).last.points
+    for _ in range(12):
+        trusted = np.abs(x - x.T) <= radius
+        x = trusted @ x / trusted.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(sol, x, rtol=0, atol=1e-13)
+    final = np.unique(np.round(x, 9))
+    assert len(final) > 2 and np.diff(final).min() > radius
+    # A probe far from all stays where it is.
+    mu, probe = jf.Measure(x), jnp.array([[99.0], [1.0]])
+    velocity, divergence, derivatives = both(field, probe, mu)
+    assert velocity[0] == 0 and divergence[0] == 0
+    np.testing.assert_allclose(divergence, derivatives, rtol=0, atol=1e-14)
+
+
+def test_weighted_attention_climbs_its_energy():
+    """USA: d/dt 1/(2 beta) E[e^{beta <x, D y>}] = E|x'|^2 (Burger et al., arXiv 2501.03096), and
+    the energy of a Dirac at the leading eigenvector is the largest, where D > 0."""
+    A, beta = normal(0, 3, 3), 0.6
+    D = A @ A.T / 3
+    field = jf.fields.weighted_attention(D, beta=beta, interaction=jf.Unnormalised())
+    mu = jf.Measure(spherical(1, 12, 3))
+    energy = jf.observables.InteractionEnergy(beta, key=D)
+    v = field(0.0, mu.points, mu)
+    growth = jax.jvp(lambda x: energy(0.0, jf.Measure(x)), (mu.points,), (v,))[1]
+    np.testing.assert_allclose(growth, (v**2).sum(axis=1).mean(), rtol=1e-12)
+    value, vector = np.linalg.eigh(D)
+    top = jf.Measure(vector[:, -1:].T)
+    np.testing.assert_allclose(energy(0.0, top), np.exp(beta * value[-1]) / (2 * beta), rtol=1e-13)
+    assert jnp.abs(field(0.0, top.points, top)).max() < 1e-14 < energy(0.0, top) - energy(0.0, mu)
 
 
 # ------------------------------------------------------------------ rescaled tokens

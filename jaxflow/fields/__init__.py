@@ -12,6 +12,7 @@ from .base import (
     divergence,
     token_velocities,
 )
+from .biased import L2, ALiBi, alibi_slopes
 from .compressed import Compressed
 from .feedforward import FeedForward, LinearDrift
 from .interactions import (
@@ -20,8 +21,11 @@ from .interactions import (
     Linear,
     Sinkhorn,
     Softmax,
+    Tokens,
     Unnormalised,
+    weighted_sums,
 )
+from .literature import BoundedConfidence, MeanShift, weighted_attention
 from .normalisation import (
     NGPT,
     AbstractNorm,
@@ -34,6 +38,7 @@ from .normalisation import (
     UnitNorm,
 )
 from .rescaled import Rescaled
+from .sigmoid import Sigmoid
 from .time import (
     AbstractCurve,
     Constant,
@@ -47,6 +52,7 @@ from .time import (
 )
 
 __all__ = [
+    "ALiBi",
     "AbstractCausalField",
     "AbstractCompositeField",
     "AbstractCurve",
@@ -55,6 +61,7 @@ __all__ = [
     "AbstractInteraction",
     "AbstractNorm",
     "AbstractWrapper",
+    "BoundedConfidence",
     "Compressed",
     "Constant",
     "FeedForward",
@@ -62,10 +69,12 @@ __all__ = [
     "Hardmax",
     "HyperNetwork",
     "Kink",
+    "L2",
     "LayerNorm",
     "Legendre",
     "Linear",
     "LinearDrift",
+    "MeanShift",
     "MultiHeadAttention",
     "NGPT",
     "PeriNorm",
@@ -77,13 +86,18 @@ __all__ = [
     "Rescaled",
     "Scaled",
     "SelfAttention",
+    "Sigmoid",
     "Sinkhorn",
     "Softmax",
     "SqrtScaling",
     "Sum",
     "TimeDependent",
+    "Tokens",
     "UnitNorm",
     "Unnormalised",
+    "alibi_slopes",
     "divergence",
     "token_velocities",
+    "weighted_attention",
+    "weighted_sums",
 ]

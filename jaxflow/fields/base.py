@@ -6,6 +6,7 @@ are tangent to it.
 """
 
 import abc
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -151,13 +152,15 @@ def causal(field: AbstractField) -> AbstractCausalField:
     )
 
 
-def apply(matrix: Array | None, x: Float[Array, "n d"]) -> Array:
-    """x_j -> A x_j for each row; no matrix is the identity.
+def apply(matrix: Array | Callable | None, x: Float[Array, "n d"]) -> Array:
+    """x_j -> A x_j for each row, or A(x_j) where A is a function; no matrix is the identity.
 
     **Raises:** `ValueError` for tokens of another dimension.
     """
     if matrix is None:
         return x
+    if callable(matrix):
+        return jax.vmap(matrix)(x)
     if matrix.shape[1] != x.shape[1]:
         raise ValueError(
             f"a matrix of shape {matrix.shape} acts on tokens of dimension {matrix.shape[1]}; got "

@@ -55,6 +55,10 @@ class Rescaled(AbstractCurve):
                 "z = e^{-tV} x rescales the tokens of R^d, got attention on "
                 f"{self.attention.geometry}: pass geometry=jaxflow.Euclidean()."
             )
+        if any(map(callable, self.attention.maps)):
+            raise ValueError(
+                "z = e^{-tV} x takes query, key and value that are matrices or None, got functions."
+            )
 
     @property
     def breakpoints(self):
@@ -62,12 +66,14 @@ class Rescaled(AbstractCurve):
 
     def at(self, t):
         field = self.attention
-        drift = LinearDrift(-1.0 if field.value is None else -field.value)
-        if field.value is None:  # both scaled by e^t, and with them each score by e^{2t}
+        query, key, value = field.maps
+        assert not (callable(query) or callable(key) or callable(value))
+        drift = LinearDrift(-1.0 if value is None else -value)
+        if value is None:  # both scaled by e^t, and with them each score by e^{2t}
             growth = jnp.exp(2 * as_time(t)).astype(field.beta.dtype)
             return Sum((eqx.tree_at(lambda f: f.beta, field, growth * field.beta), drift))
-        grow = expm(as_time(t).astype(field.value.dtype) * field.value)
-        both = (grow if a is None else apply(grow.T, a) for a in (field.query, field.key))
+        grow = expm(as_time(t).astype(value.dtype) * value)
+        both = (grow if a is None else apply(grow.T, a) for a in (query, key))
         grown = eqx.tree_at(
             lambda f: (f.query, f.key), field, tuple(both), is_leaf=lambda a: a is None
         )
