@@ -12,6 +12,7 @@ The map, in reading order:
     time         t -> field            TimeDependent(PiecewiseConstant(fields, ts))
     flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
     coarsen      the same              where tokens that have met are one token
+    hardmax_flow the same              exact, of hardmax attention
     observables  functions of (t, mu)  `jaxflow.observables`
     phase        p(beta, t)            phase_diagram(betas, ts, n=..., d=...)
     models       embed, flow, read out `jaxflow.models`, trained by `jaxflow.training`
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     )
     from .flow import FlowError, FlowSolution, flow, memory_estimate
     from .geometry import Ellipsoid, Euclidean, Sphere
+    from .hardmax import HardmaxFlow, hardmax_flow
     from .kernels import select_backend, softmax_expectation
     from .lyapunov import lyapunov_exponents
     from .measure import Measure
@@ -88,6 +90,7 @@ __all__ = [
     "FlowSolution",
     "Fourier",
     "Hardmax",
+    "HardmaxFlow",
     "HyperNetwork",
     "L2",
     "LayerNorm",
@@ -122,6 +125,7 @@ __all__ = [
     "enable_compilation_cache",
     "events",
     "flow",
+    "hardmax_flow",
     "lyapunov_exponents",
     "masks",
     "measure",
@@ -138,7 +142,17 @@ __all__ = [
 ]
 
 # Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
-_HOMES = "_cache", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "phase"
+_HOMES = (
+    "_cache",
+    "fields",
+    "flow",
+    "geometry",
+    "hardmax",
+    "kernels",
+    "lyapunov",
+    "measure",
+    "phase",
+)
 
 
 def __getattr__(name: str) -> Any:

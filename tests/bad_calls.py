@@ -24,6 +24,7 @@ from jaxflow import masks, measure, models, observables, viz
 KEY = jax.random.key(0)
 MU = jf.Measure(np.eye(4, 3, dtype=np.float32))
 FLAT = jf.SelfAttention(geometry=jf.Euclidean())
+LEADERS = jf.SelfAttention(interaction=jf.Hardmax(), geometry=jf.Euclidean())
 NAN, INF = float("nan"), float("inf")
 
 
@@ -192,6 +193,52 @@ CALLS = {
         lambda: observables.InteractionEnergy(1.0, query=[1.0, 2.0]),
         ValueError,
         r"query must be a matrix \(p, d\), or None; got shape \(2,\)",
+    ),
+    "softmax among leaders": (
+        lambda: jf.hardmax_flow(FLAT, MU, t1=1.0),
+        ValueError,
+        "takes SelfAttention.*got SelfAttention on Euclidean.*Take jaxflow.flow",
+    ),
+    "times beyond the end": (
+        lambda: jf.hardmax_flow(LEADERS, MU, t1=1.0, ts=[0.5, 2.0]),
+        ValueError,
+        "within .0, t1",
+    ),
+    "leaders that change too often": (
+        lambda: jf.hardmax_flow(
+            jf.LinearDrift(np.diag([0.0, 0.3])) + 0.0 * LEADERS,
+            jf.Measure(np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 0.5]])),
+            t1=4.0,
+            max_events=0,
+        ),
+        RuntimeError,
+        "more than max_events = 0 times up to t = 1.15525 of 4. Raise it",
+    ),
+    "a rank above d": (
+        lambda: jf.fields.GaussianMatrices(rank=4)(3, key=KEY),
+        ValueError,
+        "at most d = 3, got rank=4",
+    ),
+    "no rank": (lambda: jf.fields.GaussianMatrices(rank=0), ValueError, "rank must be at least 1"),
+    "a B that is not square": (
+        lambda: jf.fields.SignedValue(np.ones((2, 3))),
+        ValueError,
+        r"a matrix \(d, d\), got shape \(2, 3\)",
+    ),
+    "a B of another size": (
+        lambda: jf.fields.SignedValue(np.eye(2))(3, key=KEY),
+        ValueError,
+        "acts on no tokens of dimension 3",
+    ),
+    "a layer without an end": (
+        lambda: jf.fields.redrawn(lambda key: FLAT, [0.0], key=KEY),
+        ValueError,
+        "two edges at least",
+    ),
+    "matrices for a law": (
+        lambda: jf.phase_diagram([1.0], [1.0], n=4, d=3, matrices=np.eye(3), key=KEY),
+        TypeError,
+        r"such as jaxflow.fields.GaussianMatrices\(rank=2\)",
     ),
     "rescaled on the sphere": (
         lambda: jf.Rescaled(jf.SelfAttention()),

@@ -42,6 +42,7 @@ LAYERS = {
     "solvers": 4,
     "_coarsened": 5,
     "flow": 5,
+    "hardmax": 5,
     "coarsen": 6,
     "density": 6,
     "events": 6,

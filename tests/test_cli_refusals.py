@@ -44,6 +44,7 @@ SIMULATE = """
 PHASE = """
     --n 1 | --d 1 | --n 1 --out fresh | --systems 0 | --betas 0 | --times 1 | --beta-min nan
     --beta-min 5 --beta-max 1 | --beta-min 5 --beta-max 5 | --threshold 1 | --threshold 0.9999999
+    --rank 2 | --matrices gaussian --d 3 --rank 4 | --matrices gaussian --rank 0 | --matrices nope
     --tolerance 0 | --tolerance nan | --t1 0 | --seed -1 | --interaction hardmax
     --resume absent | --resume folder | --resume trained | --resume simulated --out fresh
     --out trained | --out edited

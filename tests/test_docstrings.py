@@ -37,7 +37,8 @@ SHOWN = """
     until_clustered merges cluster_labels cluster_count InteractionEnergy lyapunov_exponents
     phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
     Hierarchical NormalisedEuler Rescaled L2 ALiBi Sigmoid MeanShift
-    BoundedConfidence AbstractInteraction
+    BoundedConfidence AbstractInteraction hardmax_flow
+    GaussianMatrices redrawn
 """.split()
 
 

@@ -322,3 +322,98 @@ def test_a_drift_is_no_change_of_variable_for_softmax():
         drifted = solve(attention + jf.LinearDrift(-1.0), start, ts)
         z = np.exp(-1) * solve(attention, start, ts)
         assert (np.abs(drifted - z).max() < 1e-7) == same
+
+
+# ------------------------------------------------------------------ hardmax, exactly
+
+
+def hardmax(*args, **options):
+    return jf.SelfAttention(*args, interaction=jf.Hardmax(), geometry=jf.Euclidean(), **options)
+
+
+def test_hardmax_followers_contract_exactly():
+    """x' = mean_{C_i} x_j - x_i: leaders stay, the distance to a leader is e^{-t} of the first.
+
+    (arXiv 2407.01602, in continuous time.)
+    """
+    leaders = np.asarray(3 * jf.measure.circle(3).points)
+    points = np.concatenate([leaders, normal(1, 9, 2) / 4])
+    leader = (points @ leaders.T).argmax(axis=1)
+    ts = np.array([0.0, 0.5, 1.0, 5.0])
+    sol = jf.hardmax_flow(hardmax() + jf.LinearDrift(-1.0), jf.Measure(points), t1=5.0, ts=ts)
+    assert len(sol.events) == 0 and sol.leaders.shape == (1, 12, 12)
+    exact = leaders[leader] + np.exp(-ts)[:, None, None] * (points - leaders[leader])
+    np.testing.assert_allclose(sol.measures.points, exact, rtol=0, atol=1e-14)
+
+
+def test_hardmax_events_are_those_of_a_direct_formula():
+    """Tokens that grow by a drift alone, x_2' = 0.3 x_2: the third is led by the first until
+    <x_3, x_2> = e^{0.6 t} passes <x_3, x_1> = 2."""
+    x = np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 0.5]])
+    field = 0.0 * hardmax() + jf.LinearDrift(np.diag([0.0, 0.3]))
+    sol = jf.hardmax_flow(field, jf.Measure(x), t1=4.0, ts=[1.0, 4.0])
+    # Scores of size 2 tie within 32 roundings of 2e-16: 1.2e-14 in time, at their rate of 1.2.
+    np.testing.assert_allclose(sol.events, [np.log(2) / 0.6], rtol=0, atol=2e-14)
+    np.testing.assert_array_equal(sol.leaders[:, 2], [[1, 0, 0], [0, 1, 0]])
+    grown = x * np.exp(np.array([[0.0, 0.3]]) * np.array([1.0, 4.0])[:, None, None])
+    np.testing.assert_allclose(sol.measures.points, grown, rtol=1e-14)
+
+
+def test_hardmax_flow_agrees_with_small_steps():
+    """Q and V of the general form, with events: steps of Runge and Kutta err at each of them by
+    their length times the jump of the velocity; the exact flow does not."""
+    x, V, Q = normal(5, 10, 2), np.eye(2) + normal(1, 2, 2) / 4, np.eye(2) + normal(2, 2, 2) / 2
+    field = 0.5 * (hardmax(Q, None, V) + jf.LinearDrift(-0.8))
+    exact = jf.hardmax_flow(field, jf.Measure(x), t1=3.0)
+    assert len(exact.events) >= 2
+    errors = []
+    for h in (4e-3, 1e-3):
+        near = jf.flow(
+            field, jf.Measure(x), t1=3.0, dt0=h, solver=diffrax.Heun(),
+            stepsize_controller=diffrax.ConstantStepSize(),
+        ).last.points  # fmt: skip
+        errors.append(np.abs(near - exact.measures.points[-1]).max())
+    assert errors[1] < 2e-3 and errors[1] < errors[0]
+
+
+# ------------------------------------------------------------------ random matrices
+
+
+def test_laws_of_random_matrices():
+    """Moments within five standard errors, and the edges of Wigner's semicircle."""
+    d = 200
+    query, key, value = jf.fields.GaussianMatrices(rank=50, value=True)(d, key=jax.random.key(0))
+    assert query.shape == key.shape == (50, d) and value.shape == (d, d)
+    for a in (query, key, value):
+        assert a is not None
+        assert abs(d * float((a**2).mean()) - 1) < 5 * np.sqrt(2 / a.size)
+    assert np.linalg.matrix_rank(query.T @ key) == 50
+    _, _, goe = jf.fields.GOEMatrices()(d, key=jax.random.key(1))
+    values = np.linalg.eigvalsh(goe)
+    np.testing.assert_array_equal(goe, goe.T)
+    # Fluctuations of the edge are of size d^{-2/3} = 0.03; int x^2 of the semicircle is 1.
+    np.testing.assert_allclose([values[0], values[-1]], [-2, 2], rtol=0, atol=0.15)
+    np.testing.assert_allclose((values**2).mean(), 1 + 1 / d, rtol=5 * 2 / d)
+    law, B = jf.fields.SignedValue(np.diag([1.0, 2.0])), np.diag([1.0, 2.0])
+    signs = [float(law(2, key=k)[2][0, 0]) for k in jax.random.split(jax.random.key(2), 64)]
+    assert set(signs) == {-1.0, 1.0} and abs(np.sum(signs)) < 5 * 8
+    np.testing.assert_array_equal(abs(law(2, key=jax.random.key(0))[2]), B)
+
+
+def test_a_phase_diagram_with_matrices_of_each_system():
+    """The share of pairs that have met, by a flow of each system alone."""
+    law = jf.fields.GaussianMatrices(rank=2)
+    ts, key = [0.0, 4.0, 8.0], jax.random.key(0)
+    diagram = jf.phase_diagram(
+        [6.0], ts, n=5, d=3, systems=3, threshold=0.9, tolerance=1e-8, matrices=law, key=key
+    )
+    assert np.isnan(diagram.curve).all()
+    points = jf.measure.uniform_sphere(15, 3, key=key).points.reshape(3, 5, 3)
+    keys = jax.random.split(jax.random.fold_in(key, 1), 3)
+    off, shares = ~np.eye(5, dtype=bool), []
+    for x, k in zip(points, keys, strict=True):
+        field = jf.SelfAttention(*law(3, key=k), beta=6.0)
+        saved = solve(field, x, ts)
+        shares.append([(np.asarray(y @ y.T)[off] >= 0.9).mean() for y in saved])
+    np.testing.assert_allclose(diagram.probability[0], np.mean(shares, axis=0), rtol=1e-12)
+    assert 0 < diagram.probability[0, 1] < 1

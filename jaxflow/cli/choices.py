@@ -19,6 +19,7 @@ Solver = StrEnum(
 Curve = StrEnum("Curve", "layers shared linear smooth fourier hyper hyper-full")
 Placement = StrEnum("Placement", "pre peri post")
 Tokens = StrEnum("Tokens", "bytes chars bpe")
+Matrices = StrEnum("Matrices", "identity gaussian goe signed")
 PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
 DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 

@@ -11,6 +11,7 @@ from .choices import (
     Geometry,
     Interaction,
     Law,
+    Matrices,
     Observable,
     PhaseInteraction,
     Scheme,
@@ -156,13 +157,16 @@ def of_config(flags: Simulation, given: frozenset[str]) -> dict[str, Any]:
 class Phase:
     """Draw the probability that two tokens have met, by inverse temperature and time.
 
-    Uniform tokens on the sphere move by self-attention, V = Q = K = I (arXiv 2312.10794).
+    Uniform tokens on the sphere move by self-attention, V = Q = K = I (arXiv 2312.10794), or with
+    random matrices, drawn for each initial law: gaussian Q and K, of a --rank; goe V; V = I or -I.
 
     Examples:
 
     `jaxflow phase-diagram`
 
     `jaxflow phase-diagram --d 8 --betas 30 --systems 16 --out runs/phase-8`
+
+    `jaxflow phase-diagram --n 16 --d 8 --matrices gaussian --rank 2`
 
     `jaxflow phase-diagram --resume runs/phase-8`
     """
@@ -177,6 +181,8 @@ class Phase:
     systems: int = flag(64, "Number of initial laws.", COUNT)
     threshold: float = flag(0.999, "Tokens with this inner product or more have met.", SHARE)
     interaction: PhaseInteraction = flag(PhaseInteraction.softmax, "How a query weighs the tokens.")
+    matrices: Matrices = flag(Matrices.identity, "Q, K and V of each initial law.")
+    rank: int | None = flag(None, "With --matrices gaussian: of Q^T K (default: d).", COUNT)
     tolerance: float = flag(1e-5, "Relative and absolute, of the solver.", SHARE)
     seed: int = flag(0, "Seed of the initial laws.", SEED)
     out: Path | None = flag(
@@ -188,6 +194,10 @@ class Phase:
 
     def check(self):
         """Raises ValueError for settings that do not go together."""
+        if self.rank is not None and self.matrices != Matrices.gaussian:
+            raise ValueError("--rank is that of --matrices gaussian: give both.")
+        if self.rank is not None and self.rank > self.d:
+            raise ValueError(f"--rank must not be more than --d {self.d}, got {self.rank}.")
         if self.beta_min > self.beta_max:
             raise ValueError(
                 f"--beta-min must not be more than --beta-max, got {self.beta_min:g} and "

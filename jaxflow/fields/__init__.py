@@ -37,6 +37,13 @@ from .normalisation import (
     SqrtScaling,
     UnitNorm,
 )
+from .random_matrices import (
+    AbstractMatrices,
+    GaussianMatrices,
+    GOEMatrices,
+    SignedValue,
+    redrawn,
+)
 from .rescaled import Rescaled
 from .sigmoid import Sigmoid
 from .time import (
@@ -59,6 +66,7 @@ __all__ = [
     "AbstractDivergenceField",
     "AbstractField",
     "AbstractInteraction",
+    "AbstractMatrices",
     "AbstractNorm",
     "AbstractWrapper",
     "BoundedConfidence",
@@ -66,6 +74,8 @@ __all__ = [
     "Constant",
     "FeedForward",
     "Fourier",
+    "GOEMatrices",
+    "GaussianMatrices",
     "Hardmax",
     "HyperNetwork",
     "Kink",
@@ -87,6 +97,7 @@ __all__ = [
     "Scaled",
     "SelfAttention",
     "Sigmoid",
+    "SignedValue",
     "Sinkhorn",
     "Softmax",
     "SqrtScaling",
@@ -97,6 +108,7 @@ __all__ = [
     "Unnormalised",
     "alibi_slopes",
     "divergence",
+    "redrawn",
     "token_velocities",
     "weighted_attention",
     "weighted_sums",
