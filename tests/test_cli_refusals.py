@@ -9,6 +9,7 @@ import threading
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -34,6 +35,10 @@ SIMULATE = """
     --normalisation pre --observe rank | --observe nope | --observe | --interaction sotfmax
     --text absent | --text folder | --text pipe | --text /dev/zero | --text empty | --text latin.txt
     --text prose.txt --max-tokens 0 | --text prose.txt --image picture.png
+    --points absent | --points header.npy | --points flat.npy | --points nan.npy
+    --points prose.txt | --points matrix.npy --text prose.txt | --query flat.npy
+    --value nan.npy | --key wide.npy
+    --value matrix.npy --repulsive | --save points.txt | --save absent/points.npz | --format gif
     --image picture.png | --image header.npy | --image empty | --image pipe | --patch 0
     --config absent | --config damaged.json | --config list.json | --config colour.json
     --config fraction.json | --config flag.json | --config nan.json | --config solver.json
@@ -137,6 +142,9 @@ def bad(tmp_path_factory):
     }
     for name, content in files.items():
         (place / name).write_bytes(content)
+    arrays = {"flat": [1.0], "nan": [[1, 2, float("nan")]] * 3, "matrix": np.eye(3)}
+    for name, array in (arrays | {"wide": np.eye(3, 5)}).items():
+        np.save(place / f"{name}.npy", np.asarray(array))
     os.mkfifo(place / "pipe")
     (place / "folder").mkdir()
     trained = {"settings": {"task": "lm"} | settings.to_json(learning.LanguageTraining())}
@@ -325,6 +333,7 @@ def test_the_names_of_flags_are_those_of_the_tables():
         choices.Solver: models.SOLVERS,
         choices.Curve: models.CURVES,
         choices.PhaseInteraction: phase.INTERACTIONS,
+        choices.Matrices: phase.MATRICES,
     }
     for names, table in tables.items():
         assert set(map(str, names)) == set(map(str, table)), names

@@ -383,9 +383,9 @@ def test_laws_of_random_matrices():
     """Moments within five standard errors, and the edges of Wigner's semicircle."""
     d = 200
     query, key, value = jf.fields.GaussianMatrices(rank=50, value=True)(d, key=jax.random.key(0))
+    assert query is not None and key is not None and value is not None
     assert query.shape == key.shape == (50, d) and value.shape == (d, d)
     for a in (query, key, value):
-        assert a is not None
         assert abs(d * float((a**2).mean()) - 1) < 5 * np.sqrt(2 / a.size)
     assert np.linalg.matrix_rank(query.T @ key) == 50
     _, _, goe = jf.fields.GOEMatrices()(d, key=jax.random.key(1))

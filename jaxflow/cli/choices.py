@@ -5,11 +5,12 @@ A test holds them against the tables that they are looked up in.
 
 from enum import StrEnum
 
-Interaction = StrEnum("Interaction", "softmax unnormalised linear hardmax sinkhorn")
+Interaction = StrEnum("Interaction", "softmax unnormalised linear hardmax sinkhorn l2")
 Law = StrEnum("Law", "uniform gaussian cap circle simplex")
 Geometry = StrEnum("Geometry", "sphere euclidean rms-norm layer-norm")
 Scheme = StrEnum("Scheme", "post sqrt pre peri ngpt")
 Observable = StrEnum("Observable", "energy clusters diameter order hull-area kinetic entropy rank")
+Picture = StrEnum("Picture", "png pdf svg")
 Until = StrEnum("Until", "never clustered steady")
 Solver = StrEnum(
     "Solver",

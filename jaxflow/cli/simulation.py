@@ -14,6 +14,7 @@ from .choices import (
     Matrices,
     Observable,
     PhaseInteraction,
+    Picture,
     Scheme,
     Solver,
     Until,
@@ -28,6 +29,7 @@ from .settings import (
     SHARE,
     InputFile,
     InputFolder,
+    OutputFile,
     Range,
     flag,
     from_json,
@@ -62,6 +64,8 @@ class Simulation:
 
     `jaxflow simulate --image photo.png --patch 8 --beta 4`
 
+    `jaxflow simulate --points start.npy --value V.npy --geometry euclidean --save points.npz`
+
     `jaxflow simulate --config runs/first/config.json --beta 2`
     """
 
@@ -72,8 +76,12 @@ class Simulation:
     max_tokens: int = flag(512, "With --text: words read at most.", COUNT)
     image: Path | None = flag(None, "An image: its patches are the tokens.", InputFile())
     patch: int = flag(8, "With --image: side of a patch in pixels.", COUNT)
+    points: Path | None = flag(None, "An array (n, d) in a .npy file: the tokens.", InputFile())
     beta: float = flag(4.0, "Inverse temperature.", FINITE)
     interaction: Interaction = flag(Interaction.softmax, "How a query weighs the tokens.")
+    query: Path | None = flag(None, "The matrix Q (p, d) in a .npy file.", InputFile())
+    key: Path | None = flag(None, "The matrix K (p, d) in a .npy file.", InputFile())
+    value: Path | None = flag(None, "The matrix V (d, d) in a .npy file.", InputFile())
     repulsive: bool = flag(False, "Take V = -I instead of I.")
     causal: bool = flag(False, "Token i sees the tokens up to i.")
     normalisation: Scheme = flag(Scheme.post, "How tokens are normalised.")
@@ -96,6 +104,10 @@ class Simulation:
     observe: list[Observable] | None = flag(None, "Measure this too; repeatable.")
     merges: bool = flag(False, "Find the time and pair of each merge.")
     film: bool = flag(False, "Write a film too.")
+    format: Picture = flag(Picture.png, "Of the figures.")
+    save: Path | None = flag(
+        None, "Write the times and the tokens at them to this file.", OutputFile(".npz"), kept=False
+    )
     seed: int = flag(0, "Seed of the random numbers.", SEED)
     config: Path | None = flag(
         None,
@@ -112,9 +124,13 @@ class Simulation:
     def check(self):
         """Raises ValueError for settings that do not go together."""
         allowed = SCHEMES[self.normalisation]
-        if self.text is not None and self.image is not None:
-            raise ValueError("take --text or --image, not both.")
-        if self.law is Law.circle and self.d != 2 and self.text is None and self.image is None:
+        sources = {"--text": self.text, "--image": self.image, "--points": self.points}
+        given = [name for name, path in sources.items() if path is not None]
+        if len(given) > 1:
+            raise ValueError(f"take {' or '.join(given)}: tokens come from one of them.")
+        if self.repulsive and self.value is not None:
+            raise ValueError("take --value or --repulsive, which is V = -I: not both.")
+        if self.law is Law.circle and self.d != 2 and not given:
             raise ValueError(f"--law circle needs --d 2, got {self.d}.")
         if self.place not in allowed:
             raise ValueError(

@@ -79,6 +79,8 @@ class GOEMatrices(AbstractMatrices):
     (Wigner's semicircle); Q = K = I.
 
     Off the diagonal the entries are N(0, 1/d), on it N(0, 2/d).
+
+    **Raises:** when drawn, `ValueError` or `TypeError` for what is no dimension or no key.
     """
 
     def __call__(self, d, *, key):

@@ -54,7 +54,7 @@ def film(
     path, writer = _writer(path, float(fps))
     run = read_run(sol, system, max_frames=max(2, round(float(fps) * float(seconds))))
     shown, directions = evenly(run.n, max_points), run.directions()
-    clusters = run.clusters(threshold)[shown]
+    clusters = run.colouring(threshold)[0][shown]
     x = run.points[:, shown] @ directions
     figure = require("matplotlib.figure").Figure(figsize=(5, 4.5))
     axes = figure.add_subplot(projection="3d" if x.shape[-1] == 3 else None)
