@@ -73,6 +73,18 @@ def test_points(sol):
     assert viz.points(mu).name == "3d"
 
 
+def test_axes_fit_tokens_of_any_extent():
+    """One cluster of R^d is shown at a hundredth of its distance from 0, not at rounding's size;
+    tokens on a line, on an axis a twentieth as wide."""
+    one = np.full((5, 2), 3.0) + 1e-9 * np.arange(5)[:, None]
+    axes = viz.points(jf.Measure(one.astype(np.float32)), geometry=jf.Euclidean())
+    np.testing.assert_allclose(axes.get_xlim(), [2.97, 3.03], rtol=1e-5)
+    line = np.stack([np.linspace(-1, 1, 5), np.zeros(5)], axis=1).astype(np.float32)
+    axes = viz.points(jf.Measure(line), geometry=jf.Euclidean())
+    np.testing.assert_allclose(axes.get_xlim(), [-1.1, 1.1], rtol=1e-5)
+    np.testing.assert_allclose(axes.get_ylim(), [-0.055, 0.055], rtol=1e-5)
+
+
 def test_colours_are_of_several_clusters():
     """Where all tokens end as one, of the last saved time at which there were two or more."""
     angles = jnp.exp(-LINEAR)[:, None] * jnp.array([0.0, 0.3, 2.0])[None]

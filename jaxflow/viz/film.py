@@ -9,7 +9,7 @@ from .._rules import function, instance, positive, real
 from .._types import ScalarLike
 from ..flow import FlowSolution
 from .run import System, evenly, read_run
-from .style import limits, require
+from .style import require, token_limits
 from .tokens import points
 
 
@@ -68,7 +68,7 @@ def film(
                 geometry=sol.geometry,
                 ax=axes,
             )
-            ends = limits(x[: k + 1], run.radius)  # what the tokens have visited so far
+            ends = token_limits(x[: k + 1], run.radius)  # what the tokens have visited so far
             axes.set(**{f"{axis}lim": pair for axis, pair in zip("xyz", ends, strict=False)})
             axes.set_title(f"$t$ = {t:.4g}", loc="left")
             writer.grab_frame()

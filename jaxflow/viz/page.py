@@ -10,7 +10,19 @@ import numpy as np
 from .._types import ScalarLike
 from ..flow import FlowSolution
 from .run import Run, System, evenly, read_run
-from .style import COLOURS, FAINT, MARKERS, ROUND, axis_names, limits, require, style, wires, words
+from .style import (
+    COLOURS,
+    FAINT,
+    MARKERS,
+    ROUND,
+    axis_names,
+    limits,
+    require,
+    style,
+    token_limits,
+    wires,
+    words,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as Page
@@ -150,7 +162,7 @@ def _name_axes(figure, names, radius):
 
 def _window(x, radius=None):
     """The ranges of the axes: the sphere, or what the tokens have visited so far."""
-    pairs = zip(("xaxis", "yaxis", "zaxis"), limits(x, radius).tolist(), strict=False)
+    pairs = zip(("xaxis", "yaxis", "zaxis"), token_limits(x, radius).tolist(), strict=False)
     ranges = {axis: dict(range=pair) for axis, pair in pairs}
     return dict(scene=ranges) if len(ranges) == 3 else ranges
 

@@ -17,11 +17,11 @@ from .style import (
     MARKERS,
     VERBATIM,
     axis_names,
-    limits,
     new_axes,
     require,
     style,
     time_axis,
+    token_limits,
     wires,
     words,
 )
@@ -203,7 +203,7 @@ def _dress(axes, x, directions, radius):
     for line in [] if radius is None else wires(k).swapaxes(0, 1) * radius:
         axes.plot(*line, color=FAINT, linewidth=0.5, zorder=0)
     names = axis_names(directions, "$x_{}$", r"$\langle x, v_{} \rangle$")
-    for axis, name, ends in zip("xyz", names, limits(x, radius), strict=False):
+    for axis, name, ends in zip("xyz", names, token_limits(x, radius), strict=False):
         axes.set(**{f"{axis}label": name, f"{axis}lim": ends})
         axes.locator_params(axis, nbins=4)
     axes.grid(False)
