@@ -26,6 +26,8 @@ SIMULATE = """
     --t1 nan | --t1 inf | --t1 0 | --t1 -1 | --t1 1e300
     --rtol -1 | --rtol 0 | --rtol nan | --rtol 2
     --dt 0 | --dt -1 | --dt nan | --dt 1e-12 | --solver euler | --solver rk4 | --solver magic
+    --solver normalised-euler | --solver normalised-euler --dt 0.1 --geometry euclidean
+    --solver normalised-euler --dt 0.1 --normalisation pre
     --max-steps 0 | --max-steps 1.5
     --frames 1 | --frames 1e9 | --frames 2 --log-time
     --threshold 2 | --threshold 1 | --threshold nan

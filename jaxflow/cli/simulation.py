@@ -146,6 +146,11 @@ class Simulation:
                 f"--solver {self.solver} takes fixed steps: give --dt, or take a solver that "
                 "estimates its error, such as tsit5."
             )
+        if self.solver == "normalised-euler" and self.place is Geometry.euclidean:
+            raise ValueError(
+                "--solver normalised-euler normalises the tokens, and those on --geometry "
+                f"{self.place} are not: take --geometry sphere, or --solver euler."
+            )
         if self.dt is not None and self.t1 / self.dt > self.max_steps:
             raise ValueError(
                 f"--dt {self.dt:g} needs {self.t1 / self.dt:.4g} steps to --t1 {self.t1:g}, and "
