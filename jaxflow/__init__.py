@@ -13,6 +13,7 @@ The map, in reading order:
     flow         X -> mu(T)            flow(field, mu0, t1=...); `jaxflow.events`: until when
     noise        dX = X dt + dW        flow(..., noise=Noise(kappa, key=...))
     coarsen      the same              where tokens that have met are one token
+    hardmax_flow the same              exact, of hardmax attention
     observables  functions of (t, mu)  `jaxflow.observables`
     density      mu(dx) = rho(x) dx    log_density(field, mu0, x0, log_rho0, t1=...); on a grid and
                                        in closed form: `jaxflow.density`
@@ -45,8 +46,11 @@ if TYPE_CHECKING:
     from .coarsen import coarsen
     from .density import log_density
     from .fields import (
+        L2,
         NGPT,
         AbstractField,
+        ALiBi,
+        BoundedConfidence,
         Compressed,
         Constant,
         FeedForward,
@@ -57,15 +61,18 @@ if TYPE_CHECKING:
         Legendre,
         Linear,
         LinearDrift,
+        MeanShift,
         MultiHeadAttention,
         PeriNorm,
         PiecewiseConstant,
         PiecewiseLinear,
         PostNorm,
         PreNorm,
+        Rescaled,
         RMSNorm,
         Scaled,
         SelfAttention,
+        Sigmoid,
         Sinkhorn,
         Softmax,
         SqrtScaling,
@@ -77,6 +84,7 @@ if TYPE_CHECKING:
     )
     from .flow import FlowError, FlowSolution, flow, memory_estimate
     from .geometry import Ellipsoid, Euclidean, Sphere
+    from .hardmax import HardmaxFlow, hardmax_flow
     from .kernels import select_backend, softmax_expectation
     from .lyapunov import lyapunov_exponents
     from .measure import Measure
@@ -86,7 +94,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALiBi",
     "AbstractField",
+    "BoundedConfidence",
     "Compressed",
     "Constant",
     "Ellipsoid",
@@ -96,11 +106,14 @@ __all__ = [
     "FlowSolution",
     "Fourier",
     "Hardmax",
+    "HardmaxFlow",
     "HyperNetwork",
+    "L2",
     "LayerNorm",
     "Legendre",
     "Linear",
     "LinearDrift",
+    "MeanShift",
     "Measure",
     "MultiHeadAttention",
     "NGPT",
@@ -112,8 +125,10 @@ __all__ = [
     "PostNorm",
     "PreNorm",
     "RMSNorm",
+    "Rescaled",
     "Scaled",
     "SelfAttention",
+    "Sigmoid",
     "Sinkhorn",
     "Softmax",
     "Sphere",
@@ -128,6 +143,7 @@ __all__ = [
     "enable_compilation_cache",
     "events",
     "flow",
+    "hardmax_flow",
     "log_density",
     "lyapunov_exponents",
     "masks",
@@ -146,8 +162,8 @@ __all__ = [
 
 # Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
 _HOMES = (
-    "_cache", "density", "fields", "flow", "geometry", "kernels", "lyapunov", "measure", "noise",
-    "phase",
+    "_cache", "density", "fields", "flow", "geometry", "hardmax", "kernels", "lyapunov", "measure",
+    "noise", "phase",
 )  # fmt: skip
 
 

@@ -62,8 +62,10 @@ from .noise import Noise, noisy_solver
 from .solvers import (
     AbstractSplitting,
     Geodesic,
+    NormalisedEuler,
     PiecewiseSteps,
     along,
+    check_space,
     default_adjoint,
     step_times,
 )
@@ -115,6 +117,7 @@ def flow(
     - `dt0`: the step of a fixed-step solve, or the first step of an adaptive one (`None` chooses).
     - `solver`: any diffrax solver, each step of which is retracted to the geometry; or
       [`jaxflow.solvers.Geodesic`][], which moves along geodesics; or
+      [`jaxflow.solvers.NormalisedEuler`][] with `dt0`, the step of most published scripts; or
       [`jaxflow.solvers.LieTrotter`][] and [`jaxflow.solvers.Strang`][], which step with the parts
       of a sum of fields one by one.
     - `stepsize_controller`: `None` is adaptive where the solver estimates its error, with
@@ -211,6 +214,7 @@ def flow_around(
     each argument is of its class is known here, but for the times.
     """
     check_measure(field, mu0)
+    check_space(solver, field)
     mu0 = jtu.tree_map(on_automatic_mesh, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)
     if noise is not None:
@@ -475,11 +479,11 @@ def _at_breakpoints(controller, field, adjoint, solver, dtype):
     """The controller, made to end a step at each breakpoint of the field."""
     points = breakpoints(field)
     backsolve = isinstance(adjoint, diffrax.BacksolveAdjoint)
-    if backsolve and isinstance(solver, AbstractSplitting | Geodesic):
+    if backsolve and isinstance(solver, AbstractSplitting | Geodesic | NormalisedEuler):
         raise ValueError(
             "BacksolveAdjoint solves an equation of its own, which cannot be split and does not "
             "live on the geometry of the field. Use diffrax.RecursiveCheckpointAdjoint() with a "
-            "splitting method or Geodesic."
+            "splitting method, Geodesic or NormalisedEuler."
         )
     if not points:
         return controller

@@ -18,6 +18,9 @@ token,
 
 Uniform tokens are nearly orthogonal where d is large, and p goes from 0 to 1 about the time at
 which rho(0) = 0 has grown to the threshold.
+
+With `matrices`, each system has Q, K and V of its own, drawn once. What is said above then does not
+hold: points stay in R^d, and tokens that have met may part.
 """
 
 from collections.abc import Callable
@@ -32,11 +35,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._memory import PAIRS_AT_ONCE, check_fits
-from ._rules import constant, count, positive
+from ._rules import constant, count, instance, positive
 from ._types import ArrayLike, Points, Scalar, ScalarLike
-from .fields import SelfAttention, Softmax, Unnormalised
+from .fields import AbstractMatrices, SelfAttention, Softmax, Unnormalised
 from .fields.interactions import AbstractInteraction
-from .flow import FlowArgs, flow
+from .flow import FlowArgs, FlowError, flow
 from .measure import Measure, uniform_sphere
 from .observables import AbstractObservable
 from .phase_rows import Rows, short
@@ -61,7 +64,8 @@ class PhaseDiagram(eqx.Module):
       and the systems. `standard_error`: its standard error, by the spread between systems (nan
       for one system). The systems start alike at each beta, so that rows err alike.
     - `curve`: for each beta the time at which equiangular tokens that start at right angles meet,
-      [`jaxflow.phase.equiangular_time`][]: the boundary for d -> infinity.
+      [`jaxflow.phase.equiangular_time`][]: the boundary for d -> infinity. nan where matrices
+      were drawn.
     - `threshold`: the inner product from which on two tokens count as met.
     - `n`, `d`, `systems`: how many tokens a system has, in which dimension, and how many systems
       of independent initial tokens the probability is a mean over.
@@ -118,6 +122,7 @@ def phase_diagram(
     threshold: ScalarLike = 0.999,
     interaction: AbstractInteraction = Softmax(),
     tolerance: ScalarLike = 1e-5,
+    matrices: AbstractMatrices | None = None,
     key: PRNGKeyArray,
     path: str | Path | None = None,
     progress: Callable[[PhaseRow], Any] = lambda row: None,
@@ -140,7 +145,11 @@ def phase_diagram(
     - `threshold`: the inner product from which on two tokens have met, between 0 and 1.
     - `interaction`: `Softmax()` or `Unnormalised()`.
     - `tolerance`: rtol = atol of the solver.
-    - `key`: PRNG key of the initial laws, the same for all betas.
+    - `matrices`: `None` for V = Q = K = I, or a law such as
+      [`jaxflow.fields.GaussianMatrices`][]`(rank=2)`, of which each system has a draw of its own,
+      the same for all betas. Each system then takes its own steps, up to the last time, and
+      `curve` is nan.
+    - `key`: PRNG key of the initial laws, the same for all betas, and of the matrices.
     - `path`: a folder that keeps each beta when it is done. Called again with it, the diagram goes
       on where it was; it is the same, bit for bit, as one that was not interrupted.
     - `progress`: called with the [`jaxflow.phase.PhaseRow`][] of each beta in turn.
@@ -169,9 +178,11 @@ def phase_diagram(
         tolerance=constant("tolerance", tolerance, "positive and finite", positive),
         betas=numbers("betas", betas),
         ts=increasing_times(ts),
+        matrices=_law(matrices),
     )
     _check_memory(problem)
     initial = _sample(problem, key)
+    drawn = _draw(problem, key)
     settings = problem.settings(initial.dtype, key)
     rows = Rows(None if path is None else Path(path), settings)
     rows.check()
@@ -180,7 +191,7 @@ def phase_diagram(
         moments = rows.read(i)
         kept = moments is not None
         if moments is None:
-            moments = _moments(_met(problem, beta, initial))
+            moments = _moments(_met(problem, beta, initial, drawn))
             rows.write(i, moments)
         found.append(PhaseRow(beta, moments[0], moments[1], kept))
         progress(found[-1])
@@ -189,9 +200,7 @@ def phase_diagram(
         ts=problem.ts,
         probability=np.stack([row.probability for row in found]),
         standard_error=np.stack([row.standard_error for row in found]),
-        curve=equiangular_time(
-            problem.betas, n=problem.n, threshold=problem.threshold, interaction=interaction
-        ),
+        curve=_curve(problem),
         threshold=problem.threshold,
         n=problem.n,
         d=problem.d,
@@ -225,17 +234,25 @@ class _Problem(NamedTuple):
     tolerance: float
     betas: Float[np.ndarray, " betas"]
     ts: Float[np.ndarray, " ts"]
+    matrices: AbstractMatrices | None
 
     def settings(self, dtype: np.dtype, key: PRNGKeyArray) -> dict[str, Any]:
         """All that a row depends on, for JSON."""
         plain = {
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in self._asdict().items()
         }
-        return plain | {
-            "interaction": type(self.interaction).__name__,
-            "dtype": str(dtype),
-            "key": np.asarray(jax.random.key_data(key)).tolist(),
-        }
+        # No entry where none are drawn: the folders of earlier versions are of that.
+        law = plain.pop("matrices")
+        drawn = {} if law is None else {"matrices": told(law)}
+        return (
+            plain
+            | drawn
+            | {
+                "interaction": type(self.interaction).__name__,
+                "dtype": str(dtype),
+                "key": np.asarray(jax.random.key_data(key)).tolist(),
+            }
+        )
 
 
 class _AllMet(eqx.Module):
@@ -250,7 +267,9 @@ class _AllMet(eqx.Module):
 def _check_memory(problem: _Problem):
     """The Gaussian draws and their QR, and what a solve of all systems holds."""
     tokens = problem.systems * problem.n
+    drawn = problem.matrices is not None
     numbers = tokens * (3 * problem.d + 24 * min(problem.n, problem.d))
+    numbers += drawn * (3 * problem.systems * problem.d**2 + 24 * tokens * problem.d)
     check_fits(
         jnp.finfo(float).bits // 8 * (numbers + min(tokens * problem.n, PAIRS_AT_ONCE)),
         f"a diagram of {problem.systems} systems of {problem.n} tokens in R^{problem.d}",
@@ -265,32 +284,80 @@ def _sample(problem: _Problem, key: PRNGKeyArray) -> Points:
     """
     points = uniform_sphere(problem.systems * problem.n, problem.d, key=key).points
     points = points.reshape(problem.systems, problem.n, problem.d)
-    if problem.d <= problem.n:
+    if problem.d <= problem.n or problem.matrices is not None:
         return points
     return jnp.linalg.qr(points.swapaxes(1, 2), mode="r").swapaxes(1, 2)
 
 
-def _met(problem: _Problem, beta: float, points: Points) -> Float[np.ndarray, "ts systems"]:
+def _law(matrices: AbstractMatrices | None) -> AbstractMatrices | None:
+    example = "jaxflow.fields.GaussianMatrices(rank=2)"
+    return None if matrices is None else instance("matrices", matrices, AbstractMatrices, example)
+
+
+def _draw(problem: _Problem, key: PRNGKeyArray):
+    """Q, K and V of each system, (systems, ...); `None` is the identity."""
+    if problem.matrices is None:
+        return None
+    law, keys = problem.matrices, jax.random.split(jax.random.fold_in(key, 1), problem.systems)
+    return jax.vmap(lambda key: law(problem.d, key=key))(keys)
+
+
+def told(law: AbstractMatrices) -> str:
+    """A law in full, arrays included."""
+    arrays = [np.asarray(a).tolist() for a in jax.tree.leaves(eqx.filter(law, eqx.is_array))]
+    return f"{law!r} {arrays}" if arrays else repr(law)
+
+
+def _curve(problem: _Problem) -> Float[np.ndarray, " betas"]:
+    if problem.matrices is not None:
+        return np.full(len(problem.betas), np.nan)
+    of = {"n": problem.n, "threshold": problem.threshold, "interaction": problem.interaction}
+    return equiangular_time(problem.betas, **of)
+
+
+def _met(problem: _Problem, beta: float, points: Points, drawn) -> Float[np.ndarray, "ts systems"]:
     """The fraction of pairs that have met, in each system at each time."""
     # All scores may be kept: the definition is then the fastest.
     few = problem.systems * problem.n**2 <= PAIRS_AT_ONCE
     met = MetPairs(problem.threshold)
-    sol = flow(
-        SelfAttention(
+    ts = jnp.asarray(problem.ts, points.dtype)
+
+    def solve(points, matrices, event, **options):
+        field = SelfAttention(
+            *matrices,
             beta=beta,
             interaction=problem.interaction,
             backend="reference" if few else None,
-        ),
-        Measure(points),
-        t1=problem.ts[-1],
-        stepsize_controller=diffrax.PIDController(rtol=problem.tolerance, atol=problem.tolerance),
-        saveat=diffrax.SaveAt(ts=jnp.asarray(problem.ts, points.dtype), fn=_nothing),
-        event=diffrax.Event(_AllMet(met)),
-        max_steps=None,
-        observe={"met": met},
-    )
-    reached = np.isfinite(np.asarray(sol.ts))
-    return np.where(reached[:, None], np.asarray(sol.observed["met"], float), 1.0)
+        )
+        tolerance = problem.tolerance
+        return flow(
+            field,
+            Measure(points),
+            t1=problem.ts[-1],
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+            saveat=diffrax.SaveAt(ts=ts, fn=_nothing),
+            event=event,
+            max_steps=None,
+            observe={"met": met},
+            **options,
+        )
+
+    if drawn is None:
+        sol = solve(points, (), diffrax.Event(_AllMet(met)))
+        reached = np.isfinite(np.asarray(sol.ts))
+        return np.where(reached[:, None], np.asarray(sol.observed["met"], float), 1.0)
+
+    def one(points, matrices):
+        sol = solve(points, matrices, None, throw=False)
+        return sol.ok, sol.observed["met"]
+
+    ok, shares = eqx.filter_vmap(one)(points, drawn)
+    if not np.asarray(ok).all():
+        raise FlowError(
+            f"at beta = {beta:g} the flow of {int((~np.asarray(ok)).sum())} systems failed. Loosen "
+            "the tolerance, or take smaller betas or matrices."
+        )
+    return np.asarray(shares, float).T
 
 
 def _nothing(t, y, args):

@@ -1,6 +1,7 @@
 """One-step methods that respect the geometry and the parts of a field, as diffrax solvers.
 
 Retracted(solver)    y_{k+1} = retract(step(y_k)): any diffrax method, projected back
+NormalisedEuler      y_{k+1} = retract(y_k + h F), F the force before its projection
 Geodesic(solver)     y_{k+1} = exp_{y_k}(u), u by any explicit Runge-Kutta method
 RK4                  the classical method, with an error estimate
 Frozen(solver)       in each step a field made of pieces is the piece of that step
@@ -35,6 +36,7 @@ from .explicit import (
     tableau,
 )
 from .fields import AbstractField
+from .fields.base import same_geometry, unprojected
 from .fields.time import frozen, jumps
 from .geometry import AbstractGeometry, Euclidean
 
@@ -169,6 +171,84 @@ def along(solver: diffrax.AbstractSolver, field: AbstractField) -> diffrax.Abstr
     solver = Frozen(solver, jumps(field)) if jumps(field) else solver
     flat = isinstance(field.geometry, Euclidean)
     return solver if flat else Retracted(solver, field.geometry)
+
+
+def check_space(solver: diffrax.AbstractSolver, field: AbstractField):
+    """A solver that retracts does so on the geometry of the field.
+
+    **Raises:** `ValueError` if it does not.
+    """
+    if is_method(solver, NormalisedEuler) and isinstance(field.geometry, Euclidean):
+        raise ValueError(
+            f"NormalisedEuler normalises the tokens, and those of a field on {field.geometry} are "
+            "not: give the field geometry=jaxflow.Sphere(), or take diffrax.Euler()."
+        )
+    if is_method(solver, Retracted) and not same_geometry(solver.geometry, field.geometry):
+        raise ValueError(
+            f"a solver retracts its steps on the geometry of the field, {field.geometry}; got "
+            f"Retracted on {solver.geometry}. Pass {type(solver.wrapped).__name__}() alone, which "
+            "jaxflow.flow retracts, or give the field that geometry."
+        )
+    if is_method(solver, AbstractComposition):
+        check_space(solver.inner, field)
+    if is_method(solver, diffrax.HalfSolver):
+        check_space(solver.solver, field)
+
+
+# ------------------------------------------------------------------ the published step
+
+
+class NormalisedEuler(AbstractComposition):
+    """Euler's step in R^d, then normalisation: what most published scripts take, with h = 0.1.
+
+        y_{k+1} = retract(y_k + h F_t[mu](y_k)),    on the unit sphere (y + h F) / |y + h F|
+
+    F is the force of the field X = P F before its projection: V E_{mu_x}[y] for attention. With
+    dt0 = h it has order 1, and is late: F = a y + X with a = <y, F>, so that the step moves y by
+    h X / (1 + h a), where a is near 1 inside a cluster. At h = 0.1 that makes long times about 10 %
+    longer. Euler's step with X, `diffrax.Euler()`, is some 2 % early instead.
+
+    On an [`jaxflow.Ellipsoid`][] the step is LayerNorm(y + h F): Post-LN.
+
+    ```python
+    >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
+    >>> sol = jaxflow.flow(
+    ...     jaxflow.SelfAttention(), mu0, t1=0.1, dt0=0.1, solver=jaxflow.solvers.NormalisedEuler()
+    ... )
+    >>> x, weight = mu0.points, jax.nn.softmax(mu0.points @ mu0.points.T)
+    >>> y = x + 0.1 * weight @ x
+    >>> bool(jnp.allclose(sol.last.points, y / jnp.linalg.norm(y, axis=1, keepdims=True)))
+    True
+
+    ```
+    """
+
+    term_structure: ClassVar = diffrax.AbstractTerm
+    interpolation_cls: ClassVar = diffrax.LocalLinearInterpolation
+
+    @property
+    def inner(self):
+        return diffrax.Euler()
+
+    def order(self, terms):
+        return 1
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        evaluate = lambda field, t, y: terms.vf(t, y, args._replace(field=field))
+        y1 = explicit_step(self, args.field, t0, t1, y0, evaluate)
+        return y1, None, {"y0": y0, "y1": y1}, None, diffrax.RESULTS.successful
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def compose(self, step, field, t0, t1, y):
+        return field.geometry.retract(step(unprojected(field), t0, t1, y))
+
+    def evaluations(self, parts):
+        return 0, 1
 
 
 # ------------------------------------------------------------------ exponential maps

@@ -24,6 +24,8 @@ from jaxflow.density import closures
 
 KEY = jax.random.key(0)
 MU = jf.Measure(np.eye(4, 3, dtype=np.float32))
+FLAT = jf.SelfAttention(geometry=jf.Euclidean())
+LEADERS = jf.SelfAttention(interaction=jf.Hardmax(), geometry=jf.Euclidean())
 NAN, INF = float("nan"), float("inf")
 
 
@@ -213,7 +215,7 @@ CALLS = {
     "hardmax of the top": (
         lambda: masked(jf.Hardmax(), masks.TopK(2)),
         NotImplementedError,
-        "takes patterns as masks",
+        "take patterns as masks",
     ),
     "keys kept for a mask": (
         lambda: jf.SelfAttention(mask=masks.Blocks(2)).attend(0.0, MU.points[:1], MU.points, 0),
@@ -225,6 +227,140 @@ CALLS = {
         NotImplementedError,
         "attention_matrix",
     ),
+    # maps of the literature
+    "tokens that are not normalised": (
+        lambda: jf.flow(FLAT, MU, t1=1.0, dt0=0.1, solver=jf.solvers.NormalisedEuler()),
+        ValueError,
+        r"of a field on Euclidean\(\) are not: give the field geometry=jaxflow.Sphere\(\)",
+    ),
+    "retracted elsewhere": (
+        lambda: jf.flow(
+            FLAT, MU, t1=1.0, dt0=0.1, solver=jf.solvers.Retracted(diffrax.Euler(), jf.Sphere())
+        ),
+        ValueError,
+        r"of the field, Euclidean\(\); got Retracted on Sphere.*Pass Euler\(\) alone",
+    ),
+    "retracted elsewhere, in parts": (
+        lambda: jf.flow(
+            FLAT,
+            MU,
+            t1=1.0,
+            dt0=0.1,
+            solver=jf.solvers.LieTrotter(jf.solvers.Retracted(diffrax.Euler(), jf.Sphere())),
+        ),
+        ValueError,
+        "on the geometry of the field",
+    ),
+    "biases without an order": (
+        lambda: jf.SelfAttention(interaction=jf.ALiBi(0.5)),
+        ValueError,
+        "pass causal=True",
+    ),
+    "slopes of other heads": (
+        lambda: jf.MultiHeadAttention(
+            8, 4, interaction=jf.ALiBi([0.5, 0.25]), causal=True, key=KEY
+        ),
+        ValueError,
+        r"one number a head, shape \(4,\); got \(2,\)",
+    ),
+    "slopes of no head": (
+        lambda: jf.SelfAttention(interaction=jf.ALiBi([0.5, 0.25]), causal=True)(
+            0.0, MU.points, MU
+        ),
+        ValueError,
+        "2 slopes are those of as many heads",
+    ),
+    "a table of slopes": (lambda: jf.ALiBi(np.eye(2)), ValueError, r"one a head, shape \(H,\)"),
+    "a sigmoid of nan": (lambda: jf.Sigmoid(NAN), ValueError, "bias must be finite, got nan"),
+    "sigmoid attention masked": (
+        lambda: masked(jf.Sigmoid(), masks.TopK(2)),
+        NotImplementedError,
+        "take patterns as masks",
+    ),
+    "sigmoid attention compressed": (
+        lambda: jf.Compressed(jf.SelfAttention(interaction=jf.Sigmoid())),
+        ValueError,
+        "Sigmoid is no integral of exp",
+    ),
+    "a function compressed": (
+        lambda: jf.Compressed(jf.SelfAttention(query=jnp.sin)),
+        ValueError,
+        "compress attention with matrices",
+    ),
+    "a function rescaled": (
+        lambda: jf.Rescaled(jf.SelfAttention(value=jnp.sin, geometry=jf.Euclidean())),
+        ValueError,
+        "matrices or None, got functions",
+    ),
+    "a vector for a matrix": (
+        lambda: jf.SelfAttention(query=[1.0, 2.0]),
+        ValueError,
+        r"query must be a matrix, or a function of a token; got shape \(2,\)",
+    ),
+    "no bandwidth": (lambda: jf.MeanShift(0.0), ValueError, "beta must be positive"),
+    "no confidence": (lambda: jf.BoundedConfidence(-1.0), ValueError, "radius must be positive"),
+    "a D that is not symmetric": (
+        lambda: jf.fields.weighted_attention([[1.0, 2.0], [0.0, 1.0]]),
+        ValueError,
+        "D must be symmetric.*take SelfAttention",
+    ),
+    "an energy of vectors": (
+        lambda: observables.InteractionEnergy(1.0, query=[1.0, 2.0]),
+        ValueError,
+        r"query must be a matrix \(p, d\), or None; got shape \(2,\)",
+    ),
+    "softmax among leaders": (
+        lambda: jf.hardmax_flow(FLAT, MU, t1=1.0),
+        ValueError,
+        "takes SelfAttention.*got SelfAttention on Euclidean.*Take jaxflow.flow",
+    ),
+    "times beyond the end": (
+        lambda: jf.hardmax_flow(LEADERS, MU, t1=1.0, ts=[0.5, 2.0]),
+        ValueError,
+        "within .0, t1",
+    ),
+    "leaders that change too often": (
+        lambda: jf.hardmax_flow(
+            jf.LinearDrift(np.diag([0.0, 0.3])) + 0.0 * LEADERS,
+            jf.Measure(np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 0.5]])),
+            t1=4.0,
+            max_events=0,
+        ),
+        RuntimeError,
+        "more than max_events = 0 times up to t = 1.155.* of 4. Raise it",
+    ),
+    "a rank above d": (
+        lambda: jf.fields.GaussianMatrices(rank=4)(3, key=KEY),
+        ValueError,
+        "at most d = 3, got rank=4",
+    ),
+    "no rank": (lambda: jf.fields.GaussianMatrices(rank=0), ValueError, "rank must be at least 1"),
+    "a B that is not square": (
+        lambda: jf.fields.SignedValue(np.ones((2, 3))),
+        ValueError,
+        r"a matrix \(d, d\), got shape \(2, 3\)",
+    ),
+    "a B of another size": (
+        lambda: jf.fields.SignedValue(np.eye(2))(3, key=KEY),
+        ValueError,
+        "acts on no tokens of dimension 3",
+    ),
+    "a layer without an end": (
+        lambda: jf.fields.redrawn(lambda key: FLAT, [0.0], key=KEY),
+        ValueError,
+        "two edges at least",
+    ),
+    "matrices for a law": (
+        lambda: jf.phase_diagram([1.0], [1.0], n=4, d=3, matrices=np.eye(3), key=KEY),
+        TypeError,
+        r"such as jaxflow.fields.GaussianMatrices\(rank=2\)",
+    ),
+    "rescaled on the sphere": (
+        lambda: jf.Rescaled(jf.SelfAttention()),
+        ValueError,
+        r"pass geometry=jaxflow.Euclidean\(\)",
+    ),
+    "a rescaled drift": (lambda: jf.Rescaled(jf.LinearDrift(1.0)), TypeError, "attention must be"),
     # pictures
     "a picture of nothing": (lambda: viz.summary(None), TypeError, "sol must be"),
     "a number for a path": (lambda: viz.film(None, 3), TypeError, "path must be"),

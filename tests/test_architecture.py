@@ -43,6 +43,7 @@ LAYERS = {
     "noise": 4.5,
     "_coarsened": 5,
     "flow": 5,
+    "hardmax": 5,
     "coarsen": 6,
     "density": 6,
     "events": 6,

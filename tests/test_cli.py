@@ -165,6 +165,33 @@ def test_simulate_reads_an_image(tmp_path):
     np.testing.assert_array_equal(whole_patches(pixels, 2), pixels[:4, :2])
 
 
+def test_simulate_with_points_and_matrices_of_files(tmp_path):
+    """The tokens and Q, K, V of .npy files, the figure as .svg, and the tokens saved."""
+    rng = np.random.default_rng(0)
+    x, Q, K, V = rng.normal(size=(12, 3)), *rng.normal(size=(3, 3, 3))
+    for name, array in {"x": x, "Q": Q[:2], "K": K[:2], "V": V}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    files = {name: tmp_path / f"{name}.npy" for name in "QKVx"}
+    flags = ["--points", files["x"], "--query", files["Q"], "--key", files["K"]]
+    flags += ["--value", files["V"], "--geometry", "euclidean", "--beta", 0.5, "--format", "svg"]
+    saved, out = tmp_path / "points.npz", tmp_path / "run"
+    short = ["--t1", 0.5, "--frames", 5, "--rtol", 1e-6]
+    result = run("simulate", *flags, *short, "--save", saved, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "summary.svg").read_text().startswith("<?xml")
+    found = np.load(saved)
+    assert found["points"].shape == (5, 12, 3) and found["points"].dtype == np.float32
+    np.testing.assert_allclose(found["points"][0], x, rtol=1e-6)
+    field = jf.SelfAttention(Q[:2], K[:2], V, beta=0.5, geometry=jf.Euclidean())
+    sol = jf.flow(field, jf.Measure(np.asarray(x, np.float32)), t1=0.5)
+    np.testing.assert_allclose(found["points"][-1], sol.last.points, rtol=1e-3, atol=1e-4)
+    energy = jf.observables.interaction_energy(
+        jf.Measure(found["points"][-1]), 0.5, query=Q[:2], key=K[:2]
+    )
+    np.testing.assert_allclose(rows_of(out)[-1]["energy"], energy, rtol=1e-4)
+    assert json.loads((out / "config.json").read_text())["points"] == str(files["x"])
+
+
 @pytest.mark.slow
 def test_simulate_with_everything(tmp_path):
     """An event, log times, every observable, merges and a film; the same again from its file."""
@@ -233,6 +260,7 @@ def test_simulate_elsewhere(tmp_path, flags, shape):
 )
 def test_flags_choose_the_field(flags, kind, place):
     plain = {"normalisation": "post", "geometry": None, "alpha": 1.0, "repulsive": True}
+    plain |= {"query": None, "key": None, "value": None}
     attention = {"beta": 3.0, "interaction": "unnormalised", "causal": True}
     field: Any = make_field(SimpleNamespace(**plain | attention | flags), 4)
     assert type(field) is kind and type(field.geometry) is place

@@ -9,6 +9,7 @@ import threading
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -25,6 +26,8 @@ SIMULATE = """
     --t1 nan | --t1 inf | --t1 0 | --t1 -1 | --t1 1e300
     --rtol -1 | --rtol 0 | --rtol nan | --rtol 2
     --dt 0 | --dt -1 | --dt nan | --dt 1e-12 | --solver euler | --solver rk4 | --solver magic
+    --solver normalised-euler | --solver normalised-euler --dt 0.1 --geometry euclidean
+    --solver normalised-euler --dt 0.1 --normalisation pre
     --max-steps 0 | --max-steps 1.5
     --frames 1 | --frames 1e9 | --frames 2 --log-time
     --threshold 2 | --threshold 1 | --threshold nan
@@ -34,6 +37,10 @@ SIMULATE = """
     --normalisation pre --observe rank | --observe nope | --observe | --interaction sotfmax
     --text absent | --text folder | --text pipe | --text /dev/zero | --text empty | --text latin.txt
     --text prose.txt --max-tokens 0 | --text prose.txt --image picture.png
+    --points absent | --points header.npy | --points flat.npy | --points nan.npy
+    --points prose.txt | --points matrix.npy --text prose.txt | --query flat.npy
+    --value nan.npy | --key wide.npy
+    --value matrix.npy --repulsive | --save points.txt | --save absent/points.npz | --format gif
     --image picture.png | --image header.npy | --image empty | --image pipe | --patch 0
     --config absent | --config damaged.json | --config list.json | --config colour.json
     --config fraction.json | --config flag.json | --config nan.json | --config solver.json
@@ -44,6 +51,7 @@ SIMULATE = """
 PHASE = """
     --n 1 | --d 1 | --n 1 --out fresh | --systems 0 | --betas 0 | --times 1 | --beta-min nan
     --beta-min 5 --beta-max 1 | --beta-min 5 --beta-max 5 | --threshold 1 | --threshold 0.9999999
+    --rank 2 | --matrices gaussian --d 3 --rank 4 | --matrices gaussian --rank 0 | --matrices nope
     --tolerance 0 | --tolerance nan | --t1 0 | --seed -1 | --interaction hardmax
     --resume absent | --resume folder | --resume trained | --resume simulated --out fresh
     --out trained | --out edited
@@ -136,6 +144,9 @@ def bad(tmp_path_factory):
     }
     for name, content in files.items():
         (place / name).write_bytes(content)
+    arrays = {"flat": [1.0], "nan": [[1, 2, float("nan")]] * 3, "matrix": np.eye(3)}
+    for name, array in (arrays | {"wide": np.eye(3, 5)}).items():
+        np.save(place / f"{name}.npy", np.asarray(array))
     os.mkfifo(place / "pipe")
     (place / "folder").mkdir()
     trained = {"settings": {"task": "lm"} | settings.to_json(learning.LanguageTraining())}
@@ -324,6 +335,7 @@ def test_the_names_of_flags_are_those_of_the_tables():
         choices.Solver: models.SOLVERS,
         choices.Curve: models.CURVES,
         choices.PhaseInteraction: phase.INTERACTIONS,
+        choices.Matrices: phase.MATRICES,
     }
     for names, table in tables.items():
         assert set(map(str, names)) == set(map(str, table)), names

@@ -39,7 +39,9 @@ SHOWN = """
     softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution coarsen
     until_clustered merges cluster_labels cluster_count InteractionEnergy lyapunov_exponents
     phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
-    Hierarchical log_density solve evolve
+    Hierarchical log_density solve evolve NormalisedEuler Rescaled L2 ALiBi Sigmoid MeanShift
+    BoundedConfidence AbstractInteraction hardmax_flow GaussianMatrices redrawn Noise compress
+    Compressed Box
 """.split()
 
 

@@ -51,6 +51,12 @@ def test_leaders_and_hardmax(run):
     np.testing.assert_allclose(result["factors"], 2 / 3, rtol=1e-13)
 
 
+def test_own_interaction(run):
+    result = run("own_interaction")
+    assert result["error"] < 1e-12 and result["speed"] < 1e-14
+    assert result["clusters"] == 4 and result["largest"] < -0.1
+
+
 @pytest.mark.slow
 def test_clustering_on_the_sphere(run):
     result = run("clustering_on_the_sphere")

@@ -282,7 +282,9 @@ def test_unmasked_tiles_are_whole(band):
         seen = np.zeros(pairs.shape, int)
         with jax.disable_jit():
             for row in range(0, over.m, config.rows):
-                step = lambda column, masked, _, at=(seen, pairs, row): visit(*at, column, masked)
+                step = lambda column, masked, _, at=(seen, pairs, row): visit(
+                    at[0], at[1], at[2], column, masked
+                )
                 over.over_columns(row, step, None)
         assert seen.max() == 1 and (seen[pairs] == 1).all()
 

@@ -12,6 +12,7 @@ import pytest
 import jaxflow as jf
 from jaxflow.observables import MergeTree
 from jaxflow.phase import PhaseDiagram
+from jaxflow.viz.run import read_run
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 viz: Any = jf.viz  # a checker of types cannot follow matplotlib's artists
@@ -70,6 +71,49 @@ def test_points(sol):
     np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0), rtol=1e-6)
     assert [t.get_text().strip() for t in ax.texts] == [str(j) for j in range(N)]
     assert viz.points(mu).name == "3d"
+
+
+def test_axes_fit_tokens_of_any_extent():
+    """One cluster of R^d is shown at a hundredth of its distance from 0, not at rounding's size;
+    tokens on a line, on an axis a twentieth as wide."""
+    one = np.full((5, 2), 3.0) + 1e-9 * np.arange(5)[:, None]
+    axes = viz.points(jf.Measure(one.astype(np.float32)), geometry=jf.Euclidean())
+    np.testing.assert_allclose(axes.get_xlim(), [2.97, 3.03], rtol=1e-5)
+    line = np.stack([np.linspace(-1, 1, 5), np.zeros(5)], axis=1).astype(np.float32)
+    axes = viz.points(jf.Measure(line), geometry=jf.Euclidean())
+    np.testing.assert_allclose(axes.get_xlim(), [-1.1, 1.1], rtol=1e-5)
+    np.testing.assert_allclose(axes.get_ylim(), [-0.055, 0.055], rtol=1e-5)
+
+
+def test_colours_are_of_several_clusters():
+    """Where all tokens end as one, of the last saved time at which there were two or more."""
+    angles = jnp.exp(-LINEAR)[:, None] * jnp.array([0.0, 0.3, 2.0])[None]
+    one = solution(jf.measure.from_angles(angles).points)
+    counts = np.asarray(jf.observables.cluster_count(one.measures))
+    last = int(np.flatnonzero(counts > 1)[-1])
+    assert counts[-1] == 1 and 0 < last < TIMES - 1
+    labels, k = read_run(one).colouring(0.999)
+    assert k == last and labels.tolist() == [0, 0, 1]
+    assert f"cluster at t = {float(LINEAR[last]):.4g}" in viz.summary(one).get_suptitle()
+
+
+@pytest.mark.parametrize("geometry", [jf.Sphere(), jf.Euclidean()])
+def test_hulls(geometry):
+    """Of tokens that shrink to (1 - t/10) x, once they are rescaled by e^{-t}."""
+    x = np.random.default_rng(0).normal(size=(N, 2)).astype(np.float32)
+    factors = (1 - np.asarray(LINEAR) / 10)[:, None, None]
+    grown = solution(jnp.asarray(np.exp(LINEAR)[:, None, None] * factors * x), geometry=geometry)
+    axes = viz.hulls(grown, rescale=lambda t, x: np.exp(-t) * x, times=TIMES)
+    turn = np.linspace(0, 2 * np.pi, 64)
+    turns = np.stack([np.cos(turn), np.sin(turn)])
+    rings = [line.get_xydata() for line in axes.get_lines() if not line.get_label()[0] == "_"]
+    support = np.stack([(ring @ turns).max(axis=0) for ring in rings])
+    np.testing.assert_allclose(support, factors[..., 0] * (x @ turns).max(axis=0), rtol=1e-5)
+
+
+def test_hulls_are_in_the_plane(sol):
+    with pytest.raises(ValueError, match="in the plane, d = 2; the tokens have d = 3"):
+        viz.hulls(sol)
 
 
 def test_trajectories_in_space_end_in_their_clusters(sol):

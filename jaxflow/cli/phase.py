@@ -7,6 +7,7 @@ what each finished beta gave, so that an interrupted run goes on where it was.
 import io
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ from .simulation import Phase
 
 KIND = "phase-diagram"
 INTERACTIONS = {"softmax": fields.Softmax(), "unnormalised": fields.Unnormalised()}
+MATRICES: dict[str, Callable[[Phase], fields.AbstractMatrices | None]] = {
+    "identity": lambda s: None,
+    "gaussian": lambda s: fields.GaussianMatrices(s.rank),
+    "goe": lambda s: fields.GOEMatrices(),
+    "signed": lambda s: fields.SignedValue(),
+}
 
 
 def phase(s: Phase):
@@ -88,6 +95,7 @@ def _solve(folder: Path, s: Phase) -> PhaseDiagram:
             threshold=s.threshold,
             interaction=INTERACTIONS[s.interaction],
             tolerance=s.tolerance,
+            matrices=MATRICES[s.matrices](s),
             key=jax.random.key(s.seed),
             path=folder / "betas",
             progress=told,

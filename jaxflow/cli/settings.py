@@ -87,6 +87,20 @@ class InputFolder:
         return value.is_dir()
 
 
+@dataclasses.dataclass(frozen=True)
+class OutputFile:
+    """A path of a file to write, with its ending."""
+
+    ending: str
+
+    def __str__(self):
+        return f"a file that ends in {self.ending}, in a folder that exists"
+
+    def allows(self, value: Path) -> bool:
+        named = value.suffix.lower() == self.ending and not value.is_dir()
+        return named and value.parent.is_dir()
+
+
 FINITE, POSITIVE, NOT_NEGATIVE = Range(), Range(0, open=True), Range(0)
 COUNT, PAIR = Range(1, LARGEST), Range(2, LARGEST)
 SHARE = Range(0, 1, open=True)

@@ -1,7 +1,8 @@
 """`jaxflow simulate`: a flow, with pictures.
 
 The run folder holds config.json (which repeats the run: --config), metrics.jsonl (a line a saved
-time), summary.png and flow.html; and, if asked for, merges.json and merges.png, and a film.
+time), summary.png (or .pdf, .svg: --format) and flow.html; and, if asked for, merges.json and
+merges.png, and a film. --save writes the times and the tokens at them to a file of its own.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from .simulation import Simulation
 from .systems import EVENTS, OBSERVABLES, initial_measure, make_field
 
 SEGMENTS = 8  # of a solve with adaptive steps: what is done of it is shown, and kept if it stops
-OUTPUTS = "metrics.jsonl", "summary.png", "flow.html", "merges.json", "merges.png", "film.*"
+OUTPUTS = "metrics.jsonl", "summary.*", "flow.html", "merges.*", "film.*"
 
 
 def simulate(s: Simulation):
@@ -233,13 +234,17 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def _write_run(folder: Path, sol: FlowSolution, words, s: Simulation) -> dict[str, str]:
     _write_metrics(folder, sol)
-    write_figure(folder / "summary.png", viz.summary(sol, threshold=s.threshold))
+    summary = folder / f"summary.{s.format}"
+    write_figure(summary, viz.summary(sol, threshold=s.threshold))
     with _beside(folder / "flow.html") as work:
         viz.sphere(sol, labels=words, threshold=s.threshold).write_html(work)
     files = {
-        "figure": str(folder / "summary.png"),
+        "figure": str(summary),
         "page": f"{folder / 'flow.html'} (open it in a browser)",
     }
+    if s.save is not None:
+        _save_points(s.save, sol)
+        files["points"] = str(s.save)
     if s.film:
         ending = ".mp4" if require("matplotlib.animation").FFMpegWriter.isAvailable() else ".gif"
         with progress("film") as show, _beside(folder / f"film{ending}") as work:
@@ -247,6 +252,14 @@ def _write_run(folder: Path, sol: FlowSolution, words, s: Simulation) -> dict[st
             viz.film(sol, work, threshold=s.threshold, progress=told)
         files["film"] = str(folder / f"film{ending}")
     return files
+
+
+def _save_points(path: Path, sol: FlowSolution):
+    """ts (t,) and points (t, n, d); tokens of a simulation have one weight."""
+    assert isinstance(sol.measures, Measure)
+    content = io.BytesIO()
+    np.savez(content, ts=np.asarray(sol.ts), points=np.asarray(sol.measures.points))
+    write_bytes(path, content.getvalue())
 
 
 def _write_merges(folder: Path, field, mu0: Measure, s: Simulation) -> dict[str, str]:
@@ -259,8 +272,9 @@ def _write_merges(folder: Path, field, mu0: Measure, s: Simulation) -> dict[str,
     if not rows:
         return {"merges": f"none, {folder / 'merges.json'}"}
     figure = viz.merge_tree(tree).get_figure(root=True)
-    write_figure(folder / "merges.png", figure)
-    return {"merges": f"{len(rows)}, {folder / 'merges.json'}, {folder / 'merges.png'}"}
+    drawn = folder / f"merges.{s.format}"
+    write_figure(drawn, figure)
+    return {"merges": f"{len(rows)}, {folder / 'merges.json'}, {drawn}"}
 
 
 def _merges(s, field, mu0, show) -> observables.MergeTree:

@@ -11,8 +11,10 @@ from .choices import (
     Geometry,
     Interaction,
     Law,
+    Matrices,
     Observable,
     PhaseInteraction,
+    Picture,
     Scheme,
     Solver,
     Until,
@@ -27,6 +29,7 @@ from .settings import (
     SHARE,
     InputFile,
     InputFolder,
+    OutputFile,
     Range,
     flag,
     from_json,
@@ -61,6 +64,8 @@ class Simulation:
 
     `jaxflow simulate --image photo.png --patch 8 --beta 4`
 
+    `jaxflow simulate --points start.npy --value V.npy --geometry euclidean --save points.npz`
+
     `jaxflow simulate --config runs/first/config.json --beta 2`
     """
 
@@ -71,8 +76,12 @@ class Simulation:
     max_tokens: int = flag(512, "With --text: words read at most.", COUNT)
     image: Path | None = flag(None, "An image: its patches are the tokens.", InputFile())
     patch: int = flag(8, "With --image: side of a patch in pixels.", COUNT)
+    points: Path | None = flag(None, "An array (n, d) in a .npy file: the tokens.", InputFile())
     beta: float = flag(4.0, "Inverse temperature.", FINITE)
     interaction: Interaction = flag(Interaction.softmax, "How a query weighs the tokens.")
+    query: Path | None = flag(None, "The matrix Q (p, d) in a .npy file.", InputFile())
+    key: Path | None = flag(None, "The matrix K (p, d) in a .npy file.", InputFile())
+    value: Path | None = flag(None, "The matrix V (d, d) in a .npy file.", InputFile())
     repulsive: bool = flag(False, "Take V = -I instead of I.")
     causal: bool = flag(False, "Token i sees the tokens up to i.")
     normalisation: Scheme = flag(Scheme.post, "How tokens are normalised.")
@@ -95,6 +104,10 @@ class Simulation:
     observe: list[Observable] | None = flag(None, "Measure this too; repeatable.")
     merges: bool = flag(False, "Find the time and pair of each merge.")
     film: bool = flag(False, "Write a film too.")
+    format: Picture = flag(Picture.png, "Of the figures.")
+    save: Path | None = flag(
+        None, "Write the times and the tokens at them to this file.", OutputFile(".npz"), kept=False
+    )
     seed: int = flag(0, "Seed of the random numbers.", SEED)
     config: Path | None = flag(
         None,
@@ -111,9 +124,13 @@ class Simulation:
     def check(self):
         """Raises ValueError for settings that do not go together."""
         allowed = SCHEMES[self.normalisation]
-        if self.text is not None and self.image is not None:
-            raise ValueError("take --text or --image, not both.")
-        if self.law is Law.circle and self.d != 2 and self.text is None and self.image is None:
+        sources = {"--text": self.text, "--image": self.image, "--points": self.points}
+        given = [name for name, path in sources.items() if path is not None]
+        if len(given) > 1:
+            raise ValueError(f"take {' or '.join(given)}: tokens come from one of them.")
+        if self.repulsive and self.value is not None:
+            raise ValueError("take --value or --repulsive, which is V = -I: not both.")
+        if self.law is Law.circle and self.d != 2 and not given:
             raise ValueError(f"--law circle needs --d 2, got {self.d}.")
         if self.place not in allowed:
             raise ValueError(
@@ -128,6 +145,11 @@ class Simulation:
             raise ValueError(
                 f"--solver {self.solver} takes fixed steps: give --dt, or take a solver that "
                 "estimates its error, such as tsit5."
+            )
+        if self.solver == "normalised-euler" and self.place is Geometry.euclidean:
+            raise ValueError(
+                "--solver normalised-euler normalises the tokens, and those on --geometry "
+                f"{self.place} are not: take --geometry sphere, or --solver euler."
             )
         if self.dt is not None and self.t1 / self.dt > self.max_steps:
             raise ValueError(
@@ -156,13 +178,16 @@ def of_config(flags: Simulation, given: frozenset[str]) -> dict[str, Any]:
 class Phase:
     """Draw the probability that two tokens have met, by inverse temperature and time.
 
-    Uniform tokens on the sphere move by self-attention, V = Q = K = I (arXiv 2312.10794).
+    Uniform tokens on the sphere move by self-attention, V = Q = K = I (arXiv 2312.10794), or with
+    random matrices, drawn for each initial law: gaussian Q and K, of a --rank; goe V; V = I or -I.
 
     Examples:
 
     `jaxflow phase-diagram`
 
     `jaxflow phase-diagram --d 8 --betas 30 --systems 16 --out runs/phase-8`
+
+    `jaxflow phase-diagram --n 16 --d 8 --matrices gaussian --rank 2`
 
     `jaxflow phase-diagram --resume runs/phase-8`
     """
@@ -177,6 +202,8 @@ class Phase:
     systems: int = flag(64, "Number of initial laws.", COUNT)
     threshold: float = flag(0.999, "Tokens with this inner product or more have met.", SHARE)
     interaction: PhaseInteraction = flag(PhaseInteraction.softmax, "How a query weighs the tokens.")
+    matrices: Matrices = flag(Matrices.identity, "Q, K and V of each initial law.")
+    rank: int | None = flag(None, "With --matrices gaussian: of Q^T K (default: d).", COUNT)
     tolerance: float = flag(1e-5, "Relative and absolute, of the solver.", SHARE)
     seed: int = flag(0, "Seed of the initial laws.", SEED)
     out: Path | None = flag(
@@ -188,6 +215,10 @@ class Phase:
 
     def check(self):
         """Raises ValueError for settings that do not go together."""
+        if self.rank is not None and self.matrices != Matrices.gaussian:
+            raise ValueError("--rank is that of --matrices gaussian: give both.")
+        if self.rank is not None and self.rank > self.d:
+            raise ValueError(f"--rank must not be more than --d {self.d}, got {self.rank}.")
         if self.beta_min > self.beta_max:
             raise ValueError(
                 f"--beta-min must not be more than --beta-max, got {self.beta_min:g} and "

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import diffrax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import events, fields, geometry, measure, observables
-from .._files import decoded, read_image
+from .._files import Stored, decoded, npy, read_image
 from .._memory import check_fits
 from ..geometry import AbstractGeometry
 from ..measure import Measure
@@ -25,6 +26,7 @@ INTERACTIONS = {
     "linear": fields.Linear(),
     "hardmax": fields.Hardmax(),
     "sinkhorn": fields.Sinkhorn(),
+    "l2": fields.L2(),
 }
 LAWS: dict[str, Callable[[Simulation, Any], Measure]] = {
     "uniform": lambda s, key: measure.uniform_sphere(s.n, s.d, key=key),
@@ -40,7 +42,9 @@ GEOMETRIES: dict[str, Callable[[int], AbstractGeometry]] = {
     "layer-norm": lambda d: geometry.Ellipsoid(jnp.ones(d)),
 }
 OBSERVABLES: dict[str, Callable[[Simulation, fields.AbstractField], Callable]] = {
-    "energy": lambda s, field: observables.InteractionEnergy(s.beta or 1.0),
+    "energy": lambda s, field: observables.InteractionEnergy(
+        s.beta or 1.0, query=_matrix(field, "query"), key=_matrix(field, "key")
+    ),
     "clusters": lambda s, field: observables.ClusterCount(s.threshold),
     "diameter": lambda s, field: lambda t, mu: observables.diameter(mu),
     "order": lambda s, field: lambda t, mu: observables.order_parameter(mu),
@@ -63,6 +67,10 @@ def initial_measure(s: Simulation) -> tuple[Measure, list[str] | None]:
         image = whole_patches(read_image(s.image), s.patch)
         check_size(s, image.size // (size := image[0, 0].size * s.patch**2), size)
         return measure.from_image(image, s.patch), None
+    if s.points is not None:
+        stored = _stored(s.points, "--points", "an array (n, d), a row a token")
+        check_size(s, *stored.shape)
+        return Measure(_real(s, "--points", stored)), None
     if s.text is None:
         check_size(s, s.n, s.d)
         return LAWS[s.law](s, key), None
@@ -83,6 +91,37 @@ def check_size(s: Simulation, n: int, d: int):
         f"a flow of {n} tokens in R^{d}, saved at {s.frames} times,",
         "Take fewer tokens (--n), dimensions (--d) or times (--frames).",
     )
+
+
+def read_matrix(s: Any, name: str, d: int) -> np.ndarray | None:
+    """The matrix of a flag, of d columns, or None where it is not given."""
+    path = getattr(s, name)
+    if path is None:
+        return None
+    stored = _stored(path, f"--{name}", f"a matrix of {d} columns, the dimension of the tokens")
+    if stored.shape[1] != d:
+        raise ValueError(
+            f"--{name} {path} must have {d} columns, the dimension of the tokens; got shape "
+            f"{stored.shape}."
+        )
+    return _real(s, f"--{name}", stored)
+
+
+def _stored(path: Path, flag: str, what: str) -> Stored:
+    """The header of an array of two axes in a .npy file."""
+    stored = npy(path)
+    if len(stored.shape) != 2 or 0 in stored.shape:
+        raise ValueError(f"{flag} {path} must hold {what}, got shape {stored.shape}.")
+    return stored
+
+
+def _real(s: Any, flag: str, stored: Stored) -> np.ndarray:
+    """Its numbers, in the precision of the run, which must be finite."""
+    values = stored.read().astype(np.float64 if s.double else np.float32)
+    if not np.isfinite(values).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise ValueError(f"{flag} {stored.name} must be finite, got {values[where]} at {where}.")
+    return values
 
 
 def whole_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -109,13 +148,24 @@ def make_field(s: Any, d: int) -> fields.AbstractField:
 
 
 def _self_attention(s, d, place):
+    query, key, value = (read_matrix(s, name, d) for name in ("query", "key", "value"))
     return fields.SelfAttention(
-        value=-jnp.eye(d) if s.repulsive else None,
+        query,
+        key,
+        -jnp.eye(d) if s.repulsive else value,
         beta=s.beta,
         interaction=INTERACTIONS[s.interaction],
         causal=s.causal,
         geometry=place,
     )
+
+
+def _matrix(field: fields.AbstractField, name: str) -> Any:
+    """The matrix of that name of the attention in a field that `make_field` made."""
+    while not isinstance(field, fields.SelfAttention):
+        assert isinstance(field, fields.AbstractWrapper)
+        field = field.field
+    return getattr(field, name)
 
 
 def _first_axis(d):

@@ -12,6 +12,7 @@ from .base import (
     divergence,
     token_velocities,
 )
+from .biased import L2, ALiBi, alibi_slopes
 from .compressed import Compressed
 from .feedforward import FeedForward, LinearDrift
 from .interactions import (
@@ -20,8 +21,11 @@ from .interactions import (
     Linear,
     Sinkhorn,
     Softmax,
+    Tokens,
     Unnormalised,
+    weighted_sums,
 )
+from .literature import BoundedConfidence, MeanShift, weighted_attention
 from .normalisation import (
     NGPT,
     AbstractNorm,
@@ -33,6 +37,15 @@ from .normalisation import (
     SqrtScaling,
     UnitNorm,
 )
+from .random_matrices import (
+    AbstractMatrices,
+    GaussianMatrices,
+    GOEMatrices,
+    SignedValue,
+    redrawn,
+)
+from .rescaled import Rescaled
+from .sigmoid import Sigmoid
 from .time import (
     AbstractCurve,
     Constant,
@@ -46,25 +59,32 @@ from .time import (
 )
 
 __all__ = [
+    "ALiBi",
     "AbstractCausalField",
     "AbstractCompositeField",
     "AbstractCurve",
     "AbstractDivergenceField",
     "AbstractField",
     "AbstractInteraction",
+    "AbstractMatrices",
     "AbstractNorm",
     "AbstractWrapper",
+    "BoundedConfidence",
     "Compressed",
     "Constant",
     "FeedForward",
     "Fourier",
+    "GOEMatrices",
+    "GaussianMatrices",
     "Hardmax",
     "HyperNetwork",
     "Kink",
+    "L2",
     "LayerNorm",
     "Legendre",
     "Linear",
     "LinearDrift",
+    "MeanShift",
     "MultiHeadAttention",
     "NGPT",
     "PeriNorm",
@@ -73,15 +93,23 @@ __all__ = [
     "PostNorm",
     "PreNorm",
     "RMSNorm",
+    "Rescaled",
     "Scaled",
     "SelfAttention",
+    "Sigmoid",
+    "SignedValue",
     "Sinkhorn",
     "Softmax",
     "SqrtScaling",
     "Sum",
     "TimeDependent",
+    "Tokens",
     "UnitNorm",
     "Unnormalised",
+    "alibi_slopes",
     "divergence",
+    "redrawn",
     "token_velocities",
+    "weighted_attention",
+    "weighted_sums",
 ]

@@ -12,6 +12,7 @@ the operation with the channels (v, k', <k', v>). On a submanifold with unit nor
 (in the inner product of the geometry) where DF nu is one tangent of the operation.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import equinox as eqx
@@ -33,7 +34,11 @@ from .base import (
     divergence_by_derivatives,
     visible_log_weights,
 )
+from .biased import L2, ALiBi
 from .interactions import AbstractInteraction, Hardmax, Softmax, Tokens
+
+# A of x -> A x, a function x -> A(x) of a token, or the identity.
+Map = Array | Callable | None
 
 
 class SelfAttention(AbstractDivergenceField, AbstractCausalField):
@@ -45,10 +50,16 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
 
     - `query`, `key`: matrices Q and K, shape `(p, d)`; `None` is the identity and costs nothing.
     - `value`: the matrix V, shape `(d, d)`; `None` is the identity.
+    - Each of the three may be a function of one token instead, such as an Equinox module from R^d
+      to R^p, or to R^d for the value: then X[mu](x) = P_x E_{mu_x}[V(y)], with the scores
+      beta <Q(x), K(y)>. The arrays of a module are parameters as matrices are.
     - `beta`: the inverse temperature, a scalar; a change does not recompile.
-    - `interaction`: `Softmax()`, `Unnormalised()`, `Linear()`, `Hardmax()` or `Sinkhorn(...)`.
+    - `interaction`: `Softmax()`, `Unnormalised()`, `Linear()`, `Hardmax()`, `Sinkhorn(...)`,
+      `L2()`, `Sigmoid(bias)`, `ALiBi(slope)`, or one of your own, a
+      [`jaxflow.fields.AbstractInteraction`][].
     - `causal`, `window`, `mask`, `backend`: as in [`jaxflow.softmax_expectation`][]. They compare
-      the index of a query with the index of a token.
+      the index of a query with the index of a token; `mask=jaxflow.masks.TopK(k)` instead is top-k
+      attention, softmax over the k largest scores of a query.
     - `geometry`: where the tokens live, and what P_x is.
 
     **Raises:** `ValueError` for shapes that do not fit and numbers that are not finite, `TypeError`
@@ -62,9 +73,9 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     ```
     """
 
-    query: Float[Array, "p d"] | None
-    key: Float[Array, "p d"] | None
-    value: Float[Array, "d d"] | None
+    query: Float[Array, "p d"] | Callable | None
+    key: Float[Array, "p d"] | Callable | None
+    value: Float[Array, "d d"] | Callable | None
     beta: Scalar
     interaction: AbstractInteraction
     causal: bool = eqx.field(static=True)
@@ -75,9 +86,9 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
 
     def __init__(
         self,
-        query: ArrayLike | None = None,
-        key: ArrayLike | None = None,
-        value: ArrayLike | None = None,
+        query: ArrayLike | Callable | None = None,
+        key: ArrayLike | Callable | None = None,
+        value: ArrayLike | Callable | None = None,
         *,
         beta: ScalarLike = 1.0,
         interaction: AbstractInteraction = Softmax(),
@@ -87,9 +98,9 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         geometry: AbstractGeometry = Sphere(),
         backend: str | None = None,
     ):
-        self.query = _matrix("query", query)
-        self.key = _matrix("key", key)
-        self.value = _matrix("value", value)
+        self.query = _map("query", query)
+        self.key = _map("key", key)
+        self.value = _map("value", value)
         self.beta = _temperature(beta)
         self.interaction = _interaction(interaction)
         self.causal = flag("causal", causal)
@@ -99,7 +110,8 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         self.backend = _backend(backend)
 
     def __check_init__(self):
-        q, k, v = (None if a is None else a.shape for a in (self.query, self.key, self.value))
+        _check_order(self.interaction, self.causal)
+        q, k, v = (None if a is None or callable(a) else a.shape for a in self.maps)
         rule = "query and key must have shape (p, d), value (d, d)"
         if v is not None and v[0] != v[1]:
             raise ValueError(f"{rule}; got value {v}.")
@@ -107,7 +119,8 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
             raise ValueError(f"{rule}; got query {q} and key {k}.")
         either = q or k
         # With one of the two the identity, the other must be square.
-        if either and (q is None) != (k is None) and either[0] != either[1]:
+        one = (self.query is None) != (self.key is None)
+        if either and one and either[0] != either[1]:
             raise ValueError(f"{rule}; with the other one the identity, got {either}.")
         if v and either and either[1] != v[1]:
             raise ValueError(f"{rule}, on one dimension d; got {either} and value {v}.")
@@ -116,10 +129,11 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         return self.geometry.project(x, self._force(x, mu))
 
     def divergence(self, t, x, mu):
-        if isinstance(self.mask, Hierarchical):  # k' depends on the query then
+        # k' depends on the query for a hierarchy, and where Q is a function.
+        simple = not (isinstance(self.mask, Hierarchical) or callable(self.query))
+        if not simple or (trace := self._trace(x, mu)) is None:
             return divergence_by_derivatives(self, t, x, mu)
-        force = partial(self._force, mu=mu)
-        return _divergence(self.geometry, force, self._trace(x, mu), x)
+        return _divergence(self.geometry, partial(self._force, mu=mu), trace, x)
 
     def keys_values(self, t, y, start=0):
         """The tokens themselves."""
@@ -139,6 +153,11 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         return Tokens(queries, keys, mu.log_weights, *self._masks, self.backend, mu.signs)
 
     @property
+    def maps(self) -> tuple[Map, Map, Map]:
+        """Q, K and V."""
+        return self.query, self.key, self.value
+
+    @property
     def _masks(self):
         return self.causal, self.window, self.mask
 
@@ -148,14 +167,17 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
         return self.beta, (tokens.queries[None], tokens.keys[None])
 
     def _force(self, x, mu, tokens=None):
-        """F(x) = V E_{mu_x}[y]; V acts on the queries."""
+        """F(x) = V E_{mu_x}[y], a matrix V on the queries; or E_{mu_x}[V(y)]."""
         _check_query(x, mu)
         q, tokens = apply(self.query, x), tokens or self.tokens(mu)
-        mean = self.interaction.expectation(q, tokens, mu.points, self.beta)
-        return apply(self.value, mean)
+        function = callable(self.value)
+        values = apply(self.value, mu.points) if function else mu.points
+        mean = self.interaction.expectation(q, tokens, values, self.beta)
+        return mean if function else apply(self.value, mean)
 
     def _trace(self, x, mu):
         q, tokens = apply(self.query, x), self.tokens(mu)
+        assert not callable(self.query)
         slopes = self.beta.astype(x.dtype) * _apply_transpose(self.query, tokens.keys)
         values = apply(self.value, mu.points)
         return self.interaction.trace(q, tokens, values, slopes, self.beta)
@@ -176,7 +198,8 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
       2104.09864): the query and key of the token with index i are turned by the angles
       i base^{-2k/p}, k < p/2, in the planes (k, k + p/2).
     - `interaction`, `causal`, `window`, `mask`, `geometry`, `backend`: as in
-      [`jaxflow.SelfAttention`][].
+      [`jaxflow.SelfAttention`][]. Vectors `(H,)` inside an interaction, such as the slopes of
+      [`jaxflow.ALiBi`][], have one number a head.
     - `key`: PRNG key of the parameters: Q, K, V ~ N(0, 1/d), O ~ N(0, 1/d).
 
     The parameters are `query`, `key`, `value`, shape `(H, p, d)`, and `output`, shape `(H, d, p)`.
@@ -241,16 +264,23 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         self.mask = is_mask(mask)
         self.geometry = _geometry(geometry)
         self.backend = _backend(backend)
+        _check_order(self.interaction, self.causal)
+        for vector in jax.tree.leaves(_per_head(self.interaction)[0]):
+            if vector.shape != (heads,):
+                raise ValueError(
+                    f"the vectors of an interaction have one number a head, shape ({heads},); got "
+                    f"{vector.shape} in {self.interaction}."
+                )
 
     def __call__(self, t, x, mu):
         return self.geometry.project(x, self._force(x, mu))
 
     def divergence(self, t, x, mu):
-        if self.rotary is not None or isinstance(self.mask, Hierarchical):
-            # k' depends on the query then.
+        # k' depends on the query for a hierarchy, and for rotary embeddings.
+        simple = self.rotary is None and not isinstance(self.mask, Hierarchical)
+        if not simple or (trace := self._trace(x, mu)) is None:
             return divergence_by_derivatives(self, t, x, mu)
-        force = partial(self._force, mu=mu)
-        return _divergence(self.geometry, force, self._trace(x, mu), x)
+        return _divergence(self.geometry, partial(self._force, mu=mu), trace, x)
 
     def keys_values(self, t, y, start=0):
         """K_h y and V_h y, `(n, H, p)` each."""
@@ -307,25 +337,32 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
     def _mean(self, queries, tokens, keys, values, own):
         """sum_h O_h E^h[v] from arrays (n, H, p)."""
 
-        def head(q, own, k, v):
-            return self.interaction.expectation(q, tokens(own, k), v, self._scale)
+        vectors, shared = _per_head(self.interaction)
 
-        axes = 1, None if own is None else 1, 1, 1
-        means = jax.vmap(head, in_axes=axes, out_axes=1)(queries, own, keys, values)
+        def head(vectors, q, own, k, v):
+            interaction = eqx.combine(vectors, shared)
+            return interaction.expectation(q, tokens(own, k), v, self._scale)
+
+        axes = 0, 1, None if own is None else 1, 1, 1
+        means = jax.vmap(head, in_axes=axes, out_axes=1)(vectors, queries, own, keys, values)
         m, heads, p = means.shape
         output = self.output.astype(means.dtype).transpose(0, 2, 1).reshape(heads * p, -1)
         return jnp.matmul(means.reshape(m, heads * p), output, precision="highest")
 
     def _trace(self, x, mu):
-        def head(query, key, value, output):
+        vectors, shared = _per_head(self.interaction)
+
+        def head(vectors, query, key, value, output):
             q, y = apply(query, x), mu.points
             own, keys = apply(query, y), apply(key, y)
             tokens = Tokens(own, keys, mu.log_weights, *self._masks, self.backend, mu.signs)
             slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
             values = apply(output, apply(value, y))
-            return self.interaction.trace(q, tokens, values, slopes, self._scale)
+            interaction = eqx.combine(vectors, shared)
+            return interaction.trace(q, tokens, values, slopes, self._scale)
 
-        return jax.vmap(head)(self.query, self.key, self.value, self.output).sum(axis=0)
+        found = jax.vmap(head)(vectors, self.query, self.key, self.value, self.output)
+        return None if found is None else found.sum(axis=0)
 
 
 # ------------------------------------------------------------------ pieces
@@ -351,12 +388,19 @@ def _apply_transpose(matrix: Array | None, x: Float[Array, "n p"]):
     return x if matrix is None else apply(matrix.T, x)
 
 
-def _matrix(name: str, value: ArrayLike | None):
-    if value is None:
-        return None
+def _per_head(interaction: AbstractInteraction) -> tuple[AbstractInteraction, AbstractInteraction]:
+    """The vectors of an interaction, which have one number a head, and the rest of it."""
+    return eqx.partition(interaction, lambda a: eqx.is_array(a) and a.ndim > 0)
+
+
+def _map(name: str, value: ArrayLike | Callable | None) -> Map:
+    if value is None or callable(value):
+        return value
     matrix = array(name, value)
     if matrix.ndim != 2:
-        raise ValueError(f"{name} must be a matrix, got shape {matrix.shape}.")
+        raise ValueError(
+            f"{name} must be a matrix, or a function of a token; got shape {matrix.shape}."
+        )
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {matrix.dtype}. Cast it first.")
     return finite(name, matrix)
@@ -398,10 +442,18 @@ def _check_attend(interaction: AbstractInteraction, mask: AbstractMask | None):
             f"{mask!r} shows tokens by their indices among all, of which there are more with each "
             "token, so keys and values cannot be kept for it: pass cache=False."
         )
-    if not isinstance(interaction, Softmax | Hardmax):
+    if not isinstance(interaction, Softmax | Hardmax | L2 | ALiBi):
         raise NotImplementedError(
             f"{type(interaction).__name__} weighs a token by the number of all, also of those to "
             "come, so keys and values cannot be kept for them: pass cache=False."
+        )
+
+
+def _check_order(interaction: AbstractInteraction, causal: bool):
+    if isinstance(interaction, ALiBi) and not causal:
+        raise ValueError(
+            "ALiBi falls with the distance i - j to the tokens before a query: pass causal=True. "
+            "Without an order of tokens there is no distance in index."
         )
 
 

@@ -6,6 +6,7 @@ are tangent to it.
 """
 
 import abc
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._rules import array, count, instance, real
 from .._types import ScalarLike, accumulation_dtype, is_concrete
-from ..geometry import AbstractGeometry
+from ..geometry import AbstractGeometry, Euclidean
 from ..measure import Measure
 
 
@@ -83,6 +84,22 @@ def is_field(value: Any) -> AbstractField:
     )
 
 
+def unprojected(field: AbstractField) -> AbstractField:
+    """F of a field X = P F: the same field in R^d, each geometry inside it replaced.
+
+    **Raises:** `ValueError` where the field's geometry is not one of its attributes, so that it
+    stays what it is.
+    """
+    is_geometry = lambda x: isinstance(x, AbstractGeometry)
+    flat = jax.tree.map(lambda x: Euclidean() if is_geometry(x) else x, field, is_leaf=is_geometry)
+    if not isinstance(flat.geometry, Euclidean):
+        raise ValueError(
+            f"the force of {type(field).__name__} before its projection is asked for by its "
+            "`geometry`, which must be an attribute of the field, or of a field inside it."
+        )
+    return flat
+
+
 class AbstractDivergenceField(AbstractField):
     """A field that knows its divergence in closed form."""
 
@@ -135,13 +152,15 @@ def causal(field: AbstractField) -> AbstractCausalField:
     )
 
 
-def apply(matrix: Array | None, x: Float[Array, "n d"]) -> Array:
-    """x_j -> A x_j for each row; no matrix is the identity.
+def apply(matrix: Array | Callable | None, x: Float[Array, "n d"]) -> Array:
+    """x_j -> A x_j for each row, or A(x_j) where A is a function; no matrix is the identity.
 
     **Raises:** `ValueError` for tokens of another dimension.
     """
     if matrix is None:
         return x
+    if callable(matrix):
+        return jax.vmap(matrix)(x)
     if matrix.shape[1] != x.shape[1]:
         raise ValueError(
             f"a matrix of shape {matrix.shape} acts on tokens of dimension {matrix.shape[1]}; got "
@@ -252,7 +271,7 @@ class Sum(AbstractDivergenceField, AbstractCompositeField):
             raise ValueError(f"a sum takes a tuple of at least one field, got {fields!r}.")
         for field in fields:
             is_field(field)
-        if not all(_same(f.geometry, fields[0].geometry) for f in fields):
+        if not all(same_geometry(f.geometry, fields[0].geometry) for f in fields):
             raise ValueError(
                 "the fields of a sum must live on one geometry, got "
                 f"{', '.join(repr(f.geometry) for f in fields)}. Pass the same `geometry=` to each."
@@ -400,7 +419,7 @@ def _derivative_along(field, t, x, mu):
     return along
 
 
-def _same(one: AbstractGeometry, other: AbstractGeometry) -> bool:
+def same_geometry(one: AbstractGeometry, other: AbstractGeometry) -> bool:
     """Whether two geometries are one; numbers that are not known yet may be."""
     if jax.tree.structure(one) != jax.tree.structure(other):
         return False

@@ -15,7 +15,7 @@ from ..measure.compression import Space, check_tolerance, grid_of
 from .attention import MultiHeadAttention, SelfAttention
 from .base import AbstractDivergenceField, AbstractField, Scaled, Sum, apply, divergence, is_field
 from .feedforward import FeedForward, LinearDrift
-from .interactions import Hardmax, Sinkhorn
+from .interactions import Linear, Softmax, Unnormalised
 from .normalisation import SqrtScaling
 from .time import TimeDependent
 
@@ -75,6 +75,8 @@ class Compressed(AbstractDivergenceField):
         reach: float | None = None,
     ):
         self.field = is_field(field)
+        for inner in _smooth(field, 0.0):
+            _check_attention(inner)
         self.tolerance = check_tolerance(tolerance)
         self.space = _space(field, space)
         name = "reach, the longest query,"
@@ -83,8 +85,6 @@ class Compressed(AbstractDivergenceField):
             if reach is None
             else constant(name, reach, "positive and finite", positive)
         )
-        for inner in _smooth(field, 0.0):
-            _check_attention(inner)
 
     @property
     def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -158,10 +158,15 @@ def _check_attention(field: SelfAttention | MultiHeadAttention):
                 f"a compressed measure has no order of tokens, which {name}={value} asks for: "
                 "compress attention without masks and positions."
             )
-    if isinstance(field.interaction, Hardmax | Sinkhorn):
+    if not isinstance(field.interaction, Softmax | Unnormalised | Linear):
         raise ValueError(
             f"{type(field.interaction).__name__} is no integral of exp(<q, y>): compress attention "
             "with Softmax(), Unnormalised() or Linear()."
+        )
+    if isinstance(field, SelfAttention) and any(map(callable, field.maps)):
+        raise ValueError(
+            "the reach of queries and keys that are functions is not known: compress attention "
+            "with matrices."
         )
 
 

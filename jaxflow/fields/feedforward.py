@@ -80,8 +80,10 @@ class FeedForward(AbstractCausalField):
 class LinearDrift(AbstractCausalField):
     """X(x) = P_x ( A x ).
 
-    `SelfAttention(value=V, geometry=Euclidean()) + LinearDrift(-V)` is the dynamics in the variable
-    z = e^{-tV} x of arXiv 2305.05465; with `Hardmax()`, V = I, the leaders of arXiv 2407.01602.
+    `SelfAttention(interaction=Hardmax(), geometry=Euclidean()) + LinearDrift(-1.0)` has the leaders
+    of arXiv 2407.01602. To hardmax attention, whose weights do not change when all tokens are
+    scaled, adding it is also the change of variable z = e^{-t} x; to softmax attention it is not:
+    the rescaled tokens of arXiv 2305.05465 are [`jaxflow.Rescaled`][].
 
     **Arguments:** `matrix`, A: a number a (for a I) or shape `(d, d)`; `geometry`.
 

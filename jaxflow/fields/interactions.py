@@ -7,11 +7,13 @@
     Sinkhorn       mu_x(dy) = exp(s(x, y) + f(x) + g(y)) mu(dy)      doubly stochastic (Sinkformers,
                                                                      arXiv 2110.11773)
 
-Each interaction gives `expectation`, E_{mu_x}[v], and `trace`, the trace of the derivative of
-E_{mu_x}[v] in x at fixed mu, given the derivative k'(y) = beta Q^T K y of s(x, y) in x.
+More are in biased.py and sigmoid.py. Each interaction gives `expectation`, E_{mu_x}[v], and
+`trace`, the trace of the derivative of E_{mu_x}[v] in x at fixed mu, given the derivative
+k'(y) = beta Q^T K y of s(x, y) in x.
 """
 
 import abc
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -30,7 +32,23 @@ from ..masks import AbstractMask, AbstractPattern, check
 
 
 class Tokens(NamedTuple):
-    """What an interaction needs of the measure: Q y, K y, the log-weights and the masks."""
+    """What an interaction needs of a measure of n tokens y_j.
+
+    - `queries`, `keys`: Q y_j and K y_j, shape `(n, p)`.
+    - `log_weights`: log w_j up to a constant, shape `(n,)`, -inf for a token that is not there;
+      `None` for equal weights. `weights` are the w_j, which add up to 1, `log_probabilities` their
+      logarithms.
+    - `causal`, `window`, `mask`, `backend`: which keys a query sees, and who computes, as in
+      [`jaxflow.softmax_expectation`][].
+    - `signs`: of the weights of a compressed measure, or `None`.
+
+    `attend(q, values, scale, potential=None)` is the operation on them,
+
+        mean_i = sum_j p_ij v_j,    p_ij proportional to w_j exp(scale <q_i, k_j> + potential_j),
+
+    and the log-partition, log sum_j w_j exp(...), where there is a potential (without one the w_j
+    are as they were given). [`jaxflow.fields.weighted_sums`][] takes any other weight.
+    """
 
     queries: Queries
     keys: Keys
@@ -88,7 +106,8 @@ class Tokens(NamedTuple):
         return jax.nn.log_softmax(self.log_weights.astype(dtype))
 
 
-def _positive(tokens: Tokens, name: str):
+def positive_weights(tokens: Tokens, name: str):
+    """**Raises:** `ValueError` for a measure whose weights have signs."""
     if tokens.signs is not None:
         raise ValueError(
             f"{name} attention needs weights that are positive, and those of a compressed measure "
@@ -96,14 +115,73 @@ def _positive(tokens: Tokens, name: str):
         )
 
 
+def weighted_sums(
+    q: Queries,
+    tokens: Tokens,
+    values: Values,
+    weight: Callable[[Array, Array], Array],
+) -> Float[Array, "m r"]:
+    """sum_j w_j weight(q_i, k_j) v_j over the keys that query i sees, in O(n * block) memory.
+
+    With a channel of ones among the values it gives what a mean is divided by. Derivatives pass
+    through the weight, and are evaluated anew row by row.
+
+    **Arguments:**
+
+    - `q`, `tokens`, `values`: as an interaction receives them.
+    - `weight`: `weight(query, keys)` of one query `(p,)` and all keys `(n, p)`, shape `(n,)`.
+
+    **Raises:** `NotImplementedError` for masks that are no patterns of indices; `ValueError` for
+    weights that have signs.
+    """
+    positive_weights(tokens, "weighted")
+    dtype = accumulation_dtype(q.dtype)
+    keys, wide = tokens.keys.astype(dtype), values.astype(dtype)
+    weights = tokens.weights.astype(dtype)
+    sees = sight(tokens, (q.shape[0], keys.shape[0]))
+
+    @jax.checkpoint
+    def one(args):
+        i, q = args
+        found = weights * weight(q.astype(dtype), keys)
+        mask = sees(i)
+        found = found if mask is None else jnp.where(mask[0], found, 0)
+        return jnp.matmul(found, wide, precision="highest")
+
+    size = max(1, PAIRS_AT_ONCE // keys.shape[0])
+    rows = jnp.arange(q.shape[0]), q
+    return jax.lax.map(one, rows, batch_size=size).astype(values.dtype)
+
+
 class AbstractInteraction(eqx.Module):
-    """The law mu_x of attention."""
+    """The law mu_x of attention.
+
+    To write one: subclass, and give it `expectation` and `trace`, by `tokens.attend` where it is a
+    Gibbs law of the scores and [`jaxflow.fields.weighted_sums`][] elsewhere. Fields, flows,
+    derivatives, energies and pictures of the attention matrix then serve it:
+
+    ```python
+    class Quadratic(jaxflow.fields.AbstractInteraction):  # mu_x(dy) = s(x, y)^2 mu(dy)
+        def expectation(self, q, tokens, values, scale):
+            square = lambda q, keys: (scale * (keys @ q)) ** 2
+            return jaxflow.fields.weighted_sums(q, tokens, values, square)
+
+        def trace(self, q, tokens, values, slopes, scale):
+            double = lambda q, keys: 2 * scale * (keys @ q)  # ds^2 = 2 s ds
+            pulls = (values * slopes).sum(axis=1, keepdims=True)
+            return jaxflow.fields.weighted_sums(q, tokens, pulls, double)[:, 0]
+    ```
+    """
 
     @abc.abstractmethod
     def expectation(
         self, q: Queries, tokens: Tokens, values: Values, scale: ScalarLike
     ) -> Float[Array, "m r"]:
-        """E_{mu_x}[v] for each query."""
+        """E_{mu_x}[v] for each query q = Q x, given v(y_j); `scale` is beta, which may be traced.
+
+        It is linear in the values, so that `values` may have any number of channels r: the
+        identity gives the attention matrix.
+        """
 
     @abc.abstractmethod
     def trace(
@@ -113,16 +191,22 @@ class AbstractInteraction(eqx.Module):
         values: Float[Array, "n d"],
         slopes: Float[Array, "n d"],
         scale: ScalarLike,
-    ) -> Float[Array, " m"]:
-        """tr D_x E_{mu_x}[v] at fixed mu; `slopes` are k'(y_j) = D_x s(x, y_j)."""
+    ) -> Float[Array, " m"] | None:
+        """tr D_x E_{mu_x}[v] at fixed mu, for each query, given v(y_j) and the slopes
+        k'(y_j) = beta Q^T K y_j, the derivative in x of the score s(x, y_j) = beta <Q x, K y_j>.
+
+        A law whose density is phi(s) has the trace sum_j w_j phi'(s_j) <k'_j, v_j>; a law that is
+        normalised, as softmax is, E[<k', v>] - <E[k'], E[v]>. `None` where it is not known: the
+        divergence is then found by d forward-mode derivatives.
+        """
 
 
-def _moment_channels(values, slopes):
+def moment_channels(values, slopes):
     """The channels (v, k', <k', v>): one call gives both factors and the product."""
     return jnp.concatenate([values, slopes, (values * slopes).sum(axis=1, keepdims=True)], axis=1)
 
 
-def _covariance_trace(channels):
+def covariance_trace(channels):
     """E[<k', v>] - <E[k'], E[v]>."""
     d = channels.shape[1] // 2
     return channels[:, -1] - (channels[:, :d] * channels[:, d:-1]).sum(axis=1)
@@ -135,8 +219,8 @@ class Softmax(AbstractInteraction):
         return tokens.attend(q, values, scale)[0]
 
     def trace(self, q, tokens, values, slopes, scale):
-        channels, _ = tokens.attend(q, _moment_channels(values, slopes), scale)
-        return _covariance_trace(channels)
+        channels, _ = tokens.attend(q, moment_channels(values, slopes), scale)
+        return covariance_trace(channels)
 
 
 class Unnormalised(AbstractInteraction):
@@ -215,11 +299,11 @@ class Hardmax(AbstractInteraction):
             real("tolerance", self.tolerance, "finite and not negative", not_negative)
 
     def expectation(self, q, tokens, values, scale):
-        _positive(tokens, "hardmax")
+        positive_weights(tokens, "hardmax")
         dtype = accumulation_dtype(q.dtype)
         keys, values32 = tokens.keys.astype(dtype), values.astype(dtype)
         tolerance = 32 * jnp.finfo(dtype).eps if self.tolerance is None else self.tolerance
-        sees = _sight(tokens, (q.shape[0], keys.shape[0]))
+        sees = sight(tokens, (q.shape[0], keys.shape[0]))
 
         def one(args):
             i, q = args
@@ -242,15 +326,16 @@ class Hardmax(AbstractInteraction):
         return jnp.zeros(q.shape[0], values.dtype)
 
 
-def _sight(tokens: Tokens, shape: tuple[int, int]):
+def sight(tokens: Tokens, shape: tuple[int, int]):
     """i -> the keys that query i sees, (1, n), or None where it sees all."""
     band, mask, columns = _band(tokens.causal, tokens.window), tokens.mask, jnp.arange(shape[1])
     if mask is None:
         return lambda i: visible(i[None], columns, band)
     if not isinstance(mask, AbstractPattern):
         raise NotImplementedError(
-            f"hardmax attention takes patterns as masks, such as Blocks, not {mask!r}: it is top-1 "
-            "attention itself, and has no means of groups. Use Softmax() with it."
+            f"hardmax and weighted sums take patterns as masks, such as Blocks, not {mask!r}: the "
+            "first is top-1 attention itself, and neither has means of groups. Use Softmax() with "
+            "it."
         )
     check(mask, shape)
     pattern = pairs_of(band, mask)
@@ -293,12 +378,12 @@ class Sinkhorn(AbstractInteraction):
 
     def trace(self, q, tokens, values, slopes, scale):
         potential = self.potential(tokens, scale)
-        channels, _ = tokens.attend(q, _moment_channels(values, slopes), scale, potential)
-        return _covariance_trace(channels)
+        channels, _ = tokens.attend(q, moment_channels(values, slopes), scale, potential)
+        return covariance_trace(channels)
 
     def potential(self, tokens: Tokens, scale: ScalarLike) -> Float[Array, " n"]:
         """The column potential g, with mean 0 under mu."""
-        _positive(tokens, "Sinkhorn")
+        positive_weights(tokens, "Sinkhorn")
         if tokens.causal or tokens.window is not None:
             raise ValueError(
                 "Sinkhorn attention has no causal or windowed form: a triangular matrix with unit "

@@ -10,7 +10,7 @@ import jax
 
 from .._rules import count, instance
 from ..fields import LayerNorm, RMSNorm
-from ..solvers import RK4, Geodesic, LieTrotter, Strang
+from ..solvers import RK4, Geodesic, LieTrotter, NormalisedEuler, Strang
 from .base import AbstractModel, Depth
 from .blocks import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .image import ImageClassifier
@@ -35,6 +35,7 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
     "lie-trotter": LieTrotter(),
     "strang": Strang(),
     "euler": diffrax.Euler(),
+    "normalised-euler": NormalisedEuler(),
     "midpoint": diffrax.Midpoint(),
     "heun": diffrax.Heun(),
     "rk4": RK4(),

@@ -35,7 +35,7 @@ from .clusters import ClusterCount, cluster_count, cluster_labels
 from .correlations import inner_products, pair_correlations, pair_distances
 from .energy import InteractionEnergy, KineticEnergy, interaction_energy
 from .merges import MergeTree, merge_tree
-from .shape import diameter, hull_area
+from .shape import diameter, hull_area, hull_vertices
 from .sinkhorn import sinkhorn_divergence
 from .transport import wasserstein
 
@@ -58,6 +58,7 @@ __all__ = [
     "effective_rank",
     "fourier_modes",
     "hull_area",
+    "hull_vertices",
     "inner_products",
     "interaction_energy",
     "merge_tree",

@@ -1,6 +1,6 @@
 """Energies of a measure.
 
-interaction   E_beta[mu] = 1/(2 beta) int int exp(beta <x, y>) mu(dx) mu(dy)
+interaction   E_beta[mu] = 1/(2 beta) int int exp(beta <Q x, K y>) mu(dx) mu(dy)
 kinetic       int |X_t[mu](x)|^2 mu(dx)
 """
 
@@ -10,25 +10,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._rules import real
-from .._types import Scalar, ScalarLike
+from .._rules import real, reals
+from .._types import ArrayLike, Scalar, ScalarLike
 from ..fields import AbstractField, token_velocities
+from ..fields.base import apply
 from ..kernels import softmax_expectation
 from ..measure import Measure, check_measure
 from .base import AbstractObservable, or_nan, over_leading
 
 
-def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
-    """E_beta[mu] = 1/(2 beta) sum_ij w_i w_j exp(beta <x_i, x_j>) (arXiv 2312.10794, eq. 3.4).
+def interaction_energy(
+    mu: Measure,
+    beta: ScalarLike,
+    *,
+    query: ArrayLike | None = None,
+    key: ArrayLike | None = None,
+) -> Float[Array, "*batch"]:
+    """E_beta[mu] = 1/(2 beta) sum_ij w_i w_j exp(beta <Q x_i, K x_j>) (arXiv 2312.10794, eq. 3.4).
 
-    With V = Q = K = I it grows along the flow: dE/dt = E|x'|^2 for the unnormalised dynamics.
-    Computed in O(n) memory from the log-partition.
+    With V = Q = K = I it grows along the flow: dE/dt = E|x'|^2 for the unnormalised dynamics; and
+    so it does where Q^T K is symmetric and V equal to it (arXiv 2501.03096). Computed in O(n)
+    memory from the log-partition.
 
-    **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, or mu no measure.
+    **Arguments:** `query`, `key`: the matrices Q and K, shape `(p, d)`; `None` is the identity.
+
+    **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, mu no measure, or Q and K
+    no matrices that go with it.
     """
     check_measure("mu", mu, signed=True)
     beta = _inverse_temperature(beta)
-    energy = partial(_energy, beta)
+    energy = partial(_energy, beta, _matrix("query", query), _matrix("key", key))
     if mu.signs is None or mu.log_weights is None:
         return or_nan(over_leading(energy, mu), mu)
     sizes = Measure(mu.points, mu.log_weights)
@@ -37,13 +48,22 @@ def interaction_energy(mu: Measure, beta: ScalarLike) -> Float[Array, "*batch"]:
     return mass**2 * or_nan(over_leading(energy, sizes, each=(signs,)), sizes)
 
 
-def _energy(beta, x, logs, signs=None):
+def _energy(beta, query, key, x, logs, signs=None):
     v = jnp.ones((len(x), 1), x.dtype) if signs is None else signs[:, None]
-    mean, log_partition = softmax_expectation(x, x, v, logs, scale=beta)
+    pair = apply(query, x), apply(key, x)
+    mean, log_partition = softmax_expectation(*pair, v, logs, scale=beta)
     signs = None if signs is None else signs * mean[:, 0]
     # One logsumexp: no overflow before the last step.
     total = jnp.exp(jax.nn.logsumexp(logs + log_partition, b=signs))
     return total / (2 * jnp.asarray(beta, total.dtype))
+
+
+def _matrix(name: str, value: ArrayLike | None) -> Array | None:
+    if value is None:
+        return None
+    if (matrix := reals(name, value)).ndim != 2:
+        raise ValueError(f"{name} must be a matrix (p, d), or None; got shape {matrix.shape}.")
+    return matrix
 
 
 def _inverse_temperature(beta: ScalarLike) -> Scalar:
@@ -53,9 +73,10 @@ def _inverse_temperature(beta: ScalarLike) -> Scalar:
 class InteractionEnergy(AbstractObservable):
     """t, mu -> [`jaxflow.observables.interaction_energy`][].
 
-    **Arguments:** `beta`, the inverse temperature, which may be traced.
+    **Arguments:** `beta`, the inverse temperature, and the matrices `query` and `key`, of which
+    `None` is the identity; all may be traced.
 
-    **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite.
+    **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, or these are no matrices.
 
     ```python
     >>> mu = jaxflow.measure.circle(2)  # x and -x: E = (e^beta + e^-beta) / (4 beta)
@@ -67,12 +88,21 @@ class InteractionEnergy(AbstractObservable):
     """
 
     beta: Scalar
+    query: Float[Array, "p d"] | None
+    key: Float[Array, "p d"] | None
 
-    def __init__(self, beta: ScalarLike):
+    def __init__(
+        self,
+        beta: ScalarLike,
+        *,
+        query: ArrayLike | None = None,
+        key: ArrayLike | None = None,
+    ):
         self.beta = _inverse_temperature(beta)
+        self.query, self.key = _matrix("query", query), _matrix("key", key)
 
     def __call__(self, t, mu):
-        return interaction_energy(mu, self.beta)
+        return interaction_energy(mu, self.beta, query=self.query, key=self.key)
 
 
 class KineticEnergy(AbstractObservable):

@@ -71,6 +71,22 @@ def _farthest(x, there) -> Int[Array, " 2"]:
     return jnp.stack([tiles.tokens[pair % count, i], tiles.tokens[pair % count + pair // count, j]])
 
 
+def hull_vertices(mu: Measure) -> Int[Array, "*batch vertices"]:
+    """The indices of the tokens that are vertices of the convex hull, in the plane, in positive
+    order; repeated to a length of 2 n.
+
+    **Raises:** `ValueError` where d is not 2, `TypeError` where mu is no measure.
+    """
+    _check_plane("hull_vertices", mu)
+    return one_by_one(_hull, mu)
+
+
+def _check_plane(name: str, mu: Measure):
+    check_measure("mu", mu)
+    if mu.d != 2:
+        raise ValueError(f"{name} takes points in the plane, d = 2; got d = {mu.d}.")
+
+
 def hull_area(mu: Measure) -> Float[Array, "*batch"]:
     """The area of the convex hull of the tokens with mass, in the plane.
 
@@ -85,9 +101,7 @@ def hull_area(mu: Measure) -> Float[Array, "*batch"]:
 
     **Raises:** `ValueError` where d is not 2, `TypeError` where mu is no measure.
     """
-    check_measure("mu", mu)
-    if mu.d != 2:
-        raise ValueError(f"hull_area takes points in the plane, d = 2; got d = {mu.d}.")
+    _check_plane("hull_area", mu)
     return _hull_area(mu)
 
 

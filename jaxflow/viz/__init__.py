@@ -9,6 +9,7 @@
     cluster_staircase(sol)         the number of clusters against t
     energy_curve(sol)              sol.observed["energy"] against t
     trajectories(sol)              the path of each token
+    hulls(sol)                     the convex hull of the tokens at a few times, in the plane
     attention(field, mu)           the matrix A_ij
     merge_tree(tree)               which clusters merge, and when
     phase_diagram(diagram)         the probability of clustering over (t, beta)
@@ -33,7 +34,7 @@ from .figures import (
 from .film import film
 from .page import sphere
 from .run import System
-from .tokens import points, trajectories
+from .tokens import hulls, points, trajectories
 
 __all__ = [
     "System",
@@ -42,6 +43,7 @@ __all__ = [
     "curves",
     "energy_curve",
     "film",
+    "hulls",
     "inner_product_histogram",
     "merge_tree",
     "phase_diagram",

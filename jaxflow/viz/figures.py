@@ -43,23 +43,25 @@ def summary(
 ) -> Figure:
     """One sheet: the tokens at the first and last time, then <x_i, x_j>, clusters, energy over t.
 
-    Arguments as in [`jaxflow.viz.sphere`][]. Tokens are coloured by cluster at the last time; of
-    more than 5,000, evenly spaced ones are drawn. `title`: shown as it is written.
+    Arguments as in [`jaxflow.viz.sphere`][]. Tokens are coloured by cluster at the last time, or
+    where one cluster is left, at the last time at which there were several; of more than 5,000,
+    evenly spaced ones are drawn. `title`: shown as it is written.
 
     **Raises:** `ValueError` or `TypeError` for a solution without points at two or more times, or
     bad arguments.
     """
     run = read_run(sol, system)
     shown = evenly(run.n, 5000)
-    clusters = run.clusters(threshold)[shown]
+    clusters, k = run.colouring(threshold)
+    clusters = clusters[shown]
     figure = require("matplotlib.figure").Figure(figsize=(11, 8.5), layout="constrained")
     upper, lower = figure.add_gridspec(2, 1, height_ratios=[1.4, 1])
     lower = lower.subgridspec(1, 2 if run.energy is None else 3)
-    for k, cell in zip((0, -1), upper.subgridspec(1, 2), strict=True):
+    for end, cell in zip((0, -1), upper.subgridspec(1, 2), strict=True):
         ax = figure.add_subplot(cell, projection="3d" if run.d >= 3 else None)
-        ax.set_title(f"$t$ = {run.ts[k]:.4g}")
+        ax.set_title(f"$t$ = {run.ts[end]:.4g}")
         points(
-            run.measure(k, shown),
+            run.measure(end, shown),
             clusters=clusters,
             directions=run.directions(),
             geometry=sol.geometry,
@@ -69,7 +71,8 @@ def summary(
     cluster_staircase(sol, system=system, threshold=threshold, ax=figure.add_subplot(lower[1]))
     if run.energy is not None:
         energy_curve(sol, system=system, ax=figure.add_subplot(lower[2]))
-    told = f"{run.n} tokens in dimension {run.d}, coloured by their last cluster"
+    when = "their last cluster" if k == len(run.ts) - 1 else f"cluster at t = {run.ts[k]:.4g}"
+    told = f"{run.n} tokens in dimension {run.d}, coloured by {when}"
     figure.suptitle(told if title is None else title, **VERBATIM)
     return figure
 

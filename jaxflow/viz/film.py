@@ -9,7 +9,7 @@ from .._rules import function, instance, positive, real
 from .._types import ScalarLike
 from ..flow import FlowSolution
 from .run import System, evenly, read_run
-from .style import limits, require
+from .style import require, token_limits
 from .tokens import points
 
 
@@ -54,7 +54,7 @@ def film(
     path, writer = _writer(path, float(fps))
     run = read_run(sol, system, max_frames=max(2, round(float(fps) * float(seconds))))
     shown, directions = evenly(run.n, max_points), run.directions()
-    clusters = run.clusters(threshold)[shown]
+    clusters = run.colouring(threshold)[0][shown]
     x = run.points[:, shown] @ directions
     figure = require("matplotlib.figure").Figure(figsize=(5, 4.5))
     axes = figure.add_subplot(projection="3d" if x.shape[-1] == 3 else None)
@@ -68,7 +68,7 @@ def film(
                 geometry=sol.geometry,
                 ax=axes,
             )
-            ends = limits(x[: k + 1], run.radius)  # what the tokens have visited so far
+            ends = token_limits(x[: k + 1], run.radius)  # what the tokens have visited so far
             axes.set(**{f"{axis}lim": pair for axis, pair in zip("xyz", ends, strict=False)})
             axes.set_title(f"$t$ = {t:.4g}", loc="left")
             writer.grab_frame()

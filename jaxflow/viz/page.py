@@ -10,7 +10,19 @@ import numpy as np
 from .._types import ScalarLike
 from ..flow import FlowSolution
 from .run import Run, System, evenly, read_run
-from .style import COLOURS, FAINT, MARKERS, ROUND, axis_names, limits, require, style, wires, words
+from .style import (
+    COLOURS,
+    FAINT,
+    MARKERS,
+    ROUND,
+    axis_names,
+    limits,
+    require,
+    style,
+    token_limits,
+    wires,
+    words,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as Page
@@ -32,7 +44,8 @@ def sphere(
     """An interactive figure that plays a flow: play, pause, a slider of t, colour by cluster.
 
     `sphere(sol).write_html("flow.html")` writes one self-contained page. A token has the colour of
-    the cluster where it ends up. Beside it run the number of clusters and, if observed under that
+    the cluster where it ends up, or, where one cluster is left, of that at the last time at which
+    there were several. Beside it run the number of clusters and, if observed under that
     name, the energy. The circle or sphere is drawn for flows on [`jaxflow.Sphere`][] alone.
 
     The number of clusters is what the flow observed under the name "clusters" (by the threshold of
@@ -56,7 +69,7 @@ def sphere(
     """
     go = require("plotly.graph_objects")
     run = read_run(sol, system, max_frames)
-    clusters, directions = run.clusters(threshold), run.directions()
+    (clusters, when), directions = run.colouring(threshold), run.directions()
     named = words(labels, run.n)
     shown = evenly(run.n, max_points)
     hover = [f"{_escaped(named[int(j)])}<br>cluster {clusters[j]}" for j in shown]
@@ -81,7 +94,7 @@ def sphere(
         for k, t in enumerate(run.ts)
     ]
     figure.update_layout(_window(x[:1], run.radius), **_controls(run.ts))
-    figure.update_layout(title=_title(run, clusters, threshold, shown))
+    figure.update_layout(title=_title(run, clusters, when, threshold, shown))
     # A page waits for its reader, as figure.show() does.
     figure.write_html = partial(figure.write_html, auto_play=False, post_script=_INTERRUPTED)
     return figure
@@ -149,7 +162,7 @@ def _name_axes(figure, names, radius):
 
 def _window(x, radius=None):
     """The ranges of the axes: the sphere, or what the tokens have visited so far."""
-    pairs = zip(("xaxis", "yaxis", "zaxis"), limits(x, radius).tolist(), strict=False)
+    pairs = zip(("xaxis", "yaxis", "zaxis"), token_limits(x, radius).tolist(), strict=False)
     ranges = {axis: dict(range=pair) for axis, pair in pairs}
     return dict(scene=ranges) if len(ranges) == 3 else ranges
 
@@ -213,12 +226,12 @@ def _outline(go, radius, d):
     return [go.Surface(x=x, y=y, z=z, lighting=dict(ambient=1, diffuse=0), **look), drawn]
 
 
-def _title(run, clusters, threshold, shown):
+def _title(run, clusters, when, threshold, shown):
     drawn = "" if len(shown) == run.n else f" ({len(shown)} of them drawn)"
     view = ", projected on principal directions v of the last measure" if run.d > 3 else ""
     return (
         f"{run.n} tokens{drawn} in dimension {run.d}{view}<br><sup>colour: the cluster at t = "
-        f"{run.ts[-1]:.4g}, {clusters.max() + 1} in all, linked where cos ≥ {threshold}</sup>"
+        f"{run.ts[when]:.4g}, {clusters.max() + 1} in all, linked where cos ≥ {threshold}</sup>"
     )
 
 

@@ -41,9 +41,30 @@ class Run(NamedTuple):
         """The measure at the k-th time, or some of its tokens."""
         return Measure(self.points[k, tokens], self.log_weights[k, tokens])
 
-    def clusters(self, threshold: ScalarLike) -> np.ndarray:
-        """The cluster of each token at the last time."""
-        return np.asarray(cluster_labels(self.measure(-1), threshold))
+    def clusters(self, threshold: ScalarLike, k: int = -1) -> np.ndarray:
+        """The cluster of each token at the k-th time, by default the last."""
+        return np.asarray(cluster_labels(self.measure(k), threshold))
+
+    def colouring(self, threshold: ScalarLike) -> tuple[np.ndarray, int]:
+        """The clusters that a picture colours, and the time of which they are: the last one, or,
+        where one cluster is left there, the last at which there were two or more.
+
+        Clusters merge, so that the time is found by bisection.
+        """
+        labels, high = self.clusters(threshold), len(self.ts) - 1
+        if labels.max() > 0 or high == 0:
+            return labels, high
+        low, found = 0, self.clusters(threshold, 0)
+        if found.max() == 0:
+            return labels, high
+        while high - low > 1:
+            middle = (low + high) // 2
+            several = self.clusters(threshold, middle)
+            if several.max() > 0:
+                low, found = middle, several
+            else:
+                high = middle
+        return found, low
 
     def cluster_counts(self, threshold: ScalarLike) -> tuple[np.ndarray, np.ndarray]:
         """Times and the number of clusters at them.

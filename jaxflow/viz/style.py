@@ -59,6 +59,18 @@ def limits(x: np.ndarray, radius: float | None, margin: float = 0.05) -> np.ndar
     return np.stack([low - wider, high + wider], axis=1)
 
 
+def token_limits(x: np.ndarray, radius: float | None) -> np.ndarray:
+    """The ends of the axes on which tokens are shown, (k, 2).
+
+    Those that hold them, and no less than a twentieth of the widest axis and a hundredth of the
+    distance from 0: tokens on a line, or in one cluster, are not shown at the size of rounding.
+    """
+    ends = limits(x, radius)
+    middle, half = ends.mean(axis=1), np.ptp(ends, axis=1) / 2
+    half = np.maximum(half, max(half.max() / 20, np.abs(x).max() / 100))
+    return np.stack([middle - half, middle + half], axis=1)
+
+
 def axis_names(directions: np.ndarray, coordinate: str, projection: str) -> list[str]:
     """The names of the coordinates, or those of principal directions."""
     d, k = directions.shape

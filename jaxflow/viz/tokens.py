@@ -1,25 +1,27 @@
 """Tokens in their space: where they are, and the paths that they took."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._rules import instance, reals
+from .._rules import function, instance, reals
 from .._types import ArrayLike, ScalarLike
 from ..flow import FlowSolution
 from ..geometry import AbstractGeometry, Sphere
 from ..measure import Measure, check_measure
+from ..observables import hull_vertices
 from .run import Run, System, arrays, evenly, radius, read_run
 from .style import (
     FAINT,
     MARKERS,
     VERBATIM,
     axis_names,
-    limits,
     new_axes,
+    require,
     style,
     time_axis,
+    token_limits,
     wires,
     words,
 )
@@ -109,7 +111,7 @@ def trajectories(
     """
     run = read_run(sol, system)
     shown = evenly(run.n, max_points)
-    colour = style(run.clusters(threshold)[shown])[0]
+    colour = style(run.colouring(threshold)[0][shown])[0]
     x = run.points[:, shown]
     circle = run.d == 2 and run.radius is not None
     if run.d > 1 and not circle:
@@ -124,6 +126,46 @@ def trajectories(
         axes.set_yticks(np.pi * np.linspace(-1, 1, 5), _QUARTER_TURNS)
     else:
         axes.set_ylabel("$x_i$")
+    return axes
+
+
+def hulls(
+    sol: FlowSolution,
+    *,
+    system: System = None,
+    rescale: Callable[[Any, np.ndarray], Any] | None = None,
+    times: int = 6,
+    ax: Axes | None = None,
+) -> Axes:
+    """The convex hull of the tokens in the plane at a few of the saved times, from light to dark.
+
+    In R^d with V = I the hulls of z = e^{-t} x are nested (arXiv 2305.05465): those of a flow along
+    [`jaxflow.Rescaled`][] shrink to a polygon, whose corners are the leaders.
+
+    **Arguments:** `sol` and `system` as in [`jaxflow.viz.sphere`][]; `rescale`: a function of
+    (t, points (n, 2)), such as `lambda t, x: jnp.exp(-t) * x`, default the points as they are;
+    `times`: how many to draw, evenly spaced among those saved; `ax`: Matplotlib axes, default new
+    ones.
+
+    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][], and for tokens that are
+    not in the plane.
+    """
+    run = read_run(sol, system)
+    if run.d != 2:
+        raise ValueError(f"hulls are drawn in the plane, d = 2; the tokens have d = {run.d}.")
+    kept = evenly(len(run.ts), times)
+    scaled = function("rescale", rescale) if rescale is not None else lambda t, x: x
+    x = np.stack([np.asarray(scaled(run.ts[k], run.points[k])) for k in kept])
+    axes = new_axes(ax)
+    _dress(axes, x, np.eye(2), run.radius)
+    axes.set_aspect("equal")
+    shades = require("matplotlib").colormaps["cividis_r"](np.linspace(0.1, 1, len(kept)))
+    for shade, k, points in zip(shades, kept, x, strict=True):
+        corners = np.asarray(hull_vertices(Measure(points, run.log_weights[k])))
+        ring = points[np.append(corners, corners[0])]
+        axes.plot(*ring.T, color=shade, linewidth=1.2, label=f"$t$ = {run.ts[k]:.4g}")
+        axes.scatter(*points.T, color=shade[None], s=8, linewidths=0)
+    axes.legend(frameon=False, fontsize="small")
     return axes
 
 
@@ -161,7 +203,7 @@ def _dress(axes, x, directions, radius):
     for line in [] if radius is None else wires(k).swapaxes(0, 1) * radius:
         axes.plot(*line, color=FAINT, linewidth=0.5, zorder=0)
     names = axis_names(directions, "$x_{}$", r"$\langle x, v_{} \rangle$")
-    for axis, name, ends in zip("xyz", names, limits(x, radius), strict=False):
+    for axis, name, ends in zip("xyz", names, token_limits(x, radius), strict=False):
         axes.set(**{f"{axis}label": name, f"{axis}lim": ends})
         axes.locator_params(axis, nbins=4)
     axes.grid(False)

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 
 from ..._rules import finite, instance, known, positive, real, reals
 from ..._types import ArrayLike, ScalarLike
-from ...fields import Linear, SelfAttention, Sinkhorn, Softmax
+from ...fields import L2, Linear, SelfAttention, Sinkhorn, Softmax
 from ...geometry import Euclidean
 from ...measure import Measure
 from .base import AbstractClosure
@@ -192,8 +192,8 @@ class SinkhornGaussian(AbstractGaussianClosure):
 def gaussian(field: SelfAttention, d: int) -> AbstractGaussianClosure:
     """The closure of attention on R^d for Gaussian laws.
 
-    **Arguments:** `field`, with the interaction `Softmax()`, `Linear()` or `Sinkhorn()` and
-    `geometry=Euclidean()`, without masks; `d`, the dimension.
+    **Arguments:** `field`, with the interaction `Softmax()`, `Linear()`, `L2()` or `Sinkhorn()`
+    and `geometry=Euclidean()`, without masks; `d`, the dimension.
 
     **Raises:** `TypeError` or `ValueError` for other fields, under which no Gaussian law stays one.
 
@@ -217,7 +217,9 @@ def gaussian(field: SelfAttention, d: int) -> AbstractGaussianClosure:
             "geometry=jaxflow.Euclidean() and no mask."
         )
     eye = jnp.eye(d, dtype=field.beta.dtype)
-    query, key, value = (eye if a is None else a for a in (field.query, field.key, field.value))
+    query, key, value = (_matrix(a, eye) for a in (field.query, field.key, field.value))
+    if isinstance(field.interaction, L2):
+        return L2Gaussian(query, key, value, beta=field.beta)
     matrix = field.beta * _product(key.T, query)
     for interaction, closure in (
         (Softmax, SoftmaxGaussian), (Linear, LinearGaussian), (Sinkhorn, SinkhornGaussian),
@@ -226,8 +228,14 @@ def gaussian(field: SelfAttention, d: int) -> AbstractGaussianClosure:
             return closure(matrix, value)
     raise TypeError(
         f"{type(field.interaction).__name__} attention keeps no Gaussian law: pass Softmax(), "
-        "Linear() or Sinkhorn()."
+        "Linear(), L2() or Sinkhorn()."
     )
+
+
+def _matrix(value: Any, eye: Array) -> Array:
+    if callable(value):
+        raise ValueError(f"a Gaussian law stays one under matrices alone, got the map {value!r}.")
+    return eye if value is None else value
 
 
 def until_blow_up(bound: ScalarLike | None = None) -> diffrax.Event:

@@ -263,7 +263,7 @@ class TensorCores(AbstractFamily):
         dtype = b.dtype
         # A query without a visible key weighs nothing, like padding; its rows are all masked.
         away = vanishing(LOG2E * lse)
-        rows = {"q": (q, 0), "g": (g, 0), "lse": (LOG2E * finite(lse), 0)}
+        rows: dict[str, Any] = {"q": (q, 0), "g": (g, 0), "lse": (LOG2E * finite(lse), 0)}
         rows["centre"] = operands.centre, 0
         keys = {"k": (k, 0), "v": (v, 0)} | _weights(problem, b)
         outs: dict[str, Any] = {"gu": ("m", q.shape[-1], dtype)}
