@@ -14,7 +14,6 @@ from scipy.linalg import expm
 
 import jaxflow as jf
 from jaxflow.density import closures
-from jaxflow.geometry import AbstractGeometry
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -43,28 +42,14 @@ def gauss_hermite(n=12):
     return jf.Measure(MEAN + z @ ROOT.T, np.log(np.outer(w, w).ravel()))
 
 
-class L2(jf.AbstractField):
-    """X(x) = V E[y], mu_x(dy) proportional to exp(-|Q x - K y|^2 / 2) mu(dy)."""
-
-    geometry: AbstractGeometry = jf.Euclidean()
-
-    def __call__(self, t, x, mu):
-        keys = mu.points @ KEY.T
-        logs = mu.log_probabilities - (keys**2).sum(axis=1) / 2
-        return jf.softmax_expectation(x @ QUERY.T, keys, mu.points, logs)[0] @ VALUE.T
-
-
 def attention(interaction):
     return jf.SelfAttention(QUERY, KEY, VALUE, interaction=interaction, geometry=jf.Euclidean())
 
 
-@pytest.mark.parametrize("interaction", [jf.Softmax(), jf.Linear(), jf.Sinkhorn(), None])
+@pytest.mark.parametrize("interaction", [jf.Softmax(), jf.Linear(), jf.Sinkhorn(), jf.L2()])
 def test_gaussian_laws(interaction):
-    if interaction is None:
-        field, closure = L2(), closures.L2Gaussian(QUERY, KEY, VALUE)
-    else:
-        field = attention(interaction)
-        closure = closures.gaussian(field, 2)
+    field = attention(interaction)
+    closure = closures.gaussian(field, 2)
     mu0 = gauss_hermite()
     law = closures.Moments.of(mu0)
     np.testing.assert_allclose(law.covariance, ROOT @ ROOT.T, atol=1e-12)
