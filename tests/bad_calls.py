@@ -593,6 +593,11 @@ CALLS = {
     "a density of another grid": (lambda: solve(rho0=np.ones(9)), ValueError, r"shape \(8,\), or"),
     "no density": (lambda: solve(rho0=np.zeros(8)), ValueError, "must have some mass"),
     "negative noise": (lambda: solve(kappa=-1.0), ValueError, "kappa must be positive"),
+    "a solver by name": (
+        lambda: solve(solver="Tsit5"),
+        TypeError,
+        "instance such as diffrax.Tsit5",
+    ),
     "nothing that is implicit": (
         lambda: solve(solver=diffrax.KenCarp4()),
         ValueError,

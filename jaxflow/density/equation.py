@@ -90,7 +90,9 @@ def solve(
         stepsize_controller = default_controller(method, dt0, state.dtype)
         if ts is not None and isinstance(stepsize_controller, diffrax.PIDController):
             # An interpolant between two densities need not be positive.
-            stepsize_controller = diffrax.ClipStepSizeController(stepsize_controller, step_ts=ts)
+            stepsize_controller = diffrax.ClipStepSizeController(
+                stepsize_controller, step_ts=ts.astype(state.dtype)
+            )
     sol = integrate(
         _terms(strength, is_imex(method)),
         state,
@@ -152,6 +154,7 @@ def _solver(grid, solver, diffuses: bool) -> diffrax.AbstractSolver:
     """The method; implicit steps of the Laplacian are solved in the grid's modes."""
     if solver is None:
         solver = diffrax.KenCarp4() if diffuses else grid.solver
+    instance("solver", solver, diffrax.AbstractSolver, "diffrax.Tsit5()")
     if not is_imex(solver):
         return solver
     if not diffuses:
