@@ -20,7 +20,7 @@ known beforehand where that is safe (the pass for the maximum then returns at on
 left out where there are none; and no dimension is padded. `python -m benchmarks predict` counts the
 instructions. Columns travel through shared memory, channel after channel.
 
-At 16 channels the sums over queries spill some 100 bytes a thread: gk and gv in a pass each would
+At 16 channels the sums over queries spill some 250 bytes a thread: gk and gv in a pass each would
 take a fifth more instructions.
 
 Two lowerings of the same fold: Mosaic GPU on Hopper and data centre Blackwell, where the tile has
