@@ -285,8 +285,13 @@ def test_weighted_attention_climbs_its_energy():
     field = jf.fields.weighted_attention(D, beta=beta, interaction=jf.Unnormalised())
     mu = jf.Measure(spherical(1, 12, 3))
     energy = jf.observables.InteractionEnergy(beta, key=D)
-    v = field(0.0, mu.points, mu)
-    growth = jax.jvp(lambda x: energy(0.0, jf.Measure(x)), (mu.points,), (v,))[1]
+
+    @eqx.filter_jit
+    def motion(field, energy, x):
+        v = field(0.0, x, jf.Measure(x))
+        return v, jax.jvp(lambda x: energy(0.0, jf.Measure(x)), (x,), (v,))[1]
+
+    v, growth = motion(field, energy, mu.points)
     np.testing.assert_allclose(growth, (v**2).sum(axis=1).mean(), rtol=1e-12)
     value, vector = np.linalg.eigh(D)
     top = jf.Measure(vector[:, -1:].T)
@@ -297,8 +302,18 @@ def test_weighted_attention_climbs_its_energy():
 # ------------------------------------------------------------------ rescaled tokens
 
 
-@pytest.mark.parametrize("V", [None, [[0.8, 0.3], [-0.2, 0.5]]], ids=["V = I", "V"])
-@pytest.mark.parametrize("interaction", [jf.Softmax(), jf.Unnormalised()], ids=["SA", "USA"])
+GENERAL = [[0.8, 0.3], [-0.2, 0.5]]
+
+
+@pytest.mark.parametrize(
+    "V, interaction",
+    [
+        pytest.param(GENERAL, jf.Softmax(), id="V, SA"),
+        pytest.param(None, jf.Unnormalised(), id="V = I, USA"),
+        pytest.param(GENERAL, jf.Unnormalised(), id="V, USA", marks=pytest.mark.slow),
+        pytest.param(None, jf.Softmax(), id="V = I, SA", marks=pytest.mark.slow),
+    ],
+)
 def test_rescaled_tokens_are_those_of_the_plain_flow(V, interaction):
     """z = e^{-tV} x (arXiv 2305.05465)."""
     ts, scale = np.array([0.25, 0.5, 1.0]), 0.1
@@ -314,6 +329,7 @@ def test_rescaled_tokens_are_those_of_the_plain_flow(V, interaction):
     assert np.abs(z[-1] - start).max() > 0.05
 
 
+@pytest.mark.slow
 def test_a_drift_is_no_change_of_variable_for_softmax():
     """Adding -V x to softmax attention gives other tokens than z; to hardmax attention, z."""
     start, ts = normal(3, 7, 2), np.array([1.0])

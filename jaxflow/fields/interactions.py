@@ -286,7 +286,8 @@ class Hardmax(AbstractInteraction):
 
     Ties are averaged, with the weights of mu: scores within `tolerance` times the largest
     |score| of the query's maximum tie (default 32 machine epsilons). It is piecewise constant in
-    x, so its divergence at fixed mu is 0. Of masks it takes patterns.
+    x, so its divergence at fixed mu is 0. Of masks it takes patterns. [`jaxflow.hardmax_flow`][]
+    is its flow in R^d, exact between changes of leaders.
 
     **Raises:** `ValueError` or `TypeError` for a tolerance that is no number, or negative;
     `NotImplementedError` for masks other than patterns.
