@@ -9,7 +9,7 @@ mode, a spherical harmonic) grows off it at the rate
 
 on the circle fastest at k about sqrt(2 beta): so many clusters form (arXiv 2410.23228). Random
 tokens are a perturbation of size n^{-1/2}, so it takes many to see the rate itself. Here
-`jaxflow.Compressed` lets 44 signed points on the circle, or 1,566 on the sphere, stand for all
+`jaxflow.Compressed` lets 46 signed points on the circle, or 1,798 on the sphere, stand for all
 tokens, to 1e-5, and a step costs O(n).
 
 Expected for beta = 9 on the circle: mode 4 grows at about 0.72, and at t = 10 there are 4 clusters.

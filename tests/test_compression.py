@@ -184,6 +184,16 @@ def test_no_law_on_the_circle_breaks_the_tolerance(clusters, width, spread, seed
     assert np.abs(error).max() < 1e-4
 
 
+def test_many_equal_tokens():
+    """The same number added many times: a running sum would be wrong by ten tolerances."""
+    n, x = 300_000, np.array([[np.cos(0.3), np.sin(0.3)]], np.float32)
+    signed = compress(jf.Measure(np.tile(x, (n, 1))), reach=9.0, tolerance=1e-5)
+    angles = np.linspace(0, 2 * np.pi, 200)
+    q = 9 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    error = log_z(q, signed.points, signed.weights) - log_z(q, unit(x.astype(float)), np.ones(1))
+    assert np.abs(error).max() < 1e-5
+
+
 def test_what_is_beyond_the_reach_is_not_answered():
     mu = jf.measure.circle(500)
     field = jf.Compressed(jf.SelfAttention(beta=4.0), 1e-4)

@@ -29,8 +29,8 @@ class Compressed(AbstractDivergenceField):
 
     Attention asks a measure for its integrals against exp(<q, .>) alone, and
     [`jaxflow.measure.compress`][] keeps those for all |q| up to a reach. A field evaluation then
-    costs O(n) with a number of points that depends on beta and the tolerance: on the circle 44 at
-    beta = 9 and 1e-5, on S^2 some 1,600. A measure with no more tokens than points is left as it
+    costs O(n) with a number of points that depends on beta and the tolerance: on the circle 46 at
+    beta = 9 and 1e-5, on S^2 some 1,800. A measure with no more tokens than points is left as it
     is.
 
     **Arguments:**

@@ -51,6 +51,7 @@ from .base import Measure, check_measure
 
 # Kernel values that are held at a time.
 AT_ONCE = 2**16
+CHUNK = 64  # tokens of which one sum is made
 # The grid's poles on S^2, where longitudes end, are away from the axes, where users put tokens.
 _TURN = np.linalg.qr(np.array([[0.36, 0.48, 0.8], [0.2, -0.9, 0.4], [0.9, 0.1, -0.4]]))[0]
 MOST_POINTS = 2**22
@@ -271,11 +272,12 @@ def grid_of(space: Space, d: int, reach: float, tolerance: float, dtype) -> Grid
         if d != space.d:
             raise ValueError(f"a box of {space.d} dimensions holds no tokens of dimension {d}.")
         radii = [(b - a) / 2 for a, b in zip(space.low, space.high, strict=True)]
-    allowed = (tolerance / (least / 8)) ** (1 / len(radii))
+    # Half of the tolerance is for what a grid leaves out, half for roundings, which it amplifies.
+    allowed = (tolerance / 2 / (least / 8)) ** (1 / len(radii))
     axes, gain = [], 1.0
     for radius in radii:
         # What one axis gets wrong, those before it amplify.
-        axes.append(_axis(reach * radius, tolerance / len(radii) / gain, allowed))
+        axes.append(_axis(reach * radius, tolerance / 2 / len(radii) / gain, allowed))
         gain *= axes[-1].gain
     grid = Grid(space, d, tuple(axes))
     if grid.points > MOST_POINTS:
@@ -333,7 +335,8 @@ def _weights(points: Float[Array, "*batch n d"], w: Float[Array, "*batch n"], gr
 def _weights_of_one(points: Float[Array, "n d"], w: Float[Array, " n"], grid: Grid):
     """The same of one measure, a block of tokens after the other."""
     first = math.prod(axis.size for axis in grid.axes[:-1])
-    block = max(1, min(AT_ONCE // max(first, grid.axes[-1].size), len(w)))
+    at_once = min(AT_ONCE // max(first, grid.axes[-1].size), len(w))
+    block = CHUNK * max(1, -(-at_once // CHUNK))
     count = -(-len(w) // block)
     pad = count * block - len(w)
     # Tokens without weight, at places where derivatives exist.
@@ -342,12 +345,15 @@ def _weights_of_one(points: Float[Array, "n d"], w: Float[Array, " n"], grid: Gr
     blocks = points.reshape(count, block, -1), w.reshape(count, block)
 
     @jax.checkpoint
-    def add(total, tokens):
-        points, w = tokens
-        return total + _block(points, w, grid), None
+    def add(carry, tokens):
+        # Kahan's sum: what an addition lost is in the next one.
+        total, lost = carry
+        part = _block(*tokens, grid) - lost
+        after = total + part
+        return (after, (after - total) - part), None
 
-    start = jnp.zeros(grid.points, w.dtype)
-    return jax.lax.scan(add, start, blocks)[0]
+    zeros = jnp.zeros(grid.points, w.dtype)
+    return jax.lax.scan(add, (zeros, zeros), blocks)[0][0]
 
 
 def _block(points, w, grid: Grid):
@@ -362,7 +368,13 @@ def _block(points, w, grid: Grid):
     rows = w[:, None]
     for K in others:
         rows = (rows[:, :, None] * K[:, None, :]).reshape(len(w), -1)
-    total = jnp.matmul(rows.T, last, precision="highest")
+    # A few at a time, then in pairs: many additions of like numbers would be wrong alike.
+    rows, last = (a.reshape(-1, CHUNK, a.shape[1]) for a in (rows, last))
+    parts = jnp.einsum("cjf,cjg->cfg", rows, last, precision="highest")
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = jnp.concatenate([parts[:half] + parts[half : 2 * half], parts[2 * half :]])
+    total = parts[0]
     if len(factors) == 2 and not isinstance(grid.space, Box):
         # Beyond a pole, the colatitude -a at the longitude b is a at b + pi.
         half, turn = grid.axes[0].size // 2, grid.axes[1].size // 2
@@ -441,9 +453,11 @@ def _pieces(cosine, sine, axis: Axis):
     dtype = cosine.dtype
     c, s = (jnp.asarray(f(axis.angles), dtype)[None] for f in (np.cos, np.sin))
     cosine, sine = cosine[:, None], sine[:, None]
-    across, along = sine * c - cosine * s, cosine * c + sine * s
+    # Of differences, which are exact where a token is near: sines of s right to rounding.
+    up, right = sine - s, cosine - c
+    across, along = up * c - right * s, cosine * c + sine * s
     across = jnp.where(jnp.abs(across) < 1e-15, jnp.asarray(1e-15, dtype), across)
-    away = (cosine - c) ** 2 + (sine - s) ** 2  # 2 (1 - cos s), which does not cancel
+    away = right**2 + up**2  # 2 (1 - cos s)
     window = jnp.exp(-axis.kappa / 2 * away)
     return _signs(axis, dtype) * (1 + along) / across, window, across
 
