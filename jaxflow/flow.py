@@ -134,7 +134,7 @@ def flow(
     - `observe`: `{name: fn}` with fn(t, mu), evaluated inside the solve at each saved time.
     - `noise`: a [`jaxflow.Noise`][], Brownian motion beside the field. Steps are then fixed ones,
       `dt0`, unless `stepsize_controller` says otherwise, and `solver` one of diffrax's for
-      stochastic equations: `Heun` if it is left to the default.
+      stochastic equations, or `Geodesic`: `Geodesic(diffrax.Heun())` if it is left to the default.
 
     **Returns:** a [`jaxflow.FlowSolution`][].
 
@@ -218,7 +218,7 @@ def flow_around(
     mu0 = jtu.tree_map(on_automatic_mesh, mu0)
     dtype = accumulation_dtype(mu0.points.dtype)
     if noise is not None:
-        solver = noisy_solver(noise, solver, field.geometry)
+        solver = noisy_solver(noise, solver, field.geometry, dt0)
     if stepsize_controller is None:
         stepsize_controller = default_controller(solver, dt0, dtype, noise)
     check_tolerances(stepsize_controller)

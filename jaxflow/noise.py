@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from ._flow_input import Times
 from ._rules import flag, instance, positive, prng_key, real
-from ._types import Points, Scalar, ScalarLike
+from ._types import Points, Scalar, ScalarLike, is_concrete
 from .explicit import AbstractMethod, is_method
 from .geometry import AbstractGeometry, Euclidean, Sphere
 from .solvers import Geodesic
@@ -39,10 +39,13 @@ class Noise(eqx.Module):
     **Arguments:**
 
     - `kappa`: positive; 1 / kappa is the temperature. It may be traced.
-    - `key`: a PRNG key. The same key is the same path, whatever the step: a smaller one refines it.
+    - `key`: a PRNG key. With the same `tolerance` it is the same path, whatever the step.
     - `common`: one Brownian motion for all tokens of a system instead of one for each.
-    - `tolerance`: the time within which the path is interpolated; below the smallest step. `None`
-      takes half of `dt0`. Flows that are to share a path need the same one.
+    - `tolerance`: the time within which the path is interpolated, less than a step. `None` takes
+      half of `dt0`.
+
+    A step moves a token by about sqrt(2 d dt0 / kappa), which must be small against the radius of
+    the sphere: dt0 well below kappa / (2 d).
 
     **Raises:** `ValueError` or `TypeError` for what is none of these.
 
@@ -120,13 +123,22 @@ class _Diffusion(diffrax.AbstractTerm):
 
 
 def noisy_solver(
-    noise: Noise, solver: diffrax.AbstractSolver, geometry: AbstractGeometry
+    noise: Noise,
+    solver: diffrax.AbstractSolver,
+    geometry: AbstractGeometry,
+    dt0: ScalarLike | None,
 ) -> diffrax.AbstractSolver:
-    """The method for a flow with noise; Tsit5, the default of flows without, stands for Heun's.
+    """The method for a flow with noise; Tsit5, the default of flows without, stands for Heun's
+    along geodesics.
 
     **Raises:** `ValueError` where noise, geometry and method do not go together.
     """
     instance("noise", noise, Noise, "jaxflow.Noise(kappa=1.0, key=jax.random.key(0))")
+    known = noise.tolerance is not None and dt0 is not None and is_concrete(noise.tolerance, dt0)
+    if known and not noise.tolerance < dt0:
+        raise ValueError(
+            f"the tolerance of a path must be less than a step, dt0={dt0}; got {noise.tolerance}."
+        )
     name = type(solver).__name__
     if not isinstance(geometry, Euclidean | Sphere):
         raise ValueError(

@@ -76,6 +76,17 @@ CALLS = {
     # noise
     "no temperature": (lambda: noisy(0.0), ValueError, "kappa must be positive and finite, got 0"),
     "noise without a step": (lambda: noisy(), ValueError, "fixed steps: pass their length, dt0"),
+    "a path coarser than its steps": (
+        lambda: jf.flow(
+            jf.SelfAttention(),
+            measure.simplex(3, 3),
+            t1=1.0,
+            dt0=0.1,
+            noise=jf.Noise(1.0, key=KEY, tolerance=0.2),
+        ),
+        ValueError,
+        "must be less than a step, dt0=0.1; got 0.2",
+    ),
     "an implicit method for noise": (
         lambda: noisy(dt0=0.1, solver=diffrax.Kvaerno5()),
         ValueError,

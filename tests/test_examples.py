@@ -155,6 +155,7 @@ def test_million_tokens(run, tmp_path):
         assert (tmp_path / "runs" / "tokens.png").exists()
 
 
+@pytest.mark.slow
 def test_masks(run, tmp_path):
     result = run("masks")
     last = {name: counts[-1] for name, counts in result["counts"].items()}

@@ -109,6 +109,7 @@ def total(beta, x0, t1, adjoint: diffrax.AbstractAdjoint = diffrax.RecursiveChec
     return log_density(field, three(), x0, jnp.zeros(2), t1=t1, adjoint=adjoint)[1].sum()
 
 
+@pytest.mark.slow
 def test_derivatives():
     """In both modes as by central differences, whose error is 1e-10 / 1e-3 + 1e-6."""
     x0 = jnp.array([[0.0, 1.0], [0.8, 0.6]])
