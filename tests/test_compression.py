@@ -194,6 +194,24 @@ def test_many_equal_tokens():
     assert np.abs(error).max() < 1e-5
 
 
+def test_derivatives_next_to_the_points_and_opposite():
+    """In single precision: there the kernels are quotients of small numbers."""
+    grid = compress(jf.measure.circle(500), reach=9.0, tolerance=1e-5).points
+    angles = np.arctan2(grid[:, 1], grid[:, 0]).astype(float)
+    near = [angles + away for away in (0.0, 7e-7, 1e-5, 1e-3)]
+    x = np.stack([np.cos(near).ravel(), np.sin(near).ravel()], axis=1).astype(np.float32)
+    q = np.array([4.0, -3.0], np.float32)
+
+    def integral(x):
+        few = compress(jf.Measure(x), reach=9.0, tolerance=1e-5)
+        return (few.weights * jnp.exp(few.points @ q)).sum()
+
+    found = jf.Sphere().project(x, jax.grad(integral)(jnp.asarray(x)))
+    wide = x.astype(float)
+    exact = np.exp(wide @ q)[:, None] * (q[None] - (wide @ q)[:, None] * wide) / len(x)
+    assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
+
+
 def test_what_is_beyond_the_reach_is_not_answered():
     mu = jf.measure.circle(500)
     field = jf.Compressed(jf.SelfAttention(beta=4.0), 1e-4)

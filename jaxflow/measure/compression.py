@@ -453,13 +453,13 @@ def _pieces(cosine, sine, axis: Axis):
     dtype = cosine.dtype
     c, s = (jnp.asarray(f(axis.angles), dtype)[None] for f in (np.cos, np.sin))
     cosine, sine = cosine[:, None], sine[:, None]
-    # Of differences, which are exact where a token is near: sines of s right to rounding.
+    # Of differences, which are exact where a token is near: right to rounding there, and opposite.
     up, right = sine - s, cosine - c
-    across, along = up * c - right * s, cosine * c + sine * s
+    across = up * c - right * s
     across = jnp.where(jnp.abs(across) < 1e-15, jnp.asarray(1e-15, dtype), across)
-    away = right**2 + up**2  # 2 (1 - cos s)
+    away = jnp.maximum(right**2 + up**2, across**2)  # 2 (1 - cos s)
     window = jnp.exp(-axis.kappa / 2 * away)
-    return _signs(axis, dtype) * (1 + along) / across, window, across
+    return _signs(axis, dtype) * 2 * across / away, window, across
 
 
 def _signs(axis: Axis, dtype) -> Array:
