@@ -206,7 +206,8 @@ def test_derivatives_next_to_the_points_and_opposite():
         few = compress(jf.Measure(x), reach=9.0, tolerance=1e-5)
         return (few.weights * jnp.exp(few.points @ q)).sum()
 
-    found = jf.Sphere().project(x, jax.grad(integral)(jnp.asarray(x)))
+    points = jnp.asarray(x)
+    found = jf.Sphere().project(points, jax.grad(integral)(points))
     wide = x.astype(float)
     exact = np.exp(wide @ q)[:, None] * (q[None] - (wide @ q)[:, None] * wide) / len(x)
     assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
