@@ -1,0 +1,15 @@
+"""Published results, each recomputed beside what theory expects of it.
+
+    jaxflow reproduce --list
+    jaxflow reproduce staircase
+    jaxflow reproduce all --quick --out runs/reproduce
+
+A result is one file here, whose `RESULT` the contract of `base` describes, and a line below.
+"""
+
+from . import staircase
+from .base import Outcome, Result, Row, Scheme, Seconds
+
+RESULTS: dict[str, Result] = {module.RESULT.name: module.RESULT for module in (staircase,)}
+
+__all__ = ["RESULTS", "Outcome", "Result", "Row", "Scheme", "Seconds"]
