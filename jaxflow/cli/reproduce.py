@@ -6,6 +6,7 @@ damaged, or cut off, is computed again.
 """
 
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -94,12 +95,12 @@ def _tell(record: dict[str, Any], kept: bool):
         tolerance = number(row["tolerance"], 2)
         rows.append((what, number(row["measured"]), number(row["expected"]), tolerance))
     for scheme in record["schemes"]:
-        rows.append((f"by the published step: {scheme['what']}", number(scheme["published"])))
+        numbers = number(scheme["published"]), number(scheme["exact"])
+        rows.append((f"published step: {scheme['what']}", *numbers, ""))
     if record["error"] is not None:
         say(f"\n{record['name']} failed: {record['error']}")
     else:
-        full = [(*row, *[""] * (4 - len(row))) for row in rows]
-        table(f"{record['name']}: {verdict} ({took}, arXiv {record['arxiv']})", full)
+        table(f"{record['name']}: {verdict} ({took}, arXiv {record['arxiv']})", rows)
 
 
 # ------------------------------------------------------------------ one result
@@ -142,8 +143,9 @@ def _attempt(result: Result, quick: bool) -> _Found:
 
 def _about(result: Result, quick: bool) -> dict[str, Any]:
     """What a record has to say to be of this result, this version and these settings."""
+    source = hashlib.sha256(Path(inspect.getfile(result.run)).read_bytes()).hexdigest()
     about = {"name": result.name, "arxiv": result.arxiv, "line": result.line}
-    return about | {"quick": quick, "jaxflow": __version__}
+    return about | {"quick": quick, "jaxflow": __version__, "source": source}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,20 @@
 A result is one file here, whose `RESULT` the contract of `base` describes, and a line below.
 """
 
-from . import staircase
+from . import gaussian, hardmax, modes, noise, normalisation, phase_boundary, staircase
 from .base import Outcome, Result, Row, Scheme, Seconds
 
-RESULTS: dict[str, Result] = {module.RESULT.name: module.RESULT for module in (staircase,)}
+RESULTS: dict[str, Result] = {
+    module.RESULT.name: module.RESULT
+    for module in (
+        phase_boundary,
+        staircase,
+        modes,
+        noise,
+        gaussian,
+        hardmax,
+        normalisation,
+    )
+}
 
 __all__ = ["RESULTS", "Outcome", "Result", "Row", "Scheme", "Seconds"]

@@ -58,8 +58,8 @@ class Outcome(NamedTuple):
 class Seconds(NamedTuple):
     """What a result costs on two cores, compilation included."""
 
-    quick: float
-    full: float
+    quick: float | int
+    full: float | int
 
 
 class Result(NamedTuple):
@@ -71,7 +71,7 @@ class Result(NamedTuple):
     seconds: Seconds
     run: Callable[[bool], Outcome]
 
-    def cost(self, quick: bool) -> float:
+    def cost(self, quick: bool) -> float | int:
         return self.seconds.quick if quick else self.seconds.full
 
 
