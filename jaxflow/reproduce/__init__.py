@@ -7,7 +7,21 @@
 A result is one file here, whose `RESULT` the contract of `base` describes, and a line below.
 """
 
-from . import gaussian, hardmax, modes, noise, normalisation, phase_boundary, staircase
+from . import (
+    causal,
+    gaussian,
+    hardmax,
+    long_context,
+    mean_shift,
+    modes,
+    noise,
+    normalisation,
+    phase_boundary,
+    polytope,
+    sinkhorn,
+    staircase,
+    weighted,
+)
 from .base import Outcome, Result, Row, Scheme, Seconds
 
 RESULTS: dict[str, Result] = {
@@ -19,7 +33,13 @@ RESULTS: dict[str, Result] = {
         noise,
         gaussian,
         hardmax,
+        causal,
+        polytope,
         normalisation,
+        sinkhorn,
+        weighted,
+        long_context,
+        mean_shift,
     )
 }
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..fields import Hardmax, LinearDrift, SelfAttention
+from ..fields import AbstractField, Hardmax, LinearDrift, SelfAttention
 from ..flow import flow
 from ..geometry import Euclidean
 from ..hardmax import HardmaxFlow, hardmax_flow
@@ -20,14 +20,13 @@ from ..measure import Measure, circle, gaussian
 from .base import Outcome, Result, Row, Seconds, panels
 
 RATIO, STEPS, T1 = 0.5, 10, 24.0
-FIELD = SelfAttention(interaction=Hardmax(), geometry=Euclidean()) + LinearDrift(-1.0)
 
 
 def run(quick: bool) -> Outcome:
     gaps, moved = iterate()
     factors = gaps[1:] / gaps[:-1]
     sol = hardmax_flow(
-        FIELD, gaussian(40, 2, key=jax.random.key(3)), t1=T1, ts=np.linspace(0, T1, 121)
+        field(), gaussian(40, 2, key=jax.random.key(3)), t1=T1, ts=np.linspace(0, T1, 121)
     )
     x, leaders, first = np.asarray(sol.measures.points), leading(sol, -1), leading(sol, 0)
     away = np.linalg.norm(x[:, :, None] - x[-1:, None, leaders], axis=-1).min(axis=-1)
@@ -63,6 +62,11 @@ def run(quick: bool) -> Outcome:
     return Outcome(rows, draw(sol, away, leaders, gaps))
 
 
+def field() -> AbstractField:
+    """y - x."""
+    return SelfAttention(interaction=Hardmax(), geometry=Euclidean()) + LinearDrift(-1.0)
+
+
 def iterate() -> tuple[np.ndarray, float]:
     """The distances of 59 Gaussian tokens to their leaders on a pentagon, (steps + 1, 59), and how
     far a leader moves."""
@@ -70,7 +74,7 @@ def iterate() -> tuple[np.ndarray, float]:
         jnp.concatenate([4 * circle(5).points, gaussian(59, 2, key=jax.random.key(0)).points])
     )
     sol = flow(
-        RATIO / (1 + RATIO) * FIELD,
+        RATIO / (1 + RATIO) * field(),
         mu0,
         t1=float(STEPS),
         dt0=1.0,
