@@ -97,6 +97,6 @@ RESULT = Result(
     "gaussian",
     "2501.18322",
     "Gaussian tokens in R^d: their covariance in closed form, and the time of its blow-up",
-    Seconds(15, 15),
+    Seconds(8, 8),
     run,
 )

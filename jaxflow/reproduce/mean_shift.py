@@ -110,6 +110,6 @@ RESULT = Result(
     "mean-shift",
     "2512.01868",
     "probes climb to the modes of a smoothed density; blurred Gaussian data contract",
-    Seconds(10, 10),
+    Seconds(8, 8),
     run,
 )

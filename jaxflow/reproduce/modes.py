@@ -125,6 +125,6 @@ RESULT = Result(
     "modes",
     "2410.23228",
     "the uniform law breaks into as many clusters as its fastest mode has maxima: 3 and 4",
-    Seconds(40, 40),
+    Seconds(15, 15),
     run,
 )

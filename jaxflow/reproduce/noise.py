@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.special import iv
 
 from ..density import FourierCircle, solve
-from ..fields import SelfAttention, Unnormalised
+from ..fields import Compressed, SelfAttention, Unnormalised
 from ..flow import flow
 from ..measure import von_mises_fisher
 from ..noise import Noise
@@ -85,7 +85,7 @@ def sampled(kappa: float, n: int) -> float:
     mu0 = von_mises_fisher(n, jnp.array([1.0, 0.0]), 1.0, key=jax.random.key(1))
     observe = {"order": lambda t, mu: order_parameter(mu)}
     sol = flow(
-        SelfAttention(beta=0.0),
+        Compressed(SelfAttention(beta=0.0), tolerance=1e-6),
         mu0,
         t1=20.0,
         dt0=0.05,

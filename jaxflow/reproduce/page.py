@@ -12,6 +12,7 @@ h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem }
 table { border-collapse: collapse; margin: 1rem 0; width: 100% }
 td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e4e4;
   vertical-align: top }
+td a { white-space: nowrap }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
 img { max-width: 100% }
 .pass { color: #00734f } .fail { color: #b3261e; font-weight: 600 } .small { color: #666 }

@@ -6,7 +6,8 @@ share e^{beta^2 / (2 d)} - 1 of it at most, as the scores beta <x_i, x_j> have v
 
 With Q and K drawn from N(0, 1/d) the scores beta <Q x, K y> have variance beta^2 / d at all times,
 so that for d -> infinity attention averages, and the time is that of beta = 0 whatever beta is:
-this is derived here, with the same share as tolerance. With V drawn as well, tokens need not meet.
+this is derived here, with the same share as tolerance. Of V drawn as well nothing is expected: the
+last panel shows what happens.
 """
 
 import jax
@@ -96,6 +97,6 @@ RESULT = Result(
     "phase-boundary",
     "2312.10794",
     "when 32 tokens meet, by beta: the boundary in d = 1024, and with random Q, K, V",
-    Seconds(60, 900),
+    Seconds(30, 900),
     run,
 )
