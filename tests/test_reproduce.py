@@ -58,8 +58,12 @@ def fakes(monkeypatch):
 # ------------------------------------------------------------------ the results
 
 
+FAST = {"staircase", "gaussian", "hardmax"}
+NAMES = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in RESULTS]
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["staircase", "gaussian", "hardmax"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_result_is_reproduced(name):
     outcome = RESULTS[name].run(True)
     assert outcome.rows and all(row.passed for row in outcome.rows), outcome.rows

@@ -13,6 +13,7 @@ from . import (
     hardmax,
     long_context,
     mean_shift,
+    moderate,
     modes,
     noise,
     normalisation,
@@ -38,6 +39,7 @@ RESULTS: dict[str, Result] = {
         normalisation,
         sinkhorn,
         weighted,
+        moderate,
         long_context,
         mean_shift,
     )

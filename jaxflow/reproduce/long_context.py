@@ -82,6 +82,6 @@ RESULT = Result(
     "long-context",
     "2512.01868",
     "beta = gamma log n: above gamma = 1 / (1 - rho) long contexts stand still",
-    Seconds(8, 40),
+    Seconds(8, 25),
     run,
 )
