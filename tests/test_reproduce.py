@@ -174,6 +174,14 @@ def test_a_failure_is_reported_and_stops_no_other(tmp_path, fakes):
     assert again.exit_code == 1 and len(wrong.ran) == 1 and len(broken.ran) == 2
 
 
+def test_the_page_of_another_is_not_overwritten(tmp_path, fakes):
+    fakes(fake("one"))
+    (tmp_path / "index.html").write_text("mine")
+    refused = run("one", "--out", tmp_path)
+    assert refused.exit_code == 2 and "index.html" in refused.output
+    assert (tmp_path / "index.html").read_text() == "mine"
+
+
 def test_a_number_that_is_not_finite_is_none(tmp_path, fakes):
     fakes(fake("one", float("inf")))
     assert run("one", "--out", tmp_path).exit_code == 1

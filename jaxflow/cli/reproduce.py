@@ -60,7 +60,7 @@ def _run(folder: Path, results: list[Result], s: Reproduction) -> bool:
     """Computes what is not there, writes the page, and says whether all passed."""
     there = {} if s.again else {r.name: _read(folder, r, s.quick) for r in results}
     kept = {name: record for name, record in there.items() if record and not record["error"]}
-    _announce([r for r in results if r.name not in kept], len(kept), s.quick)
+    _announce(folder, [r for r in results if r.name not in kept], len(kept), s.quick)
     found = []
     with progress("results", len(results)) as show:
         for done, result in enumerate(results):
@@ -76,13 +76,14 @@ def _run(folder: Path, results: list[Result], s: Reproduction) -> bool:
     return not failed
 
 
-def _announce(left: list[Result], kept: int, quick: bool):
+def _announce(folder: Path, left: list[Result], kept: int, quick: bool):
     if kept:
         say(f"{kept} of the results were there already.")
     if left:
         costs = ", ".join(f"{r.name} {r.cost(quick):.0f} s" for r in left)
         total = sum(r.cost(quick) for r in left)
         say(f"About {total:.0f} s on two cores: {costs}.")
+        say(f"If it is cut off, --out {folder} goes on.")
 
 
 def _tell(record: dict[str, Any], kept: bool):
