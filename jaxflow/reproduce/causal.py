@@ -113,6 +113,6 @@ RESULT = Result(
     "causal",
     "2411.04990",
     "with a causal mask all tokens go to the first; Renyi's strong centres wait",
-    Seconds(10, 10),
+    Seconds(18, 18),
     run,
 )

@@ -115,6 +115,6 @@ RESULT = Result(
     "hardmax",
     "2407.01602",
     "leaders of hardmax attention do not move, and others approach them at known rates",
-    Seconds(6, 6),
+    Seconds(7, 7),
     run,
 )

@@ -88,6 +88,6 @@ RESULT = Result(
     "moderate",
     "2509.25040",
     "where beta grows with n: a fast phase along V, then heat backwards into clusters",
-    Seconds(15, 25),
+    Seconds(20, 60),
     run,
 )

@@ -127,6 +127,6 @@ RESULT = Result(
     "noise",
     "2606.05140",
     "the critical strength of noise, at which the uniform law of tokens loses stability",
-    Seconds(30, 100),
+    Seconds(35, 100),
     run,
 )

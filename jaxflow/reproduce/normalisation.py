@@ -86,6 +86,6 @@ RESULT = Result(
     "normalisation",
     "2510.22026",
     "five normalisation schemes, and how fast tokens collapse under each",
-    Seconds(20, 20),
+    Seconds(29, 29),
     run,
 )

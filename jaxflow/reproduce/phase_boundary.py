@@ -97,6 +97,6 @@ RESULT = Result(
     "phase-boundary",
     "2312.10794",
     "when 32 tokens meet, by beta: the boundary in d = 1024, and with random Q, K, V",
-    Seconds(30, 120),
+    Seconds(45, 120),
     run,
 )

@@ -99,6 +99,6 @@ RESULT = Result(
     "polytope",
     "2305.05465",
     "V = I in R^d: nested hulls, Boolean attention, leaders; V = -I: 2 t S(t) -> I",
-    Seconds(12, 12),
+    Seconds(15, 15),
     run,
 )

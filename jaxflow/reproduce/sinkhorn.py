@@ -67,6 +67,6 @@ RESULT = Result(
     "sinkhorn",
     "2110.11773",
     "Sinkhorn attention moves the mean of the tokens linearly, softmax attention does not",
-    Seconds(20, 20),
+    Seconds(25, 25),
     run,
 )

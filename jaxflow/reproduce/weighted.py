@@ -79,6 +79,6 @@ RESULT = Result(
     "weighted",
     "2501.03096",
     "attention with a symmetric D climbs its energy to an eigenvector, or descends to a simplex",
-    Seconds(20, 20),
+    Seconds(25, 25),
     run,
 )
