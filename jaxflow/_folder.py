@@ -22,7 +22,15 @@ _LARGEST_JSON = 2**28  # bytes; what a run writes is far smaller
 
 # What runs write beside config.json: without one, these are somebody else's.
 _RESULTS = {"metrics.jsonl", "checkpoints", "betas", "phase.npz", "phase.png", "summary.png"}
-_RESULTS |= {"flow.html", "film.gif", "film.mp4", "merges.json", "merges.png", "loss.png"}
+_RESULTS |= {
+    "flow.html",
+    "film.gif",
+    "film.mp4",
+    "merges.json",
+    "merges.png",
+    "loss.png",
+    "index.html",
+}
 
 
 @contextlib.contextmanager

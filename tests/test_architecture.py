@@ -52,7 +52,8 @@ LAYERS = {
     "phase": 6,
     "training": 7,
     "viz": 8,
-    "cli": 9,
+    "reproduce": 9,
+    "cli": 10,
 }
 
 

@@ -1,5 +1,5 @@
 """The command line: `jaxflow simulate`, `phase-diagram`, `compare`, `train`, `evaluate`, `sample`,
-`info`.
+`reproduce`, `info`.
 
 Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
 pictures. `jaxflow --install-completion` teaches the shell its commands and options. Help and
@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from . import learning, reading, simulation
+from . import learning, reading, reproduction, simulation
 from .boundary import Boundary, leave
 from .settings import command
 
@@ -71,6 +71,13 @@ def _sample(settings: reading.Sampling):
     from .sample import sample
 
     sample(settings)
+
+
+@command(app, "reproduce", reproduction.Reproduction)
+def _reproduce(settings: reproduction.Reproduction):
+    from .reproduce import reproduce
+
+    reproduce(settings)
 
 
 @command(app, "info", reading.Information)

@@ -122,13 +122,14 @@ def flag(
     `rule` is that of each value where there may be more; `kept`: whether it repeats the run; `name`
     is that of the flag, where it is not the field's.
     """
-    about = {"help": help, "rule": rule, "kept": kept, "name": name}
+    about = {"help": help, "rule": rule, "kept": kept, "name": name, "by_place": False}
     return dataclasses.field(default=default, metadata=about)
 
 
-def argument(help: str, rule: Rule | None = None) -> Any:
-    """A field of settings that is given by its position."""
-    return dataclasses.field(metadata={"help": help, "rule": rule, "kept": False})
+def argument(help: str, rule: Rule | None = None, *, default: Any = dataclasses.MISSING) -> Any:
+    """A field of settings that is given by its position, and has to be where it has no default."""
+    about = {"help": help, "rule": rule, "kept": False, "name": None, "by_place": True}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def flag_name(field: str) -> str:
@@ -136,8 +137,7 @@ def flag_name(field: str) -> str:
 
 
 def _given_as(field: dataclasses.Field) -> str:
-    is_argument = field.default is dataclasses.MISSING
-    return field.name.upper() if is_argument else flag_name(field.name)
+    return field.name.upper() if field.metadata["by_place"] else flag_name(field.name)
 
 
 @runtime_checkable
@@ -257,8 +257,9 @@ def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
         help, rule = field.metadata["help"], field.metadata["rule"]
         if isinstance(rule, Range) and rule not in (FINITE, COUNT, SEED):
             help += f" [{rule}]"
-        if field.default is dataclasses.MISSING:
-            default: Any = typer.Argument(help=help)
+        if field.metadata["by_place"]:
+            missing = field.default is dataclasses.MISSING
+            default: Any = typer.Argument(... if missing else field.default, help=help)
         else:
             named = field.metadata["name"]
             names = [named or flag_name(field.name)] if named or field.type is not bool else []
