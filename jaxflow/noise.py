@@ -134,11 +134,9 @@ def noisy_solver(
     **Raises:** `ValueError` where noise, geometry and method do not go together.
     """
     instance("noise", noise, Noise, "jaxflow.Noise(kappa=1.0, key=jax.random.key(0))")
-    known = noise.tolerance is not None and dt0 is not None and is_concrete(noise.tolerance, dt0)
-    if known and not noise.tolerance < dt0:
-        raise ValueError(
-            f"the tolerance of a path must be less than a step, dt0={dt0}; got {noise.tolerance}."
-        )
+    fine = noise.tolerance
+    if fine is not None and dt0 is not None and is_concrete(fine, dt0) and not fine < dt0:
+        raise ValueError(f"the tolerance of a path must be below a step, dt0={dt0}; got {fine}.")
     name = type(solver).__name__
     if not isinstance(geometry, Euclidean | Sphere):
         raise ValueError(

@@ -85,7 +85,7 @@ CALLS = {
             noise=jf.Noise(1.0, key=KEY, tolerance=0.2),
         ),
         ValueError,
-        "must be less than a step, dt0=0.1; got 0.2",
+        "must be below a step, dt0=0.1; got 0.2",
     ),
     "an implicit method for noise": (
         lambda: noisy(dt0=0.1, solver=diffrax.Kvaerno5()),
