@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from ._flow_input import (
     Observables,
+    Times,
     check_kinds,
     check_measure,
     check_policy,
@@ -228,20 +229,11 @@ def flow_around(
         "Save fewer times, or save statistics instead of points: observe={...} with "
         "saveat=SaveAt(ts=..., fn=lambda t, y, args: None).",
     )
-    stepsize_controller = _at_jumps(stepsize_controller, field)
-    when = times(t0, t1, dt0, saveat, stepsize_controller, dtype)
-    controller = _at_breakpoints(when.controller, field, adjoint, solver, dtype)
-    if adjoint == diffrax.RecursiveCheckpointAdjoint() and isinstance(controller, diffrax.StepTo):
-        adjoint = default_adjoint(len(controller.ts) - 1)
-    arguments = (
-        field,
-        mu0,
-        when._replace(
-            saveat=compared_by_code(when.saveat, keep=(save_points,)),
-            controller=_traced_tolerances(controller, dtype),
-        ),
-        noise,
-    )
+    when = _schedule(t0, t1, dt0, saveat, stepsize_controller, field, adjoint, solver, dtype)
+    if adjoint == diffrax.RecursiveCheckpointAdjoint():
+        if isinstance(when.controller, diffrax.StepTo):
+            adjoint = default_adjoint(len(when.controller.ts) - 1)
+    arguments = field, mu0, when, noise
     forward = _check_modes(arguments, adjoint)
     on_geometry = is_concrete(mu0.points)
     try:
@@ -396,13 +388,7 @@ def integrate(
     dtype = jtu.tree_leaves(y0)[0].dtype
     controller = stepsize_controller or default_controller(solver, dt0, dtype)
     check_tolerances(controller)
-    when = times(t0, t1, dt0, saveat, _at_jumps(controller, args), dtype)
-    when = when._replace(
-        saveat=compared_by_code(when.saveat, keep=(save_points,)),
-        controller=_traced_tolerances(
-            _at_breakpoints(when.controller, args, adjoint, solver, dtype), dtype
-        ),
-    )
+    when = _schedule(t0, t1, dt0, saveat, controller, args, adjoint, solver, dtype)
     _check_modes((terms, y0, args, when), adjoint)
     return _integrate(
         (terms, y0, args, when), _with_newton(solver), adjoint, compared_by_code(event), max_steps
@@ -465,6 +451,17 @@ def default_controller(
             "estimate such as diffrax.Tsit5()."
         )
     return diffrax.ConstantStepSize()
+
+
+def _schedule(t0, t1, dt0, saveat, controller, field, adjoint, solver, dtype) -> Times:
+    """The times of a solve, whose steps end at the breakpoints of the field; tolerances and times
+    are no part of its program."""
+    when = times(t0, t1, dt0, saveat, _at_jumps(controller, field), dtype)
+    controller = _at_breakpoints(when.controller, field, adjoint, solver, dtype)
+    return when._replace(
+        saveat=compared_by_code(when.saveat, keep=(save_points,)),
+        controller=_traced_tolerances(controller, dtype),
+    )
 
 
 def _at_jumps(controller, field):

@@ -628,7 +628,7 @@ CALLS = {
     "a grid inside out": (
         lambda: density.Box(1.0, -1.0, 8),
         ValueError,
-        r"lower < upper and cells.*got lower=\(1.0,\)",
+        r"low < high and cells.*got low=\(1.0,\)",
     ),
     "a box of two shapes": (
         lambda: density.Box((0.0, 0.0), (1.0, 1.0), 8),

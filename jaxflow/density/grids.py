@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from .._rules import array, known
 from .._types import ArrayLike, ScalarLike
 from ..fields import AbstractField
-from ..geometry import AbstractGeometry
+from ..geometry import AbstractGeometry, Sphere
 from ..measure import Measure
 
 
@@ -120,3 +120,34 @@ class AbstractGrid(eqx.Module):
             raise ValueError("rho0 must have some mass on the grid, got 0 at each of its points.")
         values = values.astype(self.volumes.dtype)
         return values / (values * self.volumes).sum()
+
+
+class AbstractCircle(AbstractGrid):
+    """The unit circle at the angles 2 pi i / n."""
+
+    n: eqx.AbstractVar[int]
+
+    @property
+    def geometry(self):
+        return Sphere()
+
+    @property
+    def shape(self):
+        return (self.n,)
+
+    @property
+    def axes(self):
+        return (2 * np.pi * np.arange(self.n) / self.n,)
+
+    @property
+    def points(self):
+        return on_circle(self.axes[0])
+
+    @property
+    def volumes(self):
+        return jnp.full(self.n, 2 * np.pi / self.n, float)
+
+
+def on_circle(angles: np.ndarray) -> Float[Array, "n 2"]:
+    """The points of the unit circle at these angles."""
+    return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1), float)

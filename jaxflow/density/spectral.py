@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 
 from .._rules import count
 from ..geometry import Sphere
-from .grids import AbstractGrid
+from .grids import AbstractCircle, AbstractGrid, on_circle
 
 
-class FourierCircle(AbstractGrid):
+class FourierCircle(AbstractCircle):
     """The unit circle by n values at the angles 2 pi i / n and their Fourier series.
 
     Modes above n/3 do not move, by the rule of two thirds (Orszag 1971): the product of two others
@@ -38,26 +38,6 @@ class FourierCircle(AbstractGrid):
         self.n = count("n", n, 4)
 
     @property
-    def geometry(self):
-        return Sphere()
-
-    @property
-    def shape(self):
-        return (self.n,)
-
-    @property
-    def axes(self):
-        return (2 * np.pi * np.arange(self.n) / self.n,)
-
-    @property
-    def points(self):
-        return self._turned(0.0)
-
-    @property
-    def volumes(self):
-        return jnp.full(self.n, 2 * np.pi / self.n, float)
-
-    @property
     def solver(self):
         return diffrax.Tsit5()
 
@@ -69,7 +49,7 @@ class FourierCircle(AbstractGrid):
 
     def transport(self, field, t, state):
         velocity = field(t, self.points, self.measure(state))
-        along = (velocity * self._turned(np.pi / 2)).sum(axis=1)
+        along = (velocity * on_circle(self.axes[0] + np.pi / 2)).sum(axis=1)
         flux = self.transform(state * along)
         k = np.arange(self.n // 2 + 1)
         slope = jnp.asarray(np.where(k <= self.n / 3, 1j * k, 0), flux.dtype)
@@ -84,10 +64,6 @@ class FourierCircle(AbstractGrid):
 
     def inverse(self, modes):
         return jnp.fft.irfft(modes, self.n)
-
-    def _turned(self, angle: float) -> Float[Array, "n 2"]:
-        angles = self.axes[0] + angle
-        return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1), float)
 
 
 class SphereHarmonics(AbstractGrid):

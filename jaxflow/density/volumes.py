@@ -17,12 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._rules import count, real
-from ..geometry import Euclidean, Sphere
-from .grids import AbstractGrid
+from ..geometry import Euclidean
+from .grids import AbstractCircle, AbstractGrid, on_circle
 from .steps import SSPRK43
 
 
-class Circle(AbstractGrid):
+class Circle(AbstractCircle):
     """The unit circle in n cells of equal length, around the angles 2 pi i / n.
 
     **Arguments:** `n`, at least 4.
@@ -36,26 +36,6 @@ class Circle(AbstractGrid):
         self.n = count("n", n, 4)
 
     @property
-    def geometry(self):
-        return Sphere()
-
-    @property
-    def shape(self):
-        return (self.n,)
-
-    @property
-    def axes(self):
-        return (2 * np.pi * np.arange(self.n) / self.n,)
-
-    @property
-    def points(self):
-        return _on_circle(self.axes[0])
-
-    @property
-    def volumes(self):
-        return jnp.full(self.n, self._length, float)
-
-    @property
     def solver(self):
         return SSPRK43()
 
@@ -67,8 +47,8 @@ class Circle(AbstractGrid):
 
     def transport(self, field, t, state):
         faces = self.axes[0] + self._length / 2
-        velocity = field(t, _on_circle(faces), self.measure(state))
-        along = (velocity * _on_circle(faces + np.pi / 2)).sum(axis=1)
+        velocity = field(t, on_circle(faces), self.measure(state))
+        along = (velocity * on_circle(faces + np.pi / 2)).sum(axis=1)
         return upwind(state, along, self._length)
 
     @property
@@ -92,31 +72,31 @@ class Box(AbstractGrid):
 
     Nothing passes a wall: take a box that holds the density at all times.
 
-    **Arguments:** `lower`, `upper`, the corners, a number or one a coordinate; `cells`, how many
+    **Arguments:** `low`, `high`, the corners, a number or one a coordinate; `cells`, how many
     along each coordinate, at least 4: `Box(-3.0, 3.0, 128)` is an interval of R,
     `Box((-3.0, -3.0), (3.0, 3.0), (64, 64))` a square in the plane.
 
     **Raises:** `ValueError` or `TypeError` where these make no box.
     """
 
-    lower: tuple[float, ...] = eqx.field(static=True)
-    upper: tuple[float, ...] = eqx.field(static=True)
+    low: tuple[float, ...] = eqx.field(static=True)
+    high: tuple[float, ...] = eqx.field(static=True)
     cells: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, lower: Any, upper: Any, cells: Any):
-        corners = [np.atleast_1d(np.asarray(corner)).tolist() for corner in (lower, upper)]
-        self.lower, self.upper = (
+    def __init__(self, low: Any, high: Any, cells: Any):
+        corners = [np.atleast_1d(np.asarray(corner)).tolist() for corner in (low, high)]
+        self.low, self.high = (
             tuple(float(real("a corner of a box", x)) for x in corner) for corner in corners
         )
         many = cells if isinstance(cells, tuple | list) else [cells]
         self.cells = tuple(count("cells", n, 4) for n in many)
 
     def __check_init__(self):
-        ordered = all(a < b for a, b in zip(self.lower, self.upper, strict=False))
-        if not len(self.lower) == len(self.upper) == len(self.cells) or not ordered:
+        ordered = all(a < b for a, b in zip(self.low, self.high, strict=False))
+        if not len(self.low) == len(self.high) == len(self.cells) or not ordered:
             raise ValueError(
-                "a box takes lower < upper and cells, one number a coordinate; got "
-                f"lower={self.lower}, upper={self.upper}, cells={self.cells}."
+                "a box takes low < high and cells, one number a coordinate; got "
+                f"low={self.low}, high={self.high}, cells={self.cells}."
             )
 
     @property
@@ -129,7 +109,7 @@ class Box(AbstractGrid):
 
     @property
     def axes(self):
-        sides = zip(self.lower, self._lengths, self.cells, strict=True)
+        sides = zip(self.low, self._lengths, self.cells, strict=True)
         return tuple(a + h * (np.arange(n) + 0.5) for a, h, n in sides)
 
     @property
@@ -178,7 +158,7 @@ class Box(AbstractGrid):
 
     @property
     def _lengths(self):
-        sides = zip(self.lower, self.upper, self.cells, strict=True)
+        sides = zip(self.low, self.high, self.cells, strict=True)
         return tuple((b - a) / n for a, b, n in sides)
 
     def _faces(self, k: int) -> Float[Array, "faces d"]:
@@ -217,10 +197,6 @@ def _limited(a: Array, b: Array) -> Array:
     """The slope nearest to 0 of 2 a, 2 b and their mean, 0 where they differ in sign."""
     size = jnp.minimum(2 * jnp.minimum(jnp.abs(a), jnp.abs(b)), jnp.abs(a + b) / 2)
     return jnp.where(a * b > 0, jnp.sign(a) * size, 0)
-
-
-def _on_circle(angles: np.ndarray) -> Float[Array, "n 2"]:
-    return jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1), float)
 
 
 def _product(axes) -> Float[Array, "n d"]:
