@@ -13,8 +13,8 @@ tokens are a perturbation of size n^{-1/2}, so it takes many to see the rate its
 tokens, to 1e-5, and a step costs O(n).
 
 Expected for beta = 9 on the circle: mode 4 grows at about 0.72, and at t = 10 there are 4 clusters.
-On the sphere there are 5. A million tokens take half a minute on the circle and three minutes on the
-sphere, on two cores. Pictures: runs/tokens.png.
+On the sphere there are 5. A million tokens take half a minute on the circle and three minutes on
+the sphere, on two cores. Pictures: runs/tokens.png.
 """
 
 import sys

@@ -348,7 +348,8 @@ def _weights_of_one(points: Float[Array, "n d"], w: Float[Array, " n"], grid: Gr
     def add(carry, tokens):
         # Kahan's sum: what an addition lost is in the next one.
         total, lost = carry
-        part = _block(*tokens, grid) - lost
+        points, w = tokens
+        part = _block(points, w, grid) - lost
         after = total + part
         return (after, (after - total) - part), None
 
