@@ -35,6 +35,7 @@ SIMULATE = """
     --max-steps 0 | --max-steps 1.5
     --frames 1 | --frames 1e9 | --frames 2 --log-time
     --threshold 2 | --threshold 1 | --threshold nan
+    --min-mass -1 | --min-mass 2 | --min-mass nan
     --clusters 0 | --speed 0 | --speed nan | --until then
     --seed -1 | --seed 12345678901234567890 | --seed 1.5
     --normalisation pre --geometry sphere | --normalisation ngpt --geometry euclidean

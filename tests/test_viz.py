@@ -172,6 +172,12 @@ def test_summary_elsewhere(d, geometry, tmp_path):
     viz.summary(gathering(d, SPACED, geometry)).savefig(tmp_path / "flow.png")
 
 
+def test_no_cluster_of_the_least_mass_is_drawn_as_none(sol):
+    none = solution(sol.measures.points, clusters=jnp.zeros(TIMES))
+    low, high = viz.cluster_staircase(none).get_ylim()
+    assert 0 < low < 1 < high
+
+
 def test_inner_products(sol):
     ax = viz.inner_product_histogram(sol, bins=50)
     density = np.ma.filled(ax.collections[0].get_array(), 0)

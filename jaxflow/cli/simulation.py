@@ -109,6 +109,7 @@ class Simulation:
     threshold: float = flag(
         0.999, "Tokens with a larger cosine are linked into a cluster.", Range(-1, 1, open=True)
     )
+    min_mass: float = flag(0.0, "Least share of the tokens that counts as a cluster.", Range(0, 1))
     observe: list[Observable] | None = flag(None, "Measure this too; repeatable.")
     merges: bool = flag(False, "Find the time and pair of each merge.")
     film: bool = flag(False, "Write a film too.")
