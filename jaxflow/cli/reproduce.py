@@ -146,6 +146,7 @@ def _about(result: Result, quick: bool) -> dict[str, Any]:
     """What a record has to say to be of this result, this version and these settings."""
     source = hashlib.sha256(Path(inspect.getfile(result.run)).read_bytes()).hexdigest()
     about = {"name": result.name, "arxiv": result.arxiv, "line": result.line}
+    about["parameters"] = result.parameters
     return about | {"quick": quick, "jaxflow": __version__, "source": source}
 
 

@@ -63,13 +63,15 @@ class Seconds(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A published result: its name, arXiv number, one line, cost, and how it is computed."""
+    """A published result: its name, arXiv number, one line, cost, how it is computed, and whose its
+    numbers of tokens, temperatures and times are."""
 
     name: str
     arxiv: str
     line: str
     seconds: Seconds
     run: Callable[[bool], Outcome]
+    parameters: str = "ours"
 
     def cost(self, quick: bool) -> float | int:
         return self.seconds.quick if quick else self.seconds.full

@@ -13,7 +13,8 @@ from scipy.special import iv
 
 from ..density import Circle, FourierCircle, solve
 from ..fields import SelfAttention
-from .base import Outcome, Result, Row, Seconds, panels
+from ..measure import from_angles
+from .base import Outcome, Result, Row, Scheme, Seconds, panels, published
 
 BETAS, GRID, T1 = (5.0, 7.0), Circle(256), 12.0
 PHASE = 0.7
@@ -55,7 +56,7 @@ def run(quick: bool) -> Outcome:
                 "a cell of the grid",
             )
         )
-    return Outcome(rows, draw(rates, pictures))
+    return Outcome(rows, draw(rates, pictures), [_published(beta) for beta in BETAS])
 
 
 def growth(beta: float, k: int, grid: FourierCircle = FourierCircle(64)) -> float:
@@ -65,6 +66,18 @@ def growth(beta: float, k: int, grid: FourierCircle = FourierCircle(64)) -> floa
     sol = solve(SelfAttention(beta=beta), start, grid, t1=1.0, stepsize_controller=tight)
     modes = np.abs(np.fft.rfft(np.asarray(sol.densities[-1])))
     return float(np.log(2 * modes[k] / modes[0] / 1e-4))
+
+
+def _published(beta: float) -> Scheme:
+    """The rate of the fastest mode over t = 1, of tokens by the published step."""
+    k = int(np.sqrt(2 * beta).round())
+    u = np.linspace(0, 2 * np.pi, 512, endpoint=False)
+    x = published(SelfAttention(beta=beta), from_angles(u - 1e-4 / k * np.sin(k * u)), 10)[1]
+    modes = np.abs(np.exp(1j * k * np.arctan2(x[[0, -1], :, 1], x[[0, -1], :, 0])).mean(axis=1))
+    rate = k**2 * iv(k, beta) / (beta * iv(0, beta))
+    return Scheme(
+        f"rate of mode {k}, beta = {beta:g}", float(np.log(modes[1] / modes[0])), float(rate)
+    )
 
 
 def alike(x):
@@ -121,4 +134,5 @@ RESULT = Result(
     "the uniform law breaks into as many clusters as its fastest mode has maxima: 3 and 4",
     Seconds(15, 15),
     run,
+    "of the paper",
 )

@@ -23,7 +23,7 @@ from ..fields import (
 )
 from ..geometry import Euclidean
 from ..measure import Measure, simplex
-from .base import Outcome, Result, Row, Seconds, exact, panels
+from .base import Outcome, Result, Row, Scheme, Seconds, exact, panels, published
 
 N, BETA, ALPHA = 16, 1.0, 0.5
 
@@ -55,7 +55,14 @@ def run(quick: bool) -> Outcome:
     right.invert_xaxis()
     for axes in (left, right):
         axes.legend()
-    return Outcome(rows, figure)
+    return Outcome(rows, figure, [_published()])
+
+
+def _published() -> Scheme:
+    """A published step divides the distance of near tokens by 1 + h, not by e^h."""
+    ts, x = published(SelfAttention(beta=BETA), simplex(N, N), 80)
+    logs = np.log(((x[[60, 80], 0] - x[[60, 80], 1]) ** 2).sum(axis=1))
+    return Scheme("rate of Post-LN", float((logs[1] - logs[0]) / (ts[80] - ts[60])), -2.0)
 
 
 def schemes() -> dict[str, _Scheme]:

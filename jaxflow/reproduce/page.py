@@ -49,7 +49,8 @@ def _section(record: dict[str, Any], picture: bytes | None) -> str:
     name = html.escape(record["name"])
     parts = [
         f'<h2 id="{name}">{name} {_verdict(record["passed"])}</h2>',
-        f"<p>{html.escape(record['line'])} ({_paper(record['arxiv'])})</p>",
+        f"<p>{html.escape(record['line'])} ({_paper(record['arxiv'])}; parameters: "
+        f"{html.escape(record['parameters'])})</p>",
     ]
     if record["error"] is not None:
         parts.append(f'<p class="fail">{html.escape(record["error"])}</p>')

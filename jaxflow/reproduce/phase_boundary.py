@@ -99,4 +99,5 @@ RESULT = Result(
     "when 32 tokens meet, by beta: the boundary in d = 1024, and with random Q, K, V",
     Seconds(45, 120),
     run,
+    "of the paper",
 )

@@ -111,4 +111,5 @@ RESULT = Result(
     "five tokens at beta = 4: one cluster at t = 328, and at t = 364 by the published step",
     Seconds(15, 15),
     run,
+    "of the paper",
 )
