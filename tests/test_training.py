@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import diffrax
@@ -778,18 +779,17 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_when_the_run_goes_on(tmp_p
 
 @pytest.mark.slow
 def test_killed_again_and_again_the_losses_are_the_same(tmp_path):
-    whole, killed, kills = resume.compare(tmp_path, kills=4, steps=400)
-    assert kills >= 2  # the others found it done
-    assert len(whole) == 400 and whole == killed
+    whole, killed, kills = resume.compare(tmp_path, kills=3, steps=60, longest_s=0.1)
+    assert kills >= 2  # the other found it done
+    assert len(whole) == 60 and whole == killed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_end(tmp_path, number):
-    child = resume.start(tmp_path, tmp_path / "cache", 10_000)
+def test_a_signal_to_a_process_saves_and_ends_it(tmp_path):
+    child = resume.start(tmp_path, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), 10_000)
     resume.wait_for_step(child, tmp_path)
-    child.send_signal(number)
-    assert child.communicate()[0].strip() == number.name
+    child.send_signal(signal.SIGTERM)
+    assert child.communicate()[0].strip() == "SIGTERM"
     assert child.returncode == 0
     last = training.latest(tmp_path / "checkpoints")
     assert last is not None
