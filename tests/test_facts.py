@@ -542,6 +542,7 @@ def test_f14_convex_hulls_are_nested():
     support = np.einsum("tnd,ud->tun", z, directions).max(axis=-1)
     assert np.diff(support, axis=0).max() <= TRUTH
     assert (support[0] - support[-1]).max() > 0.1  # the hull does shrink
+    assert (np.diff(jf.observables.hull_area(jf.Measure(z))) < 0).all()
 
 
 def test_f14_attention_becomes_boolean_of_rank_two():
@@ -560,6 +561,8 @@ def test_f14_attention_becomes_boolean_of_rank_two():
     np.testing.assert_allclose(end, np.round(end), rtol=0, atol=1e-12)
     np.testing.assert_array_equal(np.round(end).sum(axis=1), 1)
     assert np.linalg.matrix_rank(np.round(end)) == 2
+    rank = jf.observables.AttentionRank(field, tolerance=1e-4)
+    assert rank(0.0, measures[0]) > 4 and rank(6.0, measures[-1]) == 2
 
 
 # ------------------------------------------------------------------ F15, F16: leaders
