@@ -74,6 +74,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish():
+    """Tracing makes so many objects that a tenth of its time goes into collecting them: what is
+    imported by now stays, and is not looked through again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
     """Programs are dropped where they come to fill three quarters of the memory maps of a process,
