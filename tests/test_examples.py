@@ -144,7 +144,7 @@ def test_text_as_a_measure(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_million_tokens(run, tmp_path):
     """Twenty thousand of them."""
     result = run("million_tokens", 20_000)
@@ -156,6 +156,7 @@ def test_million_tokens(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_masks(run, tmp_path):
     result = run("masks")
     last = {name: counts[-1] for name, counts in result["counts"].items()}
@@ -170,6 +171,7 @@ def test_masks(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_phase_diagram(run, tmp_path):
     result = run("phase_diagram")
     curve, boundaries = result["curve"], result["boundaries"]
