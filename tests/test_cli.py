@@ -192,6 +192,24 @@ def test_simulate_with_points_and_matrices_of_files(tmp_path):
     assert json.loads((out / "config.json").read_text())["points"] == str(files["x"])
 
 
+def test_simulate_with_noise(tmp_path):
+    """Common noise moves far tokens of R^d by one path, which is that of the seed."""
+    flags = "--n 3 --d 2 --beta 0 --law gaussian --geometry euclidean --kappa 0.5 --noise common"
+    steps = "--dt 0.25 --t1 0.5 --frames 3 --solver euler".split()
+    saved = tmp_path / "points.npz"
+    result = run("simulate", *flags.split(), *steps, "--save", saved, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    x = np.load(saved)["points"]
+    # Euler's steps of attention at beta = 0, x <- x + h m, keep differences.
+    np.testing.assert_allclose(np.diff(x[-1], axis=0), np.diff(x[0], axis=0), atol=1e-5)
+    noise = jf.Noise(0.5, key=jax.random.fold_in(jax.random.key(0), 1), common=True)
+    field = jf.SelfAttention(beta=0.0, geometry=jf.Euclidean())
+    mu0 = jf.measure.gaussian(3, 2, key=jax.random.key(0))
+    sol = jf.flow(field, mu0, t1=0.5, dt0=0.25, solver=diffrax.Euler(), noise=noise)
+    np.testing.assert_allclose(x[-1], sol.last.points, atol=1e-5)
+    assert np.linalg.norm(x[-1].mean(axis=0) - 1.25**2 * x[0].mean(axis=0)) > 0.1
+
+
 @pytest.mark.slow
 def test_simulate_with_everything(tmp_path):
     """An event, log times, every observable, merges and a film; the same again from its file."""

@@ -198,3 +198,13 @@ def test_continuity_equation(run, tmp_path):
     assert list(run("continuity_equation").values()) == [3, 4, 4]
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "runs" / "continuity_equation.png").exists()
+
+
+@pytest.mark.slow
+def test_noise(run, tmp_path):
+    result = run("noise")
+    for way, expected in (("up", [0, 0, 0.8208]), ("down", [0, 0.7399, 0.8208])):
+        found = [result[way][kappa] for kappa in (0.38, 0.40, 0.42)]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)  # a tilt of 0.02 decays
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "noise.png").exists()

@@ -135,14 +135,14 @@ def test_methods_on_the_sphere_follow_one_path(solver):
 
 
 @pytest.mark.usefixtures("optimised")
-def test_weak_order_on_the_sphere():
-    """The mean height after a time, whose law is known: the error is that of the step."""
-    n, t, steps = 400_000, 1.0, (2, 4, 8)
-    errors = [
-        abs(moved(NOWHERE, pole(n, 3), t, t / m, 2.0).last.points[:, 2].mean() - np.exp(-t))
-        for m in steps
-    ]
-    assert 0.7 < slope(steps, errors) < 1.4  # standard errors are a hundredth of these
+def test_weak_orders_on_the_sphere():
+    """Harmonics of degree 1 and 2, the mean and the second moment, whose laws are known: the error
+    is that of the step."""
+    n, t, kappa, steps = 400_000, 1.0, 2.0, (2, 4, 8)
+    heights = [moved(NOWHERE, pole(n, 3), t, t / m, kappa).last.points[:, 2] for m in steps]
+    for harmonic, rate in ((lambda z: z, 2), (lambda z: (3 * z**2 - 1) / 2, 6)):
+        errors = [abs(harmonic(z).mean() - np.exp(-rate * t / kappa)) for z in heights]
+        assert 0.7 < slope(steps, errors) < 1.7, errors  # standard errors are a hundredth of these
 
 
 # ------------------------------------------------------------------ as without noise
