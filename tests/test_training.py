@@ -129,7 +129,9 @@ def test_it_learns_in_one_trace():
     for a, b in zip(arrays(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
     row = fitted.history[-1]
-    assert row["num_evaluations"] == 2 and row["per_second"] > 0 and row["gradient_norm"] > 0
+    assert (
+        row["num_evaluations"] == 2 and row["targets_per_second"] > 0 and row["gradient_norm"] > 0
+    )
     assert row["validation_loss"] >= fitted.validation_loss
     assert row["validation_num_evaluations"] == 2
 

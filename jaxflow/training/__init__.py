@@ -3,6 +3,7 @@
 fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 """
 
+from .callbacks import tensorboard
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
 from .loop import Data, Fitted, fit
@@ -46,6 +47,7 @@ __all__ = [
     "restore",
     "save",
     "squared_error",
+    "tensorboard",
     "text_data",
     "tokenizer",
     "tokenizer_from_dict",
