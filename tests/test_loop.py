@@ -1,6 +1,5 @@
 """What a training tells and whom it hears: callbacks, lines, signals, time; steps made ahead."""
 
-import dataclasses
 import signal
 
 import jax
@@ -8,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_training import Interrupted, Line, Points, losses, quick, same
 
 from jaxflow import training
 from jaxflow.training import ahead, callbacks, watch
-from tests.test_training import Interrupted, Line, Outputs, Points, losses, quick, same
 
 
 @pytest.fixture
@@ -119,13 +118,21 @@ def test_what_is_measured_has_its_unit_in_its_name():
     assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Counted(Outputs):
+class Counted(training.AbstractLoss):
     """Says that a batch took five evaluations of the field."""
 
     def __call__(self, model, inputs, targets, key):
-        out = Outputs.__call__(self, model, inputs, targets, key)
-        return training.Valued(out.value, out.ok, {"num_evaluations": 5 * jnp.ones(())})
+        value = training.cross_entropy(model(inputs), targets)
+        return training.Valued(value, jnp.array(True), {"num_evaluations": 5 * jnp.ones(())})
+
+
+def test_evaluations_of_the_field_add_up(tmp_path):
+    options = {"loss": Counted(), "accumulate": 2, "run": tmp_path}
+    quick(steps=2, **options)
+    rows = quick(steps=3, resume=True, **options).history
+    assert [(r["num_evaluations"], r["total_evaluations"]) for r in rows] == [
+        (5, 10), (5, 20), (5, 30),
+    ]  # fmt: skip
 
 
 def test_a_callback_that_fails_is_named_and_the_run_goes_on(tmp_path):

@@ -20,6 +20,8 @@ MLflow:
 
 import importlib
 import inspect
+import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,24 +83,34 @@ def tensorboard(folder: str | Path) -> Callback:
     **Raises:** ImportError, with what to install, where tensorboardX is missing.
     """
     try:
-        writer = importlib.import_module("tensorboardX").SummaryWriter
+        modules = ("event_file_writer", "proto.event_pb2", "summary")
+        writer, events, summaries = (importlib.import_module(f"tensorboardX.{m}") for m in modules)
     except ImportError as error:
         raise ImportError(
             'TensorBoard needs tensorboardX: pip install "jaxflow[tensorboard]".'
         ) from error
-    return _TensorBoard(writer, Path(folder))
+    return _TensorBoard(Path(folder), writer.EventsWriter, events, summaries.scalar)
 
 
 class _TensorBoard:
+    """Writes at once, as a queue would lose what a process that is killed has measured last."""
+
     __qualname__ = "tensorboard"
 
-    def __init__(self, writer: Callable, folder: Path):
-        self.writer, self.folder = writer, folder
-        self.events: Any = None
+    def __init__(self, folder: Path, writer: Callable, events: Any, scalar: Callable):
+        self.folder, self.writer, self.events, self.scalar = folder, writer, events, scalar
+        self.file: Any = None
 
     def __call__(self, step: int, metrics: dict[str, float], model: Any):
-        if self.events is None:
-            self.events = self.writer(str(self.folder), purge_step=step)
+        if self.file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A file of its own, though another run began in the same second.
+            self.file = self.writer(str(self.folder / "events"), f".{os.getpid()}.{step}")
+            start = self.events.SessionLog(status=self.events.SessionLog.START)
+            self._write(step, session_log=start)  # what earlier runs wrote from here on is void
         for name, value in metrics.items():
-            self.events.add_scalar(name, value, step)
-        self.events.flush()
+            self._write(step, summary=self.scalar(name, value))
+        self.file.flush()
+
+    def _write(self, step: int, **what: Any):
+        self.file.write_event(self.events.Event(step=step, wall_time=time.time(), **what))
