@@ -22,6 +22,7 @@ import importlib
 import inspect
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ class _TensorBoard:
             self.folder.mkdir(parents=True, exist_ok=True)
             # A file of its own, though another run began in the same second.
             self.file = self.writer(str(self.folder / "events"), f".{os.getpid()}.{step}")
+            weakref.finalize(self, self.file.close)
             start = self.events.SessionLog(status=self.events.SessionLog.START)
             self._write(step, session_log=start)  # what earlier runs wrote from here on is void
         for name, value in metrics.items():
