@@ -28,7 +28,7 @@ CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
 # What of a config may differ where a run goes on; the text and the images have to hold the same.
 CHANGEABLE = frozenset(
     {"steps", "learning_rate", "patience", "budget", "evaluation_batches", "checkpoint_every"}
-    | {"minutes", "evaluate_on_interrupt", "tensorboard", "profile"}
+    | {"minutes", "evaluate_on_interrupt", "tensorboard"}
     | {"text", "images", "labels", "cache", "jaxflow"}
 )
 
