@@ -308,7 +308,7 @@ def test_compare_where_all_runs_had_come_to(tmp_path):
         run(tmp_path / name, "train", {}, "".join(lines))
     args = ["compare", *(str(tmp_path / name) for name in logs), "--metric", "loss"]
     for at, told in {
-        "step": ("at the largest common step", "loss    20    2.5   2.125"),
+        "step": ("at the largest common step", "loss    20    2.5  2.125"),
         "time": ("at the largest common seconds", "loss    3        2.25  2.75"),
     }.items():
         flags = ["--at", at, "--out", str(tmp_path / "a.svg")]
