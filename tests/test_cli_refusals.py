@@ -334,6 +334,7 @@ def test_the_names_of_flags_are_those_of_the_tables():
         choices.Until: systems.EVENTS,
         choices.Solver: models.SOLVERS,
         choices.Curve: models.CURVES,
+        choices.Block: models.BLOCKS,
         choices.PhaseInteraction: phase.INTERACTIONS,
         choices.Matrices: phase.MATRICES,
     }

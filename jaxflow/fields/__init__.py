@@ -9,12 +9,13 @@ from .base import (
     AbstractWrapper,
     Scaled,
     Sum,
+    Whole,
     divergence,
     token_velocities,
 )
 from .biased import L2, ALiBi, alibi_slopes
 from .compressed import Compressed
-from .feedforward import FeedForward, LinearDrift
+from .feedforward import FeedForward, GatedFeedForward, LinearDrift
 from .interactions import (
     AbstractInteraction,
     Hardmax,
@@ -46,6 +47,7 @@ from .random_matrices import (
 )
 from .rescaled import Rescaled
 from .sigmoid import Sigmoid
+from .tied import TiedAttention
 from .time import (
     AbstractCurve,
     Constant,
@@ -75,6 +77,7 @@ __all__ = [
     "FeedForward",
     "Fourier",
     "GOEMatrices",
+    "GatedFeedForward",
     "GaussianMatrices",
     "Hardmax",
     "HyperNetwork",
@@ -102,10 +105,12 @@ __all__ = [
     "Softmax",
     "SqrtScaling",
     "Sum",
+    "TiedAttention",
     "TimeDependent",
     "Tokens",
     "UnitNorm",
     "Unnormalised",
+    "Whole",
     "alibi_slopes",
     "divergence",
     "redrawn",

@@ -6,6 +6,9 @@
     ImageClassifier   attention + feed-forward on the patches of an image
     ResidualNetwork   feed-forward on one vector: a ResNet, and the neural ODE of the same block
 
+A block is any function of a PRNG key that makes a field: `gpt2`, `llama`, `parallel`, `attention`
+and `theory` make such functions.
+
 Depth is a policy, not a class. With layers (PiecewiseConstant), Lie-Trotter splitting, Euler's
 method and one step a layer a model is the plain transformer or ResNet; with another curve, solver,
 step count or tolerance it is a continuous one, and the same parameters run under either.
@@ -13,28 +16,34 @@ step count or tolerance it is a continuous one, and the same parameters run unde
 
 from ..flow import FlowSolution as Solved  # the name that solutions of models had
 from .base import AbstractModel, Depth
-from .blocks import Block, fourier, hypernetwork, interpolated, layered, shared, smooth
-from .config import CURVES, SOLVERS, build, depth
+from .blocks import attention, gpt2, llama, parallel, theory
+from .config import BLOCKS, CURVES, SOLVERS, build, depth
+from .curves import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .image import ImageClassifier
 from .language import LanguageModel
 from .residual import ResidualNetwork
 
 __all__ = [
+    "BLOCKS",
     "CURVES",
     "SOLVERS",
     "AbstractModel",
-    "Block",
     "Depth",
     "ImageClassifier",
     "LanguageModel",
     "ResidualNetwork",
     "Solved",
+    "attention",
     "build",
     "depth",
     "fourier",
+    "gpt2",
     "hypernetwork",
     "interpolated",
     "layered",
+    "llama",
+    "parallel",
     "shared",
     "smooth",
+    "theory",
 ]

@@ -67,7 +67,8 @@ def tokens(inputs: Any, vocabulary: int) -> Int[Array, "*batch n"]:
             f"tokens must be in 0, ..., {vocabulary - 1}, got {seen.min()} to {seen.max()}. Take "
             "the tokenizer of the model."
         )
-    return found
+    # The bounds of a vocabulary need not be numbers of the few bits that tokens come in.
+    return found.astype(jax.dtypes.canonicalize_dtype(int))
 
 
 def check(prompt, vocabulary: int, length: int, temperature, top_k, top_p, key):

@@ -18,7 +18,7 @@ from .losses import (
 from .optimisers import adamw, matrices
 from .runs import load, tokenizer
 from .step import TrainingError
-from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
+from .tokenizers import BPE, Bytes, Chars, TokenizerFile, tokenizer_from_dict
 
 __all__ = [
     "BPE",
@@ -30,6 +30,7 @@ __all__ = [
     "FlowLoss",
     "Images",
     "Text",
+    "TokenizerFile",
     "TrainingError",
     "Valued",
     "accuracy",
