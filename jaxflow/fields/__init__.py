@@ -30,6 +30,7 @@ from .literature import BoundedConfidence, MeanShift, weighted_attention
 from .normalisation import (
     NGPT,
     AbstractNorm,
+    AddNorm,
     LayerNorm,
     PeriNorm,
     PostNorm,
@@ -71,6 +72,7 @@ __all__ = [
     "AbstractMatrices",
     "AbstractNorm",
     "AbstractWrapper",
+    "AddNorm",
     "BoundedConfidence",
     "Compressed",
     "Constant",

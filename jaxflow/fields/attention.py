@@ -264,6 +264,7 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         groups = heads if kv_heads is None else count("kv_heads", kv_heads)
         if heads % groups:
             raise ValueError(f"kv_heads must divide heads, got {groups} and {heads}.")
+        self.rotary = None if rotary is None else _rotary(rotary, p)
         shapes = [(heads, p, dim), (groups, p, dim), (groups, p, dim), (heads, dim, p)]
         keys = jax.random.split(prng_key(key), 4)
         matrices = [
@@ -274,7 +275,6 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         biases = [None if n is None else jnp.zeros(n) for n in zeros]
         self.query_bias, self.key_bias, self.value_bias, self.output_bias = biases
         self.beta = None if beta is None else _temperature(beta)
-        self.rotary = None if rotary is None else _rotary(rotary, p)
         self.interaction = _interaction(interaction)
         self.causal = flag("causal", causal)
         self.window = _window(window)

@@ -4,6 +4,7 @@
 
     LanguageModel     causal attention + feed-forward on the tokens of a text
     ImageClassifier   attention + feed-forward on the patches of an image
+    Encoder           attention + feed-forward on all tokens of a text at once
     ResidualNetwork   feed-forward on one vector: a ResNet, and the neural ODE of the same block
 
 A block is any function of a PRNG key that makes a field: `gpt2`, `llama`, `parallel`, `attention`
@@ -19,8 +20,10 @@ from .base import AbstractModel, Depth
 from .blocks import attention, gpt2, llama, parallel, theory
 from .config import BLOCKS, CURVES, SOLVERS, build, depth
 from .curves import fourier, hypernetwork, interpolated, layered, shared, smooth
+from .encoder import Encoder
 from .image import ImageClassifier
 from .language import LanguageModel
+from .pretrained import from_pretrained
 from .residual import ResidualNetwork
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "SOLVERS",
     "AbstractModel",
     "Depth",
+    "Encoder",
     "ImageClassifier",
     "LanguageModel",
     "ResidualNetwork",
@@ -37,6 +41,7 @@ __all__ = [
     "build",
     "depth",
     "fourier",
+    "from_pretrained",
     "gpt2",
     "hypernetwork",
     "interpolated",

@@ -36,7 +36,7 @@ def features(name: str, values: ArrayLike, like: Array) -> Array:
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch features"]):
     y = project(x, layer.weight, None)
-    return y if layer.bias is None else y + jnp.broadcast_to(layer.bias, y.shape)
+    return y if layer.bias is None else y + jnp.broadcast_to(layer.bias.astype(y.dtype), y.shape)
 
 
 def project(x, matrix, dtype):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._rules import array, count, flag, function, prng_key
-from .._types import ArrayLike, ScalarLike
+from .._types import ArrayLike, ScalarLike, is_concrete
 from ..fields import AbstractField, AbstractNorm, LayerNorm
 from ..fields.base import all_fields, is_field
 from ..measure import Measure
@@ -106,12 +106,14 @@ class LanguageModel(AbstractModel):
                 dim, heads, layers, width=width, activation=activation, placement=placement,
                 norm=norm, rotary=bool(rotary), bias=bias, dtype=dtype, backend=backend,
             )  # fmt: skip
-            check_size(dim, layers, 4 * dim if width is None else width, tables)
+            if is_concrete(key):  # of a traced one no array is made
+                check_size(dim, layers, 4 * dim if width is None else width, tables)
         else:
             _of_the_default_block(width=width, activation=activation, placement=placement,
                                   bias=bias, backend=backend)  # fmt: skip
         numbers, positioned = _about_block(block, dim)
-        check_numbers(count("layers", layers) * numbers + tables)
+        if is_concrete(key):
+            check_numbers(count("layers", layers) * numbers + tables)
         rotary = positioned if rotary is None else flag("rotary", rotary)
         keys = jax.random.split(prng_key(key), 4)
         self.depth = depth_or_steps(depth, float(layers), layers)
@@ -138,12 +140,10 @@ class LanguageModel(AbstractModel):
                 f"the model has positions for {self.context} tokens, got {n}. Pass the last "
                 f"{self.context}, or build it with rotary=True."
             )
-        # An index beyond the ends would be that of the nearest token, or count from the last.
-        rows = self.embedding.at[tokens]
-        x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        x = generation.rows(self.embedding, tokens)
         if self.positions is not None:
             here = jax.lax.dynamic_slice_in_dim(self.positions, start, n)
-            x = x + jnp.broadcast_to(here, x.shape)
+            x = x + jnp.broadcast_to(here.astype(x.dtype), x.shape)
         return self.field.geometry.retract(x)
 
     def read_out(self, mu: Measure) -> Float[Array, "*batch n vocabulary"]:
