@@ -16,7 +16,7 @@ from .losses import (
     squared_error,
 )
 from .optimisers import adamw, matrices
-from .runs import load, tokenizer
+from .runs import export, load, tokenizer
 from .step import TrainingError
 from .tokenizers import BPE, Bytes, Chars, TokenizerFile, tokenizer_from_dict
 
@@ -38,6 +38,7 @@ __all__ = [
     "best",
     "cross_entropy",
     "evaluate",
+    "export",
     "fit",
     "image_data",
     "latest",

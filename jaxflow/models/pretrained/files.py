@@ -46,7 +46,7 @@ class Folder:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by their names, from the headers of the files."""
         if os.path.lexists(self.path / WEIGHTS):
-            return dict(_header(self._inside(WEIGHTS)))
+            return dict(headers(self._inside(WEIGHTS)))
         if os.path.lexists(self.path / INDEX):
             return self._indexed()
         raise ValueError(
@@ -61,7 +61,7 @@ class Folder:
             raise ValueError(f"{self.path / INDEX} must have a weight_map, {{tensor: file}}.")
         found: dict[str, Tensor] = {}
         for name in sorted(set(entries.values())):
-            found |= dict(_header(self._inside(name)))
+            found |= dict(headers(self._inside(name)))
         if missing := sorted(name for name, file in entries.items() if name not in found
                              or found[name].file.name != file):  # fmt: skip
             raise ValueError(f"{INDEX} names {missing[0]}, which is not where it says.")
@@ -95,7 +95,8 @@ def opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is no whole safetensors file: {error}.") from None
 
 
-def _header(path: Path) -> Iterator[tuple[str, Tensor]]:
+def headers(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """What a file says of its tensors, by their names."""
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118, it is no dictionary
             part = file.get_slice(name)

@@ -76,19 +76,20 @@ def _plain(name: str, prefixes: tuple[str, ...]) -> str:
 
 def _rows(source: Source, layers: int, found: dict[str, Tensor], folder: Folder) -> list[Tensor]:
     """The tensors of a parameter, one a layer, as they must be."""
-    names = [source.name]
-    if LAYER in source.name:
-        names = [source.name.replace(LAYER, str(layer)) for layer in range(layers)]
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{folder.path} has no tensor {missing[0]}, as its config.json says.")
-    for tensor in (found[name] for name in names):
+    rows = []
+    for layer in range(layers if LAYER in source.name else 1):  # the file ends those of a false one
+        name = source.name.replace(LAYER, str(layer))
+        if name not in found:
+            raise ValueError(f"{folder.path} has no tensor {name}, as its config.json says.")
+        tensor = found[name]
         if tensor.shape != source.shape or tensor.dtype is None:
             kind = tensor.dtype or "no floating-point numbers"
             raise ValueError(
                 f"{tensor.file} has {tensor.name} of shape {tensor.shape}, {kind}; its config.json "
                 f"asks for floating-point numbers of shape {source.shape}."
             )
-    return [found[name] for name in names]
+        rows.append(tensor)
+    return rows
 
 
 def _check_extra(found: dict[str, Tensor], needed: list[list[Tensor]], unused: str, folder: Folder):
