@@ -1,5 +1,7 @@
 """Attention with one matrix a head for query, key and value: the symmetric case of the theory."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._rules import array, count, finite, flag, instance, prng_key
-from .._types import ArrayLike
+from .._types import ArrayLike, Scalar
 from ..geometry import AbstractGeometry, Sphere
+from ..measure import Measure
 from .base import AbstractCausalField, apply, visible_log_weights
-from .interactions import Tokens
+from .interactions import Softmax, Tokens
 
 
 class TiedAttention(AbstractCausalField):
@@ -45,6 +48,9 @@ class TiedAttention(AbstractCausalField):
 
     matrix: Float[Array, "H p d"]
     beta: Float[Array, " H"]
+    interaction: ClassVar[Softmax] = Softmax()
+    window: ClassVar[None] = None
+    mask: ClassVar[None] = None
     causal: bool = eqx.field(static=True)
     geometry: AbstractGeometry
     backend: str | None = eqx.field(static=True)
@@ -90,6 +96,12 @@ class TiedAttention(AbstractCausalField):
         seen = visible_log_weights(keys_values, index)
         tokens = lambda keys: Tokens(keys, keys, seen, backend=self.backend)
         return self._velocity(x, keys_values, tokens)
+
+    def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
+        """1, and queries beta_h A_h y and keys A_h y of the tokens for each head, `(H, n, p)`."""
+        keys = self.keys_values(0.0, mu.points).transpose(1, 0, 2)
+        queries = self.beta.astype(keys.dtype)[:, None, None] * keys
+        return jnp.ones((), keys.dtype), (queries, keys)
 
     def _velocity(self, x, y, tokens):
         head = lambda beta, q, k: tokens(k).attend(q, k, beta)[0]

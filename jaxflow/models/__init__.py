@@ -22,6 +22,7 @@ from .config import BLOCKS, CURVES, SOLVERS, build, depth
 from .curves import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .encoder import Encoder
 from .image import ImageClassifier
+from .inspection import Inspection, inspect
 from .language import LanguageModel
 from .pretrained import from_pretrained
 from .residual import ResidualNetwork
@@ -34,6 +35,7 @@ __all__ = [
     "Depth",
     "Encoder",
     "ImageClassifier",
+    "Inspection",
     "LanguageModel",
     "ResidualNetwork",
     "Solved",
@@ -44,6 +46,7 @@ __all__ = [
     "from_pretrained",
     "gpt2",
     "hypernetwork",
+    "inspect",
     "interpolated",
     "layered",
     "llama",
