@@ -41,7 +41,7 @@ SHOWN = """
     phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
     Hierarchical log_density solve evolve NormalisedEuler Rescaled L2 ALiBi Sigmoid MeanShift
     BoundedConfidence AbstractInteraction hardmax_flow GaussianMatrices redrawn Noise compress
-    Compressed Box
+    Compressed Box GatedFeedForward TiedAttention
 """.split()
 
 

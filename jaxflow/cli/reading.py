@@ -1,4 +1,5 @@
-"""The settings of the commands that read runs: `evaluate`, `sample`, `inspect`, `compare`; and of `info`."""
+"""The settings of the commands that read runs, `evaluate`, `sample`, `inspect` and `compare`, and
+of `info`."""
 
 import dataclasses
 from pathlib import Path

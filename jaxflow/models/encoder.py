@@ -40,11 +40,17 @@ class Encoder(AbstractModel):
     field: AbstractField
     depth: Depth
 
+    @property
+    def context(self) -> int:
+        """The longest text."""
+        return len(self.positions)
+
     def embed(self, inputs: ArrayLike) -> Measure:
         tokens = generation.tokens(inputs, len(self.embedding))
-        n, context = tokens.shape[-1], len(self.positions)
-        if n > context:
-            raise ValueError(f"the encoder has positions for {context} tokens, got {n}: cut them.")
+        if (n := tokens.shape[-1]) > self.context:
+            raise ValueError(
+                f"the encoder has positions for {self.context} tokens, got {n}: cut them."
+            )
         dtype = accumulation_dtype(self.embedding.dtype)
         x = generation.rows(self.embedding, tokens)
         here = self.positions[:n].astype(dtype) + self.types[:1].astype(dtype)

@@ -134,17 +134,13 @@ def _head_numbers(field, mu: Measure):
     seen = jnp.ones((mu.n, mu.n), bool) if seen is None else seen
     unit = _directions(wide(mu.points))
     cosines, scores = unit @ unit.T, wide(scale) * jnp.einsum("hip,hjp->hij", queries, keys)
-    centred = lambda a: jnp.where(seen, a - _row_mean(a, seen), 0)
+    centred = lambda a: jnp.where(seen, a - a.mean(axis=1, where=seen, keepdims=True), 0)
     c, s = centred(cosines), jax.vmap(centred)(scores)
     beta = (s * c[None]).sum(axis=(1, 2)) / (c * c).sum()
     betas = jnp.asarray(BETAS, jnp.float32)
     curve = jax.vmap(lambda b: _entropy(b * cosines, seen))(betas)
     most = jnp.log(seen.sum(axis=1).astype(jnp.float32)).mean()
     return jax.vmap(lambda s: _entropy(s, seen))(scores), beta, curve, most
-
-
-def _row_mean(a, seen):
-    return jnp.where(seen, a, 0).sum(axis=1, keepdims=True) / seen.sum(axis=1, keepdims=True)
 
 
 def _entropy(scores, seen):

@@ -23,6 +23,35 @@ img { max-width: 100% } .small { color: #666 }
 """
 BINS = 60
 
+# Titles of the sections, and what they show.
+_SENSITIVITY = (
+    "Sensitivity of the tokens",
+    "|dL/dx_i(0)| |x_i(0)|: what a relative change of the embedded token does to the loss L. The "
+    "darkest is the largest; the shade grows as the square root. In a causal text a token changes "
+    "what is said of those after it alone.",
+)
+_PRODUCTS = (
+    "Inner products",
+    "The density of cos(x_i, x_j) over pairs of tokens at each time (left), and the number of "
+    "clusters: tokens that a chain of cosines above a threshold links (right). In the theory all "
+    "cosines tend to 1, cluster by cluster.",
+)
+_ENTROPY = (
+    "Entropy of attention",
+    "Of each head, at the tokens where its step begins; the dashed line is uniform attention.",
+)
+_TEMPERATURE = (
+    "Inverse temperature of the heads",
+    "beta is the slope of the scores of a head against the cosines of the tokens that it sees. The "
+    "lines are the attention of the theory, softmax(beta cos), of the same tokens: a head on its "
+    "line attends as the theory does, one below it is sharper than nearness explains, and one at "
+    "the left edge scores tokens that are near no higher than others.",
+)
+_SPECTRA = (
+    "Spectra",
+    "The singular values of beta Q^T K and of O V: a line each time, the mean over its heads.",
+)
+
 
 def inspection_page(
     found: Inspection, labels: Sequence[str], about: Mapping[str, str] | None = None
@@ -38,28 +67,19 @@ def inspection_page(
     instance("found", found, Inspection, "jaxflow.models.inspect(model, tokens)")
     labels = words(labels, len(found.sensitivity))
     rows = "".join(f"<tr><td>{_safe(k)}<td>{_safe(v)}" for k, v in (about or {}).items())
+    spectra = "" if found.query_key is None else _picture(_spectra, found)
     sections = [
-        ("Sensitivity of the tokens", "|dL/dx_i(0)| |x_i(0)|, the darkest the largest: what a "
-         "relative change of the embedded token does to the loss. A token at the end of a causal "
-         "text changes no loss but those after it.", _text(found.sensitivity, labels)),
-        ("Inner products", "The density of cos(x_i, x_j) over pairs of tokens at each time (left), "
-         "and the number of clusters, tokens that are linked by a cosine above a threshold (right). "
-         "In the theory all cosines tend to 1, one cluster at a time.",
-         _picture(_inner_products, found)),
-        ("Entropy of attention", "Of each head, at the tokens of the step's beginning; the dashed "
-         "line is uniform attention.", _picture(_entropies, found)),
-        ("Inverse temperature of the heads", "beta is the slope of a head's scores against the "
-         "cosines of the tokens that it sees. The lines are the attention of the theory, "
-         "softmax(beta cos), of the same tokens: a head on its line attends as the theory does, "
-         "one below it is sharper than nearness explains, and one at the left edge scores tokens "
-         "that are near less than others, or all alike.", _picture(_temperatures, found)),
-        ("Spectra", "Singular values of beta Q^T K and of O V, each line a time, the mean over its "
-         "heads.", "" if found.query_key is None else _picture(_spectra, found)),
-    ]  # fmt: skip
+        (_SENSITIVITY, _text(found.sensitivity, labels)),
+        (_PRODUCTS, _picture(_inner_products, found)),
+        (_ENTROPY, _picture(_entropies, found)),
+        (_TEMPERATURE, _picture(_temperatures, found)),
+        (_SPECTRA, spectra),
+    ]
     body = "".join(
-        f"<h2>{title}</h2><p>{_safe(text)}</p>{content}" for title, text, content in sections
+        f"<h2>{title}</h2><p>{_safe(text)}</p>{content}"
+        for (title, text), content in sections
         if content
-    )  # fmt: skip
+    )
     return (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>jaxflow inspect</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -74,7 +94,7 @@ def _safe(text: str) -> str:
 
 def _text(sensitivity: np.ndarray, labels: Sequence[str]) -> str:
     """The tokens, each on a ground of its sensitivity."""
-    share = np.nan_to_num(sensitivity / max(sensitivity.max(), 1e-30))
+    share = np.sqrt(np.nan_to_num(sensitivity / max(sensitivity.max(), 1e-30)))
     spans = (
         f'<span title="{_safe(repr(word))}: {value:.3g}" '
         f'style="background:rgba(213,94,0,{0.85 * part:.3f})">{_safe(_visible(word))}</span>'
@@ -94,7 +114,8 @@ def _picture(draw: Any, found: Inspection) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     data = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="{draw.__name__.strip("_").replace("_", " ")}" src="data:image/png;base64,{data}">'
+    name = draw.__name__.strip("_").replace("_", " ")
+    return f'<img alt="{name}" src="data:image/png;base64,{data}">'
 
 
 # ------------------------------------------------------------------ pictures
@@ -117,6 +138,7 @@ def _inner_products(figure: Any, found: Inspection):
     for k, threshold in enumerate(THRESHOLDS):
         right.step(found.ts, found.clusters[:, k], where="post", label=f"cosine > {threshold}")
     right.set(xlabel="$t$", ylabel="clusters", ylim=(0, None))
+    right.yaxis.get_major_locator().set_params(integer=True)
     right.legend()
 
 
@@ -126,7 +148,7 @@ def _entropies(figure: Any, found: Inspection):
         colour = COLOURS[head % len(COLOURS)]
         axes.plot(found.ts[:-1], found.entropy[:, head], "o-", color=colour, label=f"head {head}")
     axes.axhline(found.most, color="black", linestyle="--", label="uniform")
-    axes.set(xlabel="$t$", ylabel="entropy", ylim=(0, None))
+    axes.set(xlabel="$t$", ylabel="entropy", ylim=(0, 1.08 * found.most))
     if found.entropy.shape[1] <= 16:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -134,11 +156,12 @@ def _entropies(figure: Any, found: Inspection):
 def _temperatures(figure: Any, found: Inspection):
     axes = figure.subplots()
     low, high = BETAS[0], BETAS[-1]
-    for k, (colour, _) in enumerate(_by_depth(figure, axes, found)):
+    for k, colour in enumerate(_by_depth(figure, axes, found)):
         axes.plot(BETAS, found.curve[k], color=colour, linewidth=1)
         place = np.clip(found.beta[k], low, high)
         axes.plot(place, found.entropy[k], "o", color=colour, markeredgecolor="white")
-    axes.set(xscale="log", xlabel=r"$\beta$", ylabel="entropy", ylim=(0, None), xlim=(low, high))
+    axes.set(xscale="log", xlabel=r"$\beta$", ylabel="entropy", xlim=(low, high))
+    axes.set_ylim(0, 1.08 * found.most)
 
 
 def _spectra(figure: Any, found: Inspection):
@@ -146,7 +169,7 @@ def _spectra(figure: Any, found: Inspection):
     pair = zip(axes, (found.query_key, found.output_value), strict=True)
     for panel, values in pair:
         assert values is not None
-        for k, (colour, _) in enumerate(_by_depth(figure, panel, found)):
+        for k, colour in enumerate(_by_depth(figure, panel, found)):
             ranks = np.arange(1, values.shape[-1] + 1)
             panel.plot(ranks, values[k].mean(axis=0), "o-", markersize=3, color=colour)
         panel.set(yscale="log", xlabel="$k$")
@@ -154,13 +177,13 @@ def _spectra(figure: Any, found: Inspection):
     axes[1].set(ylabel="singular values of $O\\, V$")
 
 
-def _by_depth(figure: Any, axes: Any, found: Inspection) -> list[tuple[Any, float]]:
+def _by_depth(figure: Any, axes: Any, found: Inspection) -> list[Any]:
     """A colour for each step, and a bar that names them."""
     ts = found.ts[:-1]
     colours = require("matplotlib").colormaps["viridis"]
     norm = require("matplotlib.colors").Normalize(ts[0], max(ts[-1], ts[0] + 1e-9))
     figure.colorbar(require("matplotlib.cm").ScalarMappable(norm, colours), ax=axes, label="$t$")
-    return [(colours(norm(t)), t) for t in ts]
+    return [colours(norm(t)) for t in ts]
 
 
 def _time_edges(ts: np.ndarray) -> np.ndarray:
