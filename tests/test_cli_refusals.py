@@ -28,9 +28,14 @@ SIMULATE = """
     --dt 0 | --dt -1 | --dt nan | --dt 1e-12 | --solver euler | --solver rk4 | --solver magic
     --solver normalised-euler | --solver normalised-euler --dt 0.1 --geometry euclidean
     --solver normalised-euler --dt 0.1 --normalisation pre
+    --kappa 0 --dt 0.1 | --kappa -1 --dt 0.1 | --kappa nan --dt 0.1 | --kappa 2 | --noise common
+    --noise loud --kappa 2 --dt 0.1 | --kappa 2 --dt 0.1 --solver rk4
+    --kappa 2 --dt 0.1 --solver kvaerno5 | --kappa 2 --dt 0.1 --geometry layer-norm
+    --kappa 2 --dt 0.1 --merges | --kappa 2 --dt 0.1 --normalisation ngpt --solver dopri5
     --max-steps 0 | --max-steps 1.5
     --frames 1 | --frames 1e9 | --frames 2 --log-time
     --threshold 2 | --threshold 1 | --threshold nan
+    --min-mass -1 | --min-mass 2 | --min-mass nan
     --clusters 0 | --speed 0 | --speed nan | --until then
     --seed -1 | --seed 12345678901234567890 | --seed 1.5
     --normalisation pre --geometry sphere | --normalisation ngpt --geometry euclidean

@@ -23,7 +23,11 @@ Placement = StrEnum("Placement", "pre peri post")
 Tokens = StrEnum("Tokens", "bytes chars bpe")
 Matrices = StrEnum("Matrices", "identity gaussian goe signed")
 PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
+Motion = StrEnum("Motion", "independent common")
 DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 
 # Methods without an estimate of their error, which take fixed steps.
 FIXED = {Solver(name) for name in ("lie-trotter", "strang", "euler", "normalised-euler", "rk4")}
+
+# Methods for flows with noise; tsit5, the default, stands for Heun's along geodesics.
+NOISY = {Solver(name) for name in ("tsit5", "euler", "heun", "midpoint", "geodesic")}
