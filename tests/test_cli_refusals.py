@@ -67,6 +67,8 @@ TRAIN = """
     lm --tolerance nan --solver tsit5 | lm --solver-steps 0 | lm --solver-steps 5 | lm --layers 0
     lm --dim 10 | lm --heads 0 | lm --width -1 | lm --curve nope | lm --curve fourier
     lm --curve linear --layers 1 | lm --t1 0 | lm --t1 nan | lm --placement post --bf16
+    lm --kv-heads 2 | lm --block theory --width 3 | lm --block llama --bias
+    lm --block llama --kv-heads 3 | lm --block attention --bf16 | lm --block gpt3
     lm --batch 0 | lm --batch 1.5 | lm --steps 0 | lm --steps 99999999999 | lm --learning-rate nan
     lm --learning-rate -1 | lm --weight-decay -1 | lm --kinetic nan | lm --entropy -1
     lm --accumulate 0 | lm --evaluate-every 0 | lm --patience 0 | lm --budget 0 | lm --seed -1
@@ -362,6 +364,7 @@ def test_the_names_of_flags_are_those_of_the_tables():
         choices.Until: systems.EVENTS,
         choices.Solver: models.SOLVERS,
         choices.Curve: models.CURVES,
+        choices.Block: models.BLOCKS,
         choices.PhaseInteraction: phase.INTERACTIONS,
         choices.Matrices: phase.MATRICES,
     }

@@ -18,6 +18,7 @@ Solver = StrEnum(
     "geodesic kvaerno3 kvaerno5",
 )
 Curve = StrEnum("Curve", "layers shared linear smooth fourier hyper hyper-full")
+Block = StrEnum("Block", "gpt2 llama parallel attention theory")
 Placement = StrEnum("Placement", "pre peri post")
 Tokens = StrEnum("Tokens", "bytes chars bpe")
 Matrices = StrEnum("Matrices", "identity gaussian goe signed")

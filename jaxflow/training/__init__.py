@@ -18,9 +18,9 @@ from .losses import (
     squared_error,
 )
 from .optimisers import adamw, matrices
-from .runs import load, tokenizer
+from .runs import export, load, tokenizer
 from .step import TrainingError
-from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
+from .tokenizers import BPE, Bytes, Chars, TokenizerFile, tokenizer_from_dict
 
 __all__ = [
     "BPE",
@@ -32,6 +32,7 @@ __all__ = [
     "FlowLoss",
     "Images",
     "Text",
+    "TokenizerFile",
     "TrainingError",
     "Valued",
     "accuracy",
@@ -40,6 +41,7 @@ __all__ = [
     "chunked_cross_entropy",
     "cross_entropy",
     "evaluate",
+    "export",
     "fit",
     "image_data",
     "latest",
