@@ -99,7 +99,9 @@ def by_length(axes: Sequence[str], lengths: Sequence[int], mesh: Mapping[str, in
     return shared
 
 
-def axes_of(kind: type[Operands], batch: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+def axes_of(
+    kind: type[Operands], batch: int
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """The names of the axes of each operand and of each result."""
     leading = tuple(f"b{i}" for i in range(batch))
     inputs = [(*leading, *OPERANDS[name]) for name in kind._fields]

@@ -143,8 +143,9 @@ class Ring(AbstractBackend):
             named = kind(*operands)
             batch = named.scale.ndim
             into, out = (partial(fn, self.axis, batch) for fn in (_to_zigzag, _from_zigzag))
+            skipped = {"scale"} | _alike(problem)
             given = named._asdict().items()
-            ordered = kind(*(into(a) if OPERANDS[name] else a for name, a in given))
+            ordered = kind(*(a if name in skipped else into(a) for name, a in given))
             return tuple(map(out, evaluate(self, ordered, problem)))
 
         return causal
@@ -156,7 +157,7 @@ class Ring(AbstractBackend):
         kind, size = type(operands), jax.lax.axis_size(self.axis)
         # What cuDNN has for means alone is the gradient of a law on the keys at hand.
         problem = dataclasses.replace(problem, mean_only=False)
-        still = () if problem.weighted else ("b", "db")
+        still = _alike(problem)
         names = [name for name in kind._fields if OPERANDS[name][:1] == "n" and name not in still]
         run = lambda o, problem: tuple(
             a.astype(o.b.dtype) for a in evaluate(self.around, o, problem)
@@ -206,6 +207,11 @@ def around_ring(ctx, ring: Ring, kind: type[Operands], problem: Problem) -> Call
     if ring.axis in manual:
         return ring.share(kind, problem)
     return ring.divided(kind, mesh, problem)
+
+
+def _alike(problem: Problem) -> set[str]:
+    """The operands that are the same for all tokens."""
+    return set() if problem.weighted else {"b", "db"}
 
 
 def _axis(name: str | None, mesh: AbstractMesh) -> str:
