@@ -5,6 +5,7 @@ fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
+from .devices import FullySharded
 from .loop import Data, Fitted, fit
 from .losses import (
     AbstractLoss,
@@ -28,6 +29,7 @@ __all__ = [
     "Data",
     "Fitted",
     "FlowLoss",
+    "FullySharded",
     "Images",
     "Text",
     "TrainingError",

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .._rules import count
 from ..models import AbstractModel
 from . import checkpoints, record
+from .devices import Devices, Placement, placement
 from .losses import AbstractLoss, FlowLoss, cross_entropy
 from .optimisers import adamw
 from .record import Place, Record
@@ -72,6 +73,7 @@ def fit(
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     key: PRNGKeyArray | None = None,
     accumulate: int = 1,
+    devices: Devices = None,
     evaluate_every: int = 250,
     evaluation_batches: int | None = None,
     patience: int | None = None,
@@ -100,6 +102,10 @@ def fit(
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
     - `accumulate`: batches whose gradients are averaged into one step.
+    - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
+      [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
+      state as well. The losses are those of one device, to rounding. `None` is one device, with a
+      warning that names those that are idle. A run may go on with another number of devices.
     - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
       on `evaluation_batches` validation batches (`None`: all). `patience`: evaluations without a
       better loss before training stops.
@@ -166,10 +172,12 @@ def fit(
     key = jax.random.key(0) if key is None else key
     _check_parts(optimiser, loss, key)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
-    step = Step(static, optimiser, loss)
+    placing = placement(devices)
+    step = Step(static, optimiser, loss, placing)
     # The step gives its state's memory to the next one, and the caller keeps the model.
-    state = jax.tree.map(jnp.copy, State(params, optimiser.init(params), key))
-    first = _batches(data, 0, accumulate)
+    state = placing.state(jax.tree.map(jnp.copy, State(params, optimiser.init(params), key)))
+    first = _batches(data, 0, accumulate, placing)
+    placing.check_batch(first[0].shape[1])
     _check_step(step, state, first, budget)
     with record.opened(run, resume=resume) as folder, _Signals() as signals:
         kept = Record(folder, keep, about)
@@ -183,7 +191,7 @@ def fit(
             reason = loop.run()
         reason = signals.caught or reason  # one that came with the last step counts too
     best = loop.state.params if loop.best is None else loop.best
-    whole = lambda params: eqx.combine(params, static)
+    whole = lambda params: eqx.combine(placing.returned(params), static)
     return Fitted(
         whole(loop.state.params),
         whole(best),
@@ -271,7 +279,10 @@ class _Loop:
     def advance(self):
         """Makes a step; its numbers are pending until they are logged."""
         batches, number = self.schedule.accumulate, self.place.step
-        batch, start = _batches(self.data, number, batches), time.perf_counter()
+        batch, start = (
+            _batches(self.data, number, batches, self.step.placement),
+            time.perf_counter(),
+        )
         self.state, ok, metrics = update((self.step, batch, np.int32(number)), self.state)
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not ok:
@@ -313,11 +324,11 @@ class _Loop:
         self.display.show(self.place.step, numbers)
 
 
-def _batches(data: Data, step: int, accumulate: int):
-    """The batches of a step, along a new first axis."""
+def _batches(data: Data, step: int, accumulate: int, place: Placement):
+    """The batches of a step, along a new first axis, on their devices."""
     parts = [data.batch(step * accumulate + i) for i in range(accumulate)]
     inputs, targets = zip(*parts, strict=True)
-    return jnp.asarray(np.stack(inputs)), jnp.asarray(np.stack(targets))
+    return place.batch(np.stack(inputs), axis=1), place.batch(np.stack(targets), axis=1)
 
 
 # ------------------------------------------------------------------ what is refused
