@@ -22,6 +22,7 @@ Placement = StrEnum("Placement", "pre peri post")
 Tokens = StrEnum("Tokens", "bytes chars bpe")
 Matrices = StrEnum("Matrices", "identity gaussian goe signed")
 PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
+At = StrEnum("At", "step time evaluations")
 DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 
 # Methods without an estimate of their error, which take fixed steps.

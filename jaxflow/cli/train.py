@@ -162,6 +162,10 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         resume=s.resume is not None,
         checkpoint_every=s.checkpoint_every,
         config=described,
+        callbacks=[training.tensorboard(run / "tensorboard")] if s.tensorboard else [],
+        minutes=s.minutes,
+        evaluate_on_interrupt=s.evaluate_on_interrupt,
+        profile=run / "profile" if s.profile else None,
     )
 
 

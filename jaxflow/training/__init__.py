@@ -3,6 +3,7 @@
 fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 """
 
+from .callbacks import tensorboard
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
 from .devices import FullySharded
@@ -12,6 +13,7 @@ from .losses import (
     FlowLoss,
     Valued,
     accuracy,
+    chunked_cross_entropy,
     cross_entropy,
     evaluate,
     squared_error,
@@ -37,6 +39,7 @@ __all__ = [
     "accuracy",
     "adamw",
     "best",
+    "chunked_cross_entropy",
     "cross_entropy",
     "evaluate",
     "fit",
@@ -48,6 +51,7 @@ __all__ = [
     "restore",
     "save",
     "squared_error",
+    "tensorboard",
     "text_data",
     "tokenizer",
     "tokenizer_from_dict",
