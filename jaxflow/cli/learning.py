@@ -82,6 +82,8 @@ class AbstractTraining:
     weight_decay: float = flag(0.1, "Weight decay of matrices.", NOT_NEGATIVE)
     kinetic: float = flag(0.0, "Weight of the transport cost int |x'|^2 dt.", NOT_NEGATIVE)
     accumulate: int = flag(1, "Batches a step.", COUNT)
+    devices: int | None = flag(None, "Devices that share each batch (one).", COUNT, kept=False)
+    sharded: bool = flag(False, "They share the parameters as well.", kept=False)
     evaluate_every: int = flag(100, "Steps between evaluations.", COUNT)
     evaluation_batches: int | None = flag(None, "Of an evaluation (default: all).", COUNT)
     checkpoint_every: int | None = flag(None, CHECKPOINTS, COUNT)
@@ -112,6 +114,8 @@ class AbstractTraining:
                 "--curve fourier is a constant and pairs of sine and cosine, so --layers must be "
                 f"odd, got {self.layers}."
             )
+        if self.sharded and self.devices is None:
+            raise ValueError("--sharded is of several devices: give their number by --devices.")
         if isinstance(self, AbstractTransformer):
             self.check_attention()
         if isinstance(self, LanguageTraining):

@@ -159,6 +159,7 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         loss=training.FlowLoss(training.cross_entropy, asked),
         key=jax.random.key(s.seed),
         accumulate=s.accumulate,
+        devices=training.FullySharded(s.devices) if s.sharded else s.devices,
         evaluate_every=s.evaluate_every,
         evaluation_batches=s.evaluation_batches,
         patience=s.patience,

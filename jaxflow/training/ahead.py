@@ -37,7 +37,7 @@ class Ahead:
     def __init__(self, step: Step, batches: Callable[[int], Any], state: State, number: int):
         self.step, self.batches, self.state = step, batches, state
         self.next = number
-        self._ok = jnp.array(True)
+        self._ok = step.placement.state(jnp.array(True))
         self._underway: deque[Made] = deque()
 
     def __bool__(self) -> bool:

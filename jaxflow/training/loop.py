@@ -23,6 +23,7 @@ from . import callbacks as called
 from . import checkpoints, record
 from .ahead import Ahead
 from .callbacks import Callback, call
+from .devices import Devices, Placement, placement
 from .losses import AbstractLoss, FlowLoss, cross_entropy
 from .optimisers import adamw
 from .record import Place, Record
@@ -70,6 +71,7 @@ def fit(
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     key: PRNGKeyArray | None = None,
     accumulate: int = 1,
+    devices: Devices = None,
     evaluate_every: int = 250,
     evaluation_batches: int | None = None,
     patience: int | None = None,
@@ -102,6 +104,10 @@ def fit(
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
     - `accumulate`: batches whose gradients are averaged into one step.
+    - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
+      [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
+      state as well. The losses are those of one device, to rounding. `None` is one device, with a
+      warning that names those that are idle. A run may go on with another number of devices.
     - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
       on `evaluation_batches` validation batches (`None`: all). `patience`: evaluations without a
       better loss before training stops.
@@ -192,10 +198,12 @@ def fit(
     key = jax.random.key(0) if key is None else key
     _check_parts(optimiser, loss, key)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
-    step = Step(static, optimiser, loss)
+    placing = placement(devices)
+    step = Step(static, optimiser, loss, placing)
     # The step gives its state's memory to the next one, and the caller keeps the model.
-    state = jax.tree.map(jnp.copy, State(params, optimiser.init(params), key))
-    first = _batches(data, 0, accumulate)
+    state = placing.state(jax.tree.map(jnp.copy, State(params, optimiser.init(params), key)))
+    first = _batches(data, 0, accumulate, placing)
+    placing.check_batch(first[0].shape[1])
     _check_step(step, state, first, budget)
     signals = Signals(evaluating=evaluate_on_interrupt)
     with record.opened(run, resume=resume) as folder, signals:
@@ -205,7 +213,9 @@ def fit(
             kept.begin()
         state, best, place = resumed or (state, None, Place())
         cost = _cost(model, params, first[0][0])
-        ahead = Ahead(step, lambda number: _batches(data, number, accumulate), state, place.step)
+        ahead = Ahead(
+            step, lambda number: _batches(data, number, accumulate, placing), state, place.step
+        )
         trace = Trace(None if profile is None else Path(profile), place.step)
         clock = Clock(place.seconds, minutes)
         with Display(steps, place.step, progress, cost) as display:
@@ -215,7 +225,7 @@ def fit(
             reason = loop.run()
         reason = signals.caught or reason  # one that came with the last step counts too
     params = ahead.state.params
-    whole = lambda params: eqx.combine(params, static)
+    whole = lambda params: eqx.combine(placing.returned(params), static)
     return Fitted(
         whole(params),
         whole(params if loop.best is None else loop.best),
@@ -408,11 +418,11 @@ class _Loop:
         return self.record.save(self.ahead.state, self.place)
 
 
-def _batches(data: Data, step: int, accumulate: int):
-    """The batches of a step, along a new first axis."""
+def _batches(data: Data, step: int, accumulate: int, place: Placement):
+    """The batches of a step, along a new first axis, on their devices."""
     parts = [data.batch(step * accumulate + i) for i in range(accumulate)]
     inputs, targets = zip(*parts, strict=True)
-    return jnp.asarray(np.stack(inputs)), jnp.asarray(np.stack(targets))
+    return place.batch(np.stack(inputs), axis=1), place.batch(np.stack(targets), axis=1)
 
 
 # ------------------------------------------------------------------ what is refused

@@ -177,6 +177,7 @@ def evaluate(
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     *,
     key: PRNGKeyArray | None = None,
+    place: Callable[[Any], Array] = jnp.asarray,
 ) -> dict[str, float]:
     """The mean loss of a model over batches, and the means of what the loss logs.
 
@@ -189,6 +190,7 @@ def evaluate(
     - `batches`: pairs (inputs, targets), such as `data.validation_batches()`; classes of -1
       count for nothing.
     - `loss`, `key`: as in [`jaxflow.training.fit`][].
+    - `place`: puts an array of a batch on a device, or divides it among several.
 
     **Returns:** `{"loss": ..., "num_evaluations": ...}` and the costs along the flow. The loss is
     nan where a solve failed, and where there is no batch.
@@ -199,7 +201,7 @@ def evaluate(
     weight = 0
     for inputs, targets in batches:
         size = _counted(np.asarray(targets))
-        out = _valued(loss, model, jnp.asarray(inputs), jnp.asarray(targets), key)
+        out = _valued(loss, model, place(inputs), place(targets), key)
         value, ok, metrics = jax.device_get((out.value, out.ok, out.metrics))
         for name, number in {"loss": value if ok else math.nan, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + size * float(number)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..flow import FlowError
 from ..models import AbstractModel
+from .devices import Placement
 from .losses import AbstractLoss, evaluate
 
 
@@ -43,6 +44,7 @@ class Step(eqx.Module):
     static: Any
     optimiser: optax.GradientTransformation = eqx.field(static=True)
     loss: AbstractLoss
+    placement: Placement = eqx.field(static=True, default=Placement())
 
     def model(self, state: State) -> Any:
         return eqx.combine(state.params, self.static)
@@ -87,6 +89,7 @@ def update(given: tuple[Step, Any, Any, Any], state: State):
     moved = step.moved(state, gradient)
     ok = before & ok & jnp.isfinite(value) & jnp.isfinite(norm) & _still_finite(state, moved)
     new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, state)
+    new = step.placement.kept(new)
     own = {"loss": value, "gradient_norm": norm, "update_to_weight": _ratio(state, moved)}
     return new, ok, own | metrics
 
@@ -115,7 +118,8 @@ def evaluated(
     **Raises:** TrainingError if the loss of a batch is not finite.
     """
     model = step.model(state)
-    means = lambda batches: evaluate(model, batches, step.loss, key=state.key)
+    place = step.placement.batch
+    means = lambda batches: evaluate(model, batches, step.loss, key=state.key, place=place)
     found = means(batches())
     if math.isfinite(found["loss"]):
         return {f"validation_{name}": value for name, value in found.items()}
