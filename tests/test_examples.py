@@ -144,7 +144,6 @@ def test_text_as_a_measure(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_million_tokens(run, tmp_path):
     """Twenty thousand of them."""
     result = run("million_tokens", 20_000)
@@ -196,3 +195,14 @@ def test_continuity_equation(run, tmp_path):
     assert list(run("continuity_equation").values()) == [3, 4, 4]
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "runs" / "continuity_equation.png").exists()
+
+
+@pytest.mark.slow
+def test_steering(run, tmp_path):
+    """Thirty steps of a hundred."""
+    result = run("steering", 30)
+    losses = result["losses"]
+    assert losses[0] > 0.5 and losses[-1] < losses[0] / 20, losses
+    assert result["heights"].mean() < 0.2
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "steering.png").exists()
