@@ -4,8 +4,8 @@ Tokens near the north pole of S^2 are carried to the equator, evenly spaced: Q_t
 piecewise linear in time, and Adam lowers the Sinkhorn divergence between mu(2) and the target,
 differentiated through the flow. Attention alone, with V = I, would gather the tokens in one point.
 
-Expected: the divergence falls from 0.8 to below 0.006 in 100 steps, and the tokens
-end 0.04 above or below the equator in the mean.
+Expected: the divergence falls from 1 to below 0.006 in 100 steps, and the tokens end 0.04 above or
+below the equator in the mean.
 """
 
 import importlib.util
