@@ -77,8 +77,9 @@ def picture(points, ts, losses) -> Path:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(ts) + 1, figsize=(16, 2.9), layout="constrained")
+    angles = np.linspace(0, 2 * np.pi, 100)
     for axis, x, t in zip(axes, points, ts, strict=False):
-        axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.7"))
+        axis.plot(np.cos(angles), np.sin(angles), color="0.7", zorder=0)
         axis.scatter(x[:, 0], x[:, 1], c=x[:, 2], s=18, cmap="viridis", vmin=-0.3, vmax=1)
         axis.set(title=f"t = {t:g}", aspect="equal", xticks=[], yticks=[])
     axes[-1].semilogy(losses)

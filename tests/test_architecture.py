@@ -32,6 +32,7 @@ LAYERS = {
     "sharding": 1,
     "fields": 2,
     "phase_rows": 2,
+    "_dataset": 2,
     "_flow_input": 3,
     "_saving": 3,
     "_meeting": 3.5,

@@ -43,6 +43,7 @@ SHOWN = """
     Hierarchical log_density solve evolve NormalisedEuler Rescaled L2 ALiBi Sigmoid MeanShift
     BoundedConfidence AbstractInteraction hardmax_flow GaussianMatrices redrawn Noise compress
     Compressed Box growth_rates fastest_mode wave_rates predict_clusters jacobian_spectrum
+    GatedFeedForward TiedAttention
 """.split()
 
 

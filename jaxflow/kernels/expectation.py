@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
+from .._types import (
+    ArrayLike,
+    ScalarLike,
+    accumulation_dtype,
+    is_concrete,
+    on_automatic_mesh,
+)
 from ..masks import AbstractMask, AbstractPattern, Hierarchical, TopK, is_mask
 from ..masks import check as check_mask
 from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
@@ -279,7 +285,7 @@ def _problem(
 
 def _array(name: str, value) -> jax.Array:
     try:
-        return jnp.asarray(value)
+        return on_automatic_mesh(jnp.asarray(value))
     except (TypeError, ValueError, OverflowError) as e:
         raise TypeError(
             f"{name} must be an array of floating-point numbers, which this {type(value).__name__} "
@@ -339,7 +345,7 @@ def _log_weights(b: jax.Array, dtype) -> Float[Array, " n"]:
 def _scale(scale, dtype) -> float | jax.Array:
     """A number as a float, anything else as an array."""
     if isinstance(scale, int | float | np.integer | np.floating) and not isinstance(scale, bool):
-        _check_finite(scale, dtype)
+        _check_finite(np.asarray(scale).item(), dtype)
         return float(scale)
     if not isinstance(scale, jax.Array | np.ndarray):
         raise TypeError(f"scale must be a real number or a scalar array, got {scale!r}.")
@@ -352,11 +358,12 @@ def _scale(scale, dtype) -> float | jax.Array:
             "jax.vmap."
         )
     if is_concrete(scale):
-        _check_finite(np.asarray(scale), dtype)  # on the host, also while a program is traced
+        # On the host, also while a program is traced.
+        _check_finite(np.asarray(scale).item(), dtype)
     return array
 
 
-def _check_finite(scale, dtype):
+def _check_finite(scale: int | float, dtype):
     # By comparison: an integer may be too large for a float.
     if not abs(scale) <= float(jnp.finfo(dtype).max):
         raise ValueError(
