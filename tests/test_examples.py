@@ -201,6 +201,18 @@ def test_continuity_equation(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_steering(run, tmp_path):
+    """Thirty steps, with a learning rate that falls as fast."""
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes
+        result = run("steering", 30)
+    losses = result["losses"]
+    assert losses[0] > 0.5 and losses[-1] < losses[0] / 5, losses
+    assert result["heights"].mean() < 0.25  # at first 0.6
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "steering.png").exists()
+
+
+@pytest.mark.slow
 def test_noise(run, tmp_path):
     result = run("noise")
     for way, expected in (("up", [0, 0, 0.8208]), ("down", [0, 0.7399, 0.8208])):

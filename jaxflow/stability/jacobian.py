@@ -98,22 +98,22 @@ def _leading(field, mu, t, symmetric, k):
 
     shape = eqx.filter_eval_shape(_pushed, field, mu, t)[1].shape
     size = int(np.prod(shape))
-    product = eqx.filter_jit(_symmetric_product if symmetric else _product)
+    product = _symmetric_product if symmetric else _product
     apply = lambda c: np.asarray(product(field, mu, t, jnp.asarray(c.reshape(shape)))).ravel()
     operator = cast(Any, LinearOperator)((size, size), apply, dtype=mu.points.dtype)
     start = np.cos(np.arange(1.0, size + 1)).astype(mu.points.dtype)  # the same each time
-    if symmetric:
-        return jnp.asarray(
-            eigsh(operator, k, which="LA", v0=start, return_eigenvectors=False)[::-1]
-        )
-    values = eigs(operator, k, which="LR", v0=start, return_eigenvectors=False)
+    solve: Any = eigsh if symmetric else eigs
+    which = "LA" if symmetric else "LR"
+    values = solve(operator, k, which=which, v0=start, return_eigenvectors=False)
     return jnp.asarray(values[np.argsort(-values.real, kind="stable")])
 
 
+@eqx.filter_jit
 def _product(field, mu, t, c):
     return _pushed(field, mu, t)[0](c)
 
 
+@eqx.filter_jit
 def _symmetric_product(field, mu, t, c):
     push, start = _pushed(field, mu, t)
     (pulled,) = jax.linear_transpose(push, start)(c)

@@ -280,8 +280,8 @@ def _refuse(wrong, rates, message: str):
 
 
 def _slack(values):
-    """What rounding may leave, and a rule that is exact to half of all digits."""
-    return jnp.sqrt(jnp.finfo(values.dtype).eps) * jnp.maximum(jnp.abs(values).max(), 1e-6)
+    """What rounding may leave, of sums that cancel in high dimensions: a third of all digits."""
+    return jnp.cbrt(jnp.finfo(values.dtype).eps) * jnp.maximum(jnp.abs(values).max(), 1e-6)
 
 
 def _any(slack, *values):
