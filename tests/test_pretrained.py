@@ -18,6 +18,7 @@ from published import DIM, GPT2, LAYERS, MODELS
 
 import jaxflow as jf
 from jaxflow import models, training
+from jaxflow.models import generation
 
 pytest.importorskip("safetensors")
 
@@ -69,14 +70,15 @@ def test_models_are_those_of_the_transformers_library(name, folders, computed):
 
 def test_they_are_flows_along_curves(folders):
     """Layers in time, ALBERT's block constant; and any depth and curve serve them."""
-    gpt2, albert = (models.from_pretrained(folders / name) for name in ("gpt2", "albert"))
-    assert isinstance(gpt2, models.LanguageModel) and isinstance(albert, models.Encoder)
+    gpt2: Any = models.from_pretrained(folders / "gpt2")
+    albert: Any = models.from_pretrained(folders / "albert")
+    assert [type(gpt2), type(albert)] == [models.LanguageModel, models.Encoder]
     assert isinstance(gpt2.field.curve, jf.PiecewiseConstant)
     assert isinstance(albert.field.curve, jf.Constant)
     other = albert.with_depth(models.Depth(t1=2.0, steps=4))
     half = eqx.filter_eval_shape(lambda m, t: m(t), other, jnp.asarray(TOKENS))
     assert half.shape == (8, DIM)
-    assert eqx.filter_eval_shape(models.generation.can_be_cached, gpt2)
+    assert eqx.filter_eval_shape(generation.can_be_cached, gpt2)
 
 
 def test_bfloat16_is_read_as_it_is(tmp_path, folders, computed):
