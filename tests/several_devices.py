@@ -2,15 +2,18 @@
 
 import json
 import re
+from functools import partial
 from typing import cast
 from unittest import mock
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxflow as jf
+from benchmarks.communication import ring_bytes
 from jaxflow.kernels import primitives
 
 MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -29,11 +32,12 @@ def square(fn):
     return lambda *args: (fn(*args) ** 2).sum()
 
 
-def found(fn, args, placed) -> dict:
-    """Collectives in the compiled text, the first result's sharding, the largest difference."""
+def found(fn, args, placed, whole=None) -> dict:
+    """Collectives in the compiled text, the first result's sharding, the largest difference from
+    the function (or from another one) on one device."""
     compiled = jax.jit(fn).lower(*placed).compile()
     text = compiled.as_text() or ""
-    outs, expected = (jax.tree.leaves(x) for x in (compiled(*placed), fn(*args)))
+    outs, expected = (jax.tree.leaves(x) for x in (compiled(*placed), (whole or fn)(*args)))
     pairs = zip(outs, expected, strict=True)
     return {
         "collectives": {c: n for c in COLLECTIVES if (n := len(re.findall(rf"{c}[-\w]*\(", text)))},
@@ -97,6 +101,59 @@ def cases() -> dict:
         "cotangent": found(jax.grad(square(partly)), (x,), (place(x, "a"),))
     }
     results["manual"] = {"cotangent": found(jax.grad(square(divided)), (x,), (place(x, "a"),))}
+    return results | rings()
+
+
+def rings() -> dict:
+    """Tokens divided: the ring against one device, in float64; and what it sends, in float32."""
+    results = {}
+    with jax.enable_x64(True):
+        wide = lambda seed, *shape: normal(seed, *shape).astype(jnp.float64)
+        q, k, v, b = wide(4, 2, 24, 3), wide(5, 2, 21, 3), wide(6, 2, 21, 2), wide(7, 2, 21)
+        every = lambda fn: (
+            lambda *args: (
+                fn(*args),
+                jax.jvp(fn, args, args)[1],
+                jax.grad(lambda *a: sum((o**2).sum() for o in fn(*a)), tuple(range(len(args))))(
+                    *args
+                ),
+            )
+        )
+        options = {"weighted": ((q, k, v, b), {}), "causal": ((k, k, v), {"causal": True})}
+        for name, (args, more) in options.items():
+            attend = lambda backend, more=more: every(
+                jax.vmap(partial(jf.softmax_expectation, scale=0.7, backend=backend, **more))
+            )
+            got = jax.jit(attend("ring:a"))(*(place(x, "b") for x in args))
+            want = jax.jit(attend("reference"))(*args)
+            pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+            results[f"ring {name}"] = max(float(abs(np.asarray(a) - b).max()) for a, b in pairs)
+        points = jf.Sphere().retract(wide(8, 16, 3))
+        flow = lambda backend: (
+            lambda x: (
+                jf.flow(
+                    jf.SelfAttention(beta=2.0, causal=True, backend=backend),
+                    jf.Measure(x),
+                    t1=1.0,
+                    dt0=0.5,
+                    solver=diffrax.Euler(),
+                ).last.points
+            )
+        )
+        for mode, of in {"forward": flow, "cotangent": lambda b: jax.grad(square(flow(b)))}.items():
+            results[f"ring flow {mode}"] = found(
+                of("ring:a"), (points,), (place(points, "a"),), whole=of(None)
+            )
+    results["ring bytes"] = [
+        ring_bytes(devices, tokens, causal=causal, gradient=gradient)
+        for devices, tokens, causal, gradient in [
+            (2, 64, False, False),
+            (4, 64, False, False),
+            (4, 64, True, True),
+            (8, 64, True, False),
+            (8, 256, False, False),
+        ]
+    ]
     return results
 
 

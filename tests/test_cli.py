@@ -355,8 +355,9 @@ def test_train_and_resume(trained, prose, tmp_path):
     assert again.exit_code == 2 and "already" in again.output
     assert run("simulate", *SMALL, "--out", trained).exit_code == 2
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
-    resumed = run("train", "lm", "--resume", trained, "--steps", 3)
-    assert resumed.exit_code == 0 and "after 3 steps" in resumed.output, resumed.output
+    resumed = run("train", "lm", "--resume", trained, "--steps", 9, "--minutes", 1e-9)
+    assert resumed.exit_code == 0 and "time, after 3 steps" in resumed.output, resumed.output
+    assert "step 3 of 9: loss " in resumed.output  # a line a log where there is no terminal
     assert [row["step"] for row in rows_of(trained)] == [1, 2, 3]
     spent = run("train", "lm", "--resume", trained, "--steps", 9, "--budget", 1)
     assert spent.exit_code == 0 and "budget, after 3 steps" in spent.output

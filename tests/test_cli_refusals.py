@@ -1,5 +1,6 @@
 """What the command line refuses: one line, exit code 2, before any work and before any folder."""
 
+import json
 import os
 import shlex
 import signal
@@ -301,6 +302,28 @@ def test_compare_prints_names_and_settings_as_they_are(tmp_path):
     assert "[b]" in out.read_text() and f"Figure: {out}" in result.output
     twice = CliRunner().invoke(app, ["compare", str(one), str(one), "--out", str(out)])
     assert twice.exit_code == 0 and "[b] (2)" in twice.output
+
+
+def test_compare_where_all_runs_had_come_to(tmp_path):
+    """At a step that all have; of times, which none share, up to the least of the last ones."""
+    logs = {
+        "a": [(10, 1.0, 3.0), (20, 2.0, 2.5), (30, 3.0, 2.25)],
+        "b": [(10, 2.5, 2.75), (20, 5.0, 2.125)],
+    }
+    for name, rows in logs.items():
+        lines = (json.dumps({"step": k, "seconds": s, "loss": loss}) + "\n" for k, s, loss in rows)
+        run(tmp_path / name, "train", {}, "".join(lines))
+    args = ["compare", *(str(tmp_path / name) for name in logs), "--metric", "loss"]
+    for at, told in {
+        "step": ("at the largest common step", "loss    20    2.5  2.125"),
+        "time": ("at the largest common seconds", "loss    3        2.25  2.75"),
+    }.items():
+        flags = ["--at", at, "--out", str(tmp_path / "a.svg")]
+        result = CliRunner().invoke(app, args + flags)
+        assert result.exit_code == 0, result.output
+        assert all(text in result.output for text in told), result.output
+    without = CliRunner().invoke(app, [*args, "--at", "evaluations"])
+    assert without.exit_code == 2 and "does not say its total evaluations" in without.output
 
 
 # ------------------------------------------------------------------ help and completion

@@ -59,3 +59,25 @@ def test_a_mesh_with_explicit_axes(found):
 @pytest.mark.parametrize("how", ["manual", "partly manual"])
 def test_a_manual_division_with_checked_types(found, how):
     assert found[how]["cotangent"]["error"] < 2e-5
+
+
+# ------------------------------------------------------------------ tokens divided
+
+
+@pytest.mark.parametrize("case", ["weighted", "causal"])
+def test_the_ring_is_the_operation_with_both_derivatives(found, case):
+    # 21 keys on 4 devices: three without weight are added. Sums of 24 numbers of size 10.
+    assert found[f"ring {case}"] < 1e-13
+
+
+@pytest.mark.parametrize("mode", ["forward", "cotangent"])
+def test_a_flow_of_divided_tokens_sends_keys_and_gathers_nothing(found, mode):
+    case = found[f"ring flow {mode}"]
+    assert set(case["collectives"]) == {"all-reduce", "collective-permute"}  # the checks' sums
+    assert case["spec"][0] == ["a"]
+    assert case["error"] < 1e-14
+
+
+def test_a_ring_sends_what_theory_says(found):
+    for counted, theory in found["ring bytes"]:
+        assert counted == {"collective-permute": theory}

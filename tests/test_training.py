@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -130,7 +132,9 @@ def test_it_learns_in_one_trace():
     for a, b in zip(arrays(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
     row = fitted.history[-1]
-    assert row["num_evaluations"] == 2 and row["per_second"] > 0 and row["gradient_norm"] > 0
+    assert (
+        row["num_evaluations"] == 2 and row["targets_per_second"] > 0 and row["gradient_norm"] > 0
+    )
     assert row["validation_loss"] >= fitted.validation_loss
     assert row["validation_num_evaluations"] == 2
 
@@ -416,6 +420,44 @@ def test_cross_entropy_leaves_out_negative_targets():
     expected = -(rows[0, 4] + rows[2, 0]) / 2
     np.testing.assert_allclose(training.cross_entropy(logits, targets), expected, rtol=1e-6)
     assert training.cross_entropy(logits, jnp.full(3, -1)) == 0
+
+
+@pytest.mark.usefixtures("x64")
+def test_chunked_cross_entropy_is_that_of_the_logits():
+    """Its value and gradients, with targets that count for nothing and a last chunk that is short;
+    to the rounding of sums in another order."""
+    h, r = (
+        jax.random.normal(k, shape) for k, shape in ((KEY, (2, 5, 3)), (jax.random.key(1), (7, 3)))
+    )
+    targets = jnp.array([[0, 6, -1, 2, 3], [-1, 1, 5, 5, 4]])
+    whole = lambda h, r: training.cross_entropy(h @ r.T, targets)
+    parts = lambda h, r: training.chunked_cross_entropy(h, r, targets, rows=4)
+    for found, expected in zip(
+        jax.tree.leaves(jax.value_and_grad(parts, (0, 1))(h, r)),
+        jax.tree.leaves(jax.value_and_grad(whole, (0, 1))(h, r)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    assert training.chunked_cross_entropy(h, r, jnp.full((2, 5), -1), rows=4) == 0
+    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
+        training.chunked_cross_entropy(h, r, targets, rows=0)
+
+
+def test_a_step_never_holds_all_logits_of_a_large_vocabulary():
+    """Nothing in it is as large; with a loss that asks for the logits, they are."""
+    words, batch, n = 50_257, 2, 8
+    model = eqx.filter_eval_shape(lambda: LanguageModel(words, 4, 1, 1, n, width=4, key=KEY))
+    params, static = eqx.partition(model, lambda a: isinstance(a, jax.ShapeDtypeStruct))
+    tokens = np.zeros((1, batch, n), np.int32)
+
+    def largest(outputs):
+        step = Step(static, ADAM, training.FlowLoss(outputs))
+        gradient = lambda params: step.gradient(State(params, None, KEY), (tokens, tokens), 0)[0]
+        shapes = re.findall(r":[a-z]+\d+\[([\d,]+)\]", str(jax.make_jaxpr(gradient)(params)))
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    assert largest(training.cross_entropy) < batch * n * words
+    assert largest(lambda *given: training.cross_entropy(*given)) >= batch * n * words
 
 
 @pytest.mark.slow

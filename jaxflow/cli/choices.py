@@ -24,6 +24,7 @@ Tokens = StrEnum("Tokens", "bytes chars bpe")
 Matrices = StrEnum("Matrices", "identity gaussian goe signed")
 PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
 Motion = StrEnum("Motion", "independent common")
+At = StrEnum("At", "step time evaluations")
 DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 
 # Methods without an estimate of their error, which take fixed steps.

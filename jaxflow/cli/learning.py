@@ -82,11 +82,17 @@ class AbstractTraining:
     weight_decay: float = flag(0.1, "Weight decay of matrices.", NOT_NEGATIVE)
     kinetic: float = flag(0.0, "Weight of the transport cost int |x'|^2 dt.", NOT_NEGATIVE)
     accumulate: int = flag(1, "Batches a step.", COUNT)
+    devices: int | None = flag(None, "Devices that share each batch (one).", COUNT, kept=False)
+    sharded: bool = flag(False, "They share the parameters as well.", kept=False)
     evaluate_every: int = flag(100, "Steps between evaluations.", COUNT)
     evaluation_batches: int | None = flag(None, "Of an evaluation (default: all).", COUNT)
     checkpoint_every: int | None = flag(None, CHECKPOINTS, COUNT)
     patience: int | None = flag(None, "Evaluations without progress to stop after.", COUNT)
     budget: int | None = flag(None, "Evaluations of the field to stop after.", COUNT)
+    minutes: float | None = flag(None, "Of wall time; --resume has them anew.", POSITIVE)
+    evaluate_on_interrupt: bool = flag(False, "Ctrl-C leaves time for an evaluation.")
+    tensorboard: bool = flag(False, "Also write RUN/tensorboard.")
+    profile: bool = flag(False, "Trace five steps in RUN/profile.", kept=False)
     seed: int = flag(0, "Seed of the parameters and batches.", SEED)
     preset: str = flag("default", "Named settings; other flags override them.")
     out: Path | None = flag(None, "Run folder (default: runs/DATE-TIME).", kept=False)
@@ -108,6 +114,8 @@ class AbstractTraining:
                 "--curve fourier is a constant and pairs of sine and cosine, so --layers must be "
                 f"odd, got {self.layers}."
             )
+        if self.sharded and self.devices is None:
+            raise ValueError("--sharded is of several devices: give their number by --devices.")
         if isinstance(self, AbstractTransformer):
             self.check_attention()
         if isinstance(self, LanguageTraining):

@@ -4,7 +4,7 @@ of `info`."""
 import dataclasses
 from pathlib import Path
 
-from .choices import DType, Solver
+from .choices import At, DType, Solver
 from .settings import (
     COUNT,
     SEED,
@@ -134,17 +134,25 @@ class Inspecting:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Compare runs: the settings that differ, the last value of each metric, and their curves.
+    """Compare runs: the settings that differ, each metric at their ends and where all had come to,
+    and their curves.
+
+    Where all had come to is the largest step, or time or number of evaluations of the field, at
+    which all measured the metric; where they never did at the same, the least of their last ones,
+    and each run has what it measured last up to there.
 
     Examples:
 
     `jaxflow compare runs/post runs/pre --metric diameter`
 
     `jaxflow compare runs/layers runs/smooth --metric validation_loss --out losses.png`
+
+    `jaxflow compare runs/layers runs/smooth --at time`
     """
 
     runs: list[Path] = argument("Two or more run folders of one command.", InputFolder())
     metric: list[str] | None = flag(None, "Draw this metric; repeatable (default: all).")
+    at: At = flag(At.step, "What runs are compared at, and drawn over.")
     out: Path = flag(Path("compare.png"), "The figure.", Figure())
 
     def check(self):

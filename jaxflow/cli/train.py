@@ -159,6 +159,7 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         loss=training.FlowLoss(training.cross_entropy, asked),
         key=jax.random.key(s.seed),
         accumulate=s.accumulate,
+        devices=training.FullySharded(s.devices) if s.sharded else s.devices,
         evaluate_every=s.evaluate_every,
         evaluation_batches=s.evaluation_batches,
         patience=s.patience,
@@ -167,6 +168,10 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         resume=s.resume is not None,
         checkpoint_every=s.checkpoint_every,
         config=described,
+        callbacks=[training.tensorboard(run / "tensorboard")] if s.tensorboard else [],
+        minutes=s.minutes,
+        evaluate_on_interrupt=s.evaluate_on_interrupt,
+        profile=run / "profile" if s.profile else None,
     )
 
 

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
+from .._types import (
+    ArrayLike,
+    ScalarLike,
+    accumulation_dtype,
+    is_concrete,
+    on_automatic_mesh,
+)
 from ..masks import AbstractMask, AbstractPattern, Hierarchical, TopK, is_mask
 from ..masks import check as check_mask
 from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
@@ -279,7 +285,7 @@ def _problem(
 
 def _array(name: str, value) -> jax.Array:
     try:
-        return jnp.asarray(value)
+        return on_automatic_mesh(jnp.asarray(value))
     except (TypeError, ValueError, OverflowError) as e:
         raise TypeError(
             f"{name} must be an array of floating-point numbers, which this {type(value).__name__} "

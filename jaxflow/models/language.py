@@ -147,8 +147,16 @@ class LanguageModel(AbstractModel):
         return self.field.geometry.retract(x)
 
     def read_out(self, mu: Measure) -> Float[Array, "*batch n vocabulary"]:
-        matrix = self.embedding if self.output is None else self.output
-        return project(self.norm(mu.points), matrix, self.dtype)
+        return project(self.hidden(mu), self.unembedding, self.dtype)
+
+    def hidden(self, mu: Measure) -> Float[Array, "*batch n d"]:
+        """N(x_i), of which the logits are the products with the rows of `unembedding`."""
+        return self.norm(mu.points)
+
+    @property
+    def unembedding(self) -> Float[Array, "vocabulary d"]:
+        """R."""
+        return self.embedding if self.output is None else self.output
 
     def generate(
         self,
@@ -160,12 +168,14 @@ class LanguageModel(AbstractModel):
         top_p: float | None = None,
         cache: bool = True,
         key: PRNGKeyArray | None = None,
-    ) -> Int[Array, " n_and_length"]:
-        """The prompt, continued by `length` tokens.
+    ) -> Int[Array, "*b n_and_length"]:
+        """The prompt, or each of a batch of them, continued by `length` tokens.
 
         **Arguments:**
 
-        - `prompt`: at least one token, integers `(n,)`. `length`: the number of tokens to add.
+        - `prompt`: at least one token, integers `(n,)`; or `(b, n)`, a batch, whose prompt number i
+          goes on as it would alone with the key `jax.random.split(key, b)[i]`. `length`: the number
+          of tokens to add.
         - `temperature`: divides the logits; 0 takes the most likely token and needs no key.
         - `top_k`: draw among the k most likely tokens; `top_p`: among the fewest whose
           probabilities add up to p (Holtzman et al., arXiv 1904.09751).
@@ -182,14 +192,15 @@ class LanguageModel(AbstractModel):
         prompt = array("the prompt", prompt)
         generation.check(prompt, len(self.embedding), length, temperature, top_k, top_p, key)
         choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
-        keys = jax.random.split(jax.random.key(0) if key is None else key, max(length, 1))
+        keys = generation.split(key, prompt.shape[:-1], max(length, 1))
+        of = lambda start, stop: keys[(slice(None),) * (prompt.ndim - 1) + (slice(start, stop),)]
         tokens, keep = prompt.astype(jnp.int32), 0
         if cache and generation.can_be_cached(self):
-            keep = max(0, min(length, self.context - len(tokens)))
+            keep = max(0, min(length, self.context - tokens.shape[-1]))
         if keep:
-            tokens = generation.cached(self, tokens, keep, choose, keys[:keep])
+            tokens = generation.cached(self, tokens, keep, choose, of(0, keep))
         if length > keep:
-            tokens = generation.plainly(self, tokens, length - keep, choose, keys[keep:])
+            tokens = generation.plainly(self, tokens, length - keep, choose, of(keep, length))
         return tokens
 
 

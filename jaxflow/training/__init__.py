@@ -3,14 +3,17 @@
 fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 """
 
+from .callbacks import tensorboard
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
+from .devices import FullySharded
 from .loop import Data, Fitted, fit
 from .losses import (
     AbstractLoss,
     FlowLoss,
     Valued,
     accuracy,
+    chunked_cross_entropy,
     cross_entropy,
     evaluate,
     squared_error,
@@ -28,6 +31,7 @@ __all__ = [
     "Data",
     "Fitted",
     "FlowLoss",
+    "FullySharded",
     "Images",
     "Text",
     "TokenizerFile",
@@ -36,6 +40,7 @@ __all__ = [
     "accuracy",
     "adamw",
     "best",
+    "chunked_cross_entropy",
     "cross_entropy",
     "evaluate",
     "export",
@@ -48,6 +53,7 @@ __all__ = [
     "restore",
     "save",
     "squared_error",
+    "tensorboard",
     "text_data",
     "tokenizer",
     "tokenizer_from_dict",

@@ -28,6 +28,7 @@ CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
 # What of a config may differ where a run goes on; the text and the images have to hold the same.
 CHANGEABLE = frozenset(
     {"steps", "learning_rate", "patience", "budget", "evaluation_batches", "checkpoint_every"}
+    | {"minutes", "evaluate_on_interrupt", "tensorboard"}
     | {"text", "images", "labels", "cache", "jaxflow"}
 )
 
@@ -35,8 +36,8 @@ CHANGEABLE = frozenset(
 class Place(NamedTuple):
     """Where a training is.
 
-    The number of steps, evaluations of the field, the best loss and evaluations since; and what is
-    to be logged of a step whose evaluation a signal cut off.
+    The number of steps, evaluations of the field, the best loss and evaluations since; what is to
+    be logged of a step whose evaluation a signal cut off; and the seconds that it took.
     """
 
     step: int = 0
@@ -44,10 +45,13 @@ class Place(NamedTuple):
     best: float = math.inf
     since: int = 0
     pending: dict[str, float] | None = None
+    seconds: float = 0.0
 
-    def after(self, evaluations: float, numbers: dict[str, float]) -> "Place":
-        spent = self.spent + int(evaluations)
-        return self._replace(step=self.step + 1, spent=spent, pending=numbers)
+    def after(self, evaluations: float, seconds: float) -> "Place":
+        """A step on."""
+        return self._replace(
+            step=self.step + 1, spent=self.spent + int(evaluations), seconds=seconds
+        )
 
     def evaluated(self, loss: float) -> "Place":
         better = loss < self.best
@@ -119,7 +123,10 @@ class Record:
 
     def _restored(self, state, last: Path, good: dict[Path, dict]) -> tuple[Any, Any, Place]:
         sealed_cursor = good[last]["cursor"]
-        cursor: dict[str, Any] = {name: sealed_cursor[name] for name in Place._fields}
+        # One of an older version counted no seconds.
+        cursor = Place._field_defaults | {
+            name: sealed_cursor[name] for name in Place._fields if name in sealed_cursor
+        }
         best = checkpoints.smallest(good, "loss")
         params = None if best is None else checkpoints.restore(best, state)[0].params
         state, _ = checkpoints.restore(last, state)
@@ -133,9 +140,12 @@ class Record:
         self.history.append({"step": step} | numbers)
         self.log_file.append(self.history[-1])
 
-    def save(self, state: Any, place: Place, loss: float | None = None, *, failed: bool = False):
+    def save(
+        self, state: Any, place: Place, loss: float | None = None, *, failed: bool = False
+    ) -> bool:
+        """Writes a checkpoint, and says whether there is a folder for it."""
         if self.folder is None:
-            return
+            return False
         self.saved, self.loss = place.step, loss
         # JSON knows no infinity.
         best = None if math.isinf(place.best) else place.best
@@ -149,6 +159,7 @@ class Record:
             metrics=None if loss is None else {"loss": loss},
             keep=self.keep,
         )
+        return True
 
     def fail(self, state: Any, place: Place):
         """Keeps the parameters of a failed step for a look, and the checkpoint before them."""
