@@ -199,8 +199,9 @@ def around_ring(ctx, ring: Ring, kind: type[Operands], problem: Problem) -> Call
     if mesh is None or mesh.empty:
         raise NotImplementedError(
             "the backend 'ring' sends keys around the devices among which the tokens are divided, "
-            "and these are on one device: place them, as by jax.device_put(points, jax.NamedSharding("
-            "jax.make_mesh((4,), ('tokens',)), jax.P('tokens'))), or leave backend None."
+            "and these are on one device. Leave backend None, or place them: "
+            "jax.device_put(points, jax.NamedSharding(jax.make_mesh((4,), ('tokens',)), "
+            "jax.P('tokens')))."
         )
     ring = dataclasses.replace(ring, axis=_axis(ring.axis, mesh))
     manual = getattr(context, "manual_axes", frozenset())

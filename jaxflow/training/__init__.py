@@ -19,6 +19,7 @@ from .losses import (
     squared_error,
 )
 from .optimisers import adamw, matrices
+from .processes import is_first, join
 from .runs import load, tokenizer
 from .step import TrainingError
 from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
@@ -44,6 +45,8 @@ __all__ = [
     "evaluate",
     "fit",
     "image_data",
+    "is_first",
+    "join",
     "latest",
     "load",
     "matrices",

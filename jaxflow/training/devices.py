@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from .._rules import count
 from .leaves import put
+from .processes import gathered
 
 AXIS = "data"
 
@@ -79,9 +80,9 @@ class Placement:
         return jax.tree.map(place, tree)
 
     def returned(self, tree: Any) -> Any:
-        """Arrays as a caller takes them: on one device, unless they are divided among several."""
-        if self.mesh is None:
-            return tree
+        """Arrays as a caller takes them: on one device, unless those of one process divide them."""
+        if self.mesh is None or jax.process_count() > 1:
+            return gathered(tree)
         one = lambda a: a.addressable_data(0) if a.is_fully_replicated else a
         return jax.tree.map(one, tree)
 
