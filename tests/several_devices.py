@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_devices import REFUSED
 
 import jaxflow as jf
-from benchmarks.communication import communicated, ring_bytes
+from benchmarks.communication import ring_bytes
 from jaxflow import training
 from jaxflow.kernels import primitives
 from jaxflow.training.devices import placement
@@ -173,12 +173,10 @@ def trainings() -> dict:
         training.fit, model, digits, log_every=1, evaluation_batches=1, accumulate=2, progress=False
     )
     losses = lambda fitted: [row["loss"] for row in fitted.history]
-    placed = 1, 2, 4, 8, training.FullySharded(4)
-    results: dict = {"losses": [losses(fit(steps=2, devices=devices)) for devices in placed]}
+    results: dict = {"losses": [losses(fit(steps=4, devices=n)) for n in (1, 4, 8)]}
     with tempfile.TemporaryDirectory() as folder:
         fit(steps=2, devices=training.FullySharded(8), run=folder)
-        results["resumed"] = losses(fit(steps=4, devices=2, run=folder, resume=True))
-    results["whole"] = losses(fit(steps=4, devices=1))
+        results["losses"].append(losses(fit(steps=4, devices=2, run=folder, resume=True)))
     results["refused"] = []
     for devices, _ in REFUSED:
         try:
@@ -194,8 +192,8 @@ def trainings() -> dict:
 
 
 def step_on_four_devices(model, digits) -> dict:
-    """Bytes that it sends where all have the parameters, the number of these, and how many numbers
-    of parameters and Adam's moments are on a device where they are divided."""
+    """What it sends where all have the parameters, and how many of the numbers of parameters and
+    Adam's moments are on a device where they are divided."""
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimiser = optax.adam(1e-3)
     state = State(params, optimiser.init(params), jax.random.key(0))
@@ -208,10 +206,10 @@ def step_on_four_devices(model, digits) -> dict:
     local = lambda a: a.addressable_data(0).size
     numbers = [a for a in jax.tree.leaves(divided) if eqx.is_inexact_array(a)]
     return {
-        "parallel": communicated(text),
-        "parameters": sum(a.size for a in jax.tree.leaves(params)),
-        "state": sum(map(local, numbers)),
-        "whole": sum(a.size for a in numbers if a.is_fully_replicated),
+        "collectives": [kind for kind in COLLECTIVES if f" {kind}" in text],
+        "divided": sum(local(a) for a in numbers if not a.is_fully_replicated),
+        "to divide": sum(a.size for a in numbers if not a.is_fully_replicated),
+        "not divided": sum(a.size for a in numbers if a.is_fully_replicated),
     }
 
 

@@ -82,8 +82,8 @@ def softmax_expectation(
       unasked. "ring:tokens" is for tokens that are divided among devices along the axis "tokens" of
       a mesh: keys and values travel from device to device, and none holds all of them ("ring" where
       the mesh has one axis; "ring:tokens:pallas_gpu" names what runs on each device). Second and
-      higher derivatives gather the keys. A Pallas backend with ":interpret" behind its name runs anywhere, slowly, in Pallas's
-      interpreter.
+      higher derivatives gather the keys. A Pallas backend with ":interpret" behind its name runs
+      anywhere, slowly, in Pallas's interpreter.
 
     **Returns:**
 
