@@ -44,10 +44,11 @@ class FullySharded:
     - `devices`: how many, or which ones; `None` is all.
     """
 
-    devices: int | Sequence[jax.Device] | None = None
+    devices: int | Sequence[Any] | None = None
 
 
-Devices = int | Sequence[jax.Device] | FullySharded | None
+# A number, a list of `jax.Device`, or a policy.
+Devices = int | Sequence[Any] | FullySharded | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def placement(devices: Devices) -> Placement:
     return Placement()
 
 
-def _mesh(devices: int | Sequence[jax.Device]) -> Mesh:
+def _mesh(devices: int | Sequence[Any]) -> Mesh:
     known = jax.devices()
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         chosen = list(devices)

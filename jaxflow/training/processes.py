@@ -9,6 +9,7 @@ it in the next sum.
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -47,12 +48,13 @@ def join() -> int:
     """
     if jax.distributed.is_initialized():
         return jax.process_count()
-    lost = {"heartbeat_timeout_seconds": LOST, "shutdown_timeout_seconds": LOST}
+    start = partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=LOST, shutdown_timeout_seconds=LOST
+    )
     if ADDRESS in os.environ:
-        address, processes, process = _explicit()
-        jax.distributed.initialize(address, processes, process, **lost)
+        start(*_explicit())
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        jax.distributed.initialize(cluster_detection_method="slurm", **lost)
+        start(cluster_detection_method="slurm")
     return jax.process_count()
 
 
