@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jax
+import optax
 
 import jaxflow as jf
 from jaxflow import training
@@ -38,6 +39,7 @@ if __name__ == "__main__":
         model,
         Slow(),
         steps=int(STEPS),
+        optimiser=optax.adam(1e-3),  # whose rate does not know the last step
         log_every=1,
         evaluate_every=100,
         evaluation_batches=1,
