@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ._dataset import dataset
 from ._flow_input import check_number
 from ._mergers import Mergers, check_known, representatives
 from ._types import ArrayLike, LogWeights, ScalarLike, is_concrete
@@ -90,6 +91,28 @@ class FlowSolution(eqx.Module):
     def ok(self) -> Bool[Array, ""]:
         """Whether the solve succeeded and its end is finite."""
         return diffrax.is_okay(self.result) & jnp.isfinite(self.final.points).all()
+
+    def to_xarray(self) -> Any:
+        """The flow as an `xarray.Dataset`, to slice by name, plot, or write to a file.
+
+        Its variables are `points` (time, token, component), `weight` (token) and what was
+        observed (time, ...), at the times that were reached. Of a batch, an axis `system` comes
+        before the tokens, or `system_0`, ... if it has several.
+
+        **Raises:** `ImportError` without xarray, which `jaxflow[xarray]` brings; `ValueError` for
+        several flows, without saved points, and where something observed is called `points`,
+        `weight` or `time`.
+        """
+        if not isinstance(self.measures, Measure):
+            raise ValueError(
+                "a dataset needs saved points: neither SaveAt(fn=...) nor SaveAt(subs=...)."
+            )
+        if self.ts.ndim != 1:
+            raise ValueError(
+                f"to_xarray is of one flow, got times of shape {self.ts.shape}: choose one, such "
+                "as jax.tree.map(lambda a: a[0], sol)."
+            )
+        return dataset(self.ts, self.measures, self.observed or {}, self.geometry)
 
     def integral(self, name: str) -> Array:
         """int of what was observed by that name over [t0, end], by the trapezoidal rule between the

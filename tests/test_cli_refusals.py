@@ -29,9 +29,14 @@ SIMULATE = """
     --dt 0 | --dt -1 | --dt nan | --dt 1e-12 | --solver euler | --solver rk4 | --solver magic
     --solver normalised-euler | --solver normalised-euler --dt 0.1 --geometry euclidean
     --solver normalised-euler --dt 0.1 --normalisation pre
+    --kappa 0 --dt 0.1 | --kappa -1 --dt 0.1 | --kappa nan --dt 0.1 | --kappa 2 | --noise common
+    --noise loud --kappa 2 --dt 0.1 | --kappa 2 --dt 0.1 --solver rk4
+    --kappa 2 --dt 0.1 --solver kvaerno5 | --kappa 2 --dt 0.1 --geometry layer-norm
+    --kappa 2 --dt 0.1 --merges | --kappa 2 --dt 0.1 --normalisation ngpt --solver dopri5
     --max-steps 0 | --max-steps 1.5
     --frames 1 | --frames 1e9 | --frames 2 --log-time
     --threshold 2 | --threshold 1 | --threshold nan
+    --min-mass -1 | --min-mass 2 | --min-mass nan
     --clusters 0 | --speed 0 | --speed nan | --until then
     --seed -1 | --seed 12345678901234567890 | --seed 1.5
     --normalisation pre --geometry sphere | --normalisation ngpt --geometry euclidean
@@ -62,8 +67,11 @@ TRAIN = """
     lm --tolerance nan --solver tsit5 | lm --solver-steps 0 | lm --solver-steps 5 | lm --layers 0
     lm --dim 10 | lm --heads 0 | lm --width -1 | lm --curve nope | lm --curve fourier
     lm --curve linear --layers 1 | lm --t1 0 | lm --t1 nan | lm --placement post --bf16
+    lm --kv-heads 2 | lm --block theory --width 3 | lm --block llama --bias
+    lm --block llama --kv-heads 3 | lm --block attention --bf16 | lm --block gpt3
     lm --batch 0 | lm --batch 1.5 | lm --steps 0 | lm --steps 99999999999 | lm --learning-rate nan
     lm --learning-rate -1 | lm --weight-decay -1 | lm --kinetic nan | lm --entropy -1
+    lm --devices 0 | lm --devices two | lm --devices 99 | lm --sharded
     lm --accumulate 0 | lm --evaluate-every 0 | lm --patience 0 | lm --budget 0 | lm --seed -1
     lm --context 0 | lm --tokens bpe --vocabulary 1000000000
     lm --text absent | lm --text empty | lm --text latin.txt | lm --text pipe | lm --text /dev/zero
@@ -308,7 +316,7 @@ def test_compare_where_all_runs_had_come_to(tmp_path):
         run(tmp_path / name, "train", {}, "".join(lines))
     args = ["compare", *(str(tmp_path / name) for name in logs), "--metric", "loss"]
     for at, told in {
-        "step": ("at the largest common step", "loss    20    2.5   2.125"),
+        "step": ("at the largest common step", "loss    20    2.5  2.125"),
         "time": ("at the largest common seconds", "loss    3        2.25  2.75"),
     }.items():
         flags = ["--at", at, "--out", str(tmp_path / "a.svg")]
@@ -357,6 +365,7 @@ def test_the_names_of_flags_are_those_of_the_tables():
         choices.Until: systems.EVENTS,
         choices.Solver: models.SOLVERS,
         choices.Curve: models.CURVES,
+        choices.Block: models.BLOCKS,
         choices.PhaseInteraction: phase.INTERACTIONS,
         choices.Matrices: phase.MATRICES,
     }

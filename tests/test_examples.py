@@ -144,7 +144,7 @@ def test_text_as_a_measure(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_million_tokens(run, tmp_path):
     """Twenty thousand of them."""
     result = run("million_tokens", 20_000)
@@ -156,6 +156,7 @@ def test_million_tokens(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_masks(run, tmp_path):
     result = run("masks")
     last = {name: counts[-1] for name, counts in result["counts"].items()}
@@ -170,6 +171,7 @@ def test_masks(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_phase_diagram(run, tmp_path):
     result = run("phase_diagram")
     curve, boundaries = result["curve"], result["boundaries"]
@@ -196,3 +198,13 @@ def test_continuity_equation(run, tmp_path):
     assert list(run("continuity_equation").values()) == [3, 4, 4]
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "runs" / "continuity_equation.png").exists()
+
+
+@pytest.mark.slow
+def test_noise(run, tmp_path):
+    result = run("noise")
+    for way, expected in (("up", [0, 0, 0.8208]), ("down", [0, 0.7399, 0.8208])):
+        found = [result[way][kappa] for kappa in (0.38, 0.40, 0.42)]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)  # a tilt of 0.02 decays
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "noise.png").exists()

@@ -32,6 +32,7 @@ def pole(n, d):
 # ------------------------------------------------------------------ laws
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("d", [2, 3])
 def test_brownian_motion_of_the_sphere(d):
     """Spherical harmonics of degree l decay at l (l + d - 2) / kappa."""
@@ -46,6 +47,7 @@ def test_brownian_motion_of_the_sphere(d):
         assert abs(found.mean() - expected) < 5 * found.std() / n**0.5 + 0.02 * expected
 
 
+@pytest.mark.usefixtures("optimised")
 def test_ornstein_uhlenbeck():
     """Mean x e^{-t} and variance (1 - e^{-2t}) / kappa."""
     n, t, kappa = 40_000, 0.7, 2.0
@@ -132,14 +134,15 @@ def test_methods_on_the_sphere_follow_one_path(solver):
     assert slope(steps, errors) > 0.4 and errors[-1] < 0.08
 
 
-def test_weak_order_on_the_sphere():
-    """The mean height after a time, whose law is known: the error is that of the step."""
-    n, t, steps = 400_000, 1.0, (2, 4, 8)
-    errors = [
-        abs(moved(NOWHERE, pole(n, 3), t, t / m, 2.0).last.points[:, 2].mean() - np.exp(-t))
-        for m in steps
-    ]
-    assert 0.7 < slope(steps, errors) < 1.4  # standard errors are a hundredth of these
+@pytest.mark.usefixtures("optimised")
+def test_weak_orders_on_the_sphere():
+    """Harmonics of degree 1 and 2, the mean and the second moment, whose laws are known: the error
+    is that of the step."""
+    n, t, kappa, steps = 400_000, 1.0, 2.0, (2, 4, 8)
+    heights = [moved(NOWHERE, pole(n, 3), t, t / m, kappa).last.points[:, 2] for m in steps]
+    for harmonic, rate in ((lambda z: z, 2), (lambda z: (3 * z**2 - 1) / 2, 6)):
+        errors = [abs(harmonic(z).mean() - np.exp(-rate * t / kappa)) for z in heights]
+        assert 0.7 < slope(steps, errors) < 1.7, errors  # standard errors are a hundredth of these
 
 
 # ------------------------------------------------------------------ as without noise

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from scipy.special import iv
 from typer.testing import CliRunner
 
 from jaxflow.cli import app
 from jaxflow.cli import reproduce as command
-from jaxflow.reproduce import RESULTS, Outcome, Result, Row, Scheme, Seconds, staircase
+from jaxflow.reproduce import RESULTS, Outcome, Result, Row, Scheme, Seconds, hysteresis, staircase
 from jaxflow.reproduce.base import panels
 from jaxflow.reproduce.page import page
 
@@ -75,6 +76,21 @@ def test_the_reduced_staircase_is_that_of_two_tokens(monkeypatch):
     monkeypatch.setattr(staircase, "WEIGHTS", (0.5, 0.5))
     monkeypatch.setattr(staircase, "MET", 0.9)
     np.testing.assert_allclose(staircase.meeting_time(np.pi / 2), 8.390296, rtol=0, atol=5e-7)
+
+
+def test_order_sets_in_with_a_jump_or_without():
+    """Laws at rest: unnormalised attention has a fold below kappa_c beyond beta_*, softmax none."""
+    loop = hysteresis.Attention(2, 4.0)
+    np.testing.assert_allclose(loop.critical, 4 / iv(1, 4.0), rtol=1e-14)
+    np.testing.assert_allclose(loop.fold, [0.547128, 0.38706900], rtol=1e-5)
+    np.testing.assert_allclose(loop.strength(loop.order(0.4)), 0.4, rtol=1e-9)
+    assert loop.order(0.38) == 0
+    for d, beta in ((2, 2.44692), (3, 1.81615), (8, 1.26655)):
+        np.testing.assert_allclose(hysteresis.turning(d), beta, rtol=5e-4)  # at order 0.02
+    for d, beta in ((2, 4.0), (3, 8.0)):
+        smooth = hysteresis.Attention(d, beta, softmax=True)
+        branch = [smooth.strength(r) for r in (0.01, 0.1, 0.3, 0.6, 0.9)]
+        assert smooth.critical < branch[0] and (np.diff(branch) > 0).all()
 
 
 def test_results_say_what_they_are():

@@ -12,7 +12,9 @@ import pytest
 import jaxflow as jf
 from jaxflow.observables import MergeTree
 from jaxflow.phase import PhaseDiagram
+from jaxflow.viz.film import _boxes, _Stage
 from jaxflow.viz.run import read_run
+from jaxflow.viz.style import style
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 viz: Any = jf.viz  # a checker of types cannot follow matplotlib's artists
@@ -168,6 +170,12 @@ def test_summary_has_five_panels(sol, tmp_path):
 @pytest.mark.parametrize("d, geometry", [(2, jf.Sphere()), (2, jf.Euclidean()), (5, jf.Sphere())])
 def test_summary_elsewhere(d, geometry, tmp_path):
     viz.summary(gathering(d, SPACED, geometry)).savefig(tmp_path / "flow.png")
+
+
+def test_no_cluster_of_the_least_mass_is_drawn_as_none(sol):
+    none = solution(sol.measures.points, clusters=jnp.zeros(TIMES))
+    low, high = viz.cluster_staircase(none).get_ylim()
+    assert 0 < low < 1 < high
 
 
 def test_inner_products(sol):
@@ -435,6 +443,25 @@ def test_film(sol, tmp_path):
             frames.append(np.asarray(gif.convert("RGB"), int))
     for one, other in zip(frames[:-1], frames[1:], strict=True):
         assert np.abs(one - other).max() > 50
+    assert (frames[0][:5] == 255).all()  # white paper
+    assert (np.ptp(frames[-1], axis=-1) > 60).any()  # colours
+
+
+def test_tokens_of_a_film_lie_where_its_axes_are():
+    """Through axes that hold still until a token leaves them, and then have room."""
+    x = np.geomspace(1, 100, 200)[:, None, None] * np.array([[-1.0, 0, 0], [0, 1, 0.5]])[None]
+    boxes = _boxes(x)
+    assert len({id(box) for box in boxes}) < 25
+    for points, box in zip(x, boxes, strict=True):
+        assert (box[0] <= points).all() and (points <= box[1]).all()
+    stage = _Stage(*style(np.arange(2)), np.eye(3), None, 40.0)
+    stage.set_up(boxes[-1])
+    stage.axes.scatter(*x[-1].T)
+    pixels, depth = stage.project(x[-1])
+    again = stage.axes.collections[-1]
+    again.do_3d_projection()
+    np.testing.assert_allclose(pixels, stage.axes.transData.transform(again.get_offsets()))
+    assert (0 < depth).all() and (depth < 1).all()
 
 
 def test_film_without_ffmpeg(sol, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .._folder import CONFIG, read_settings
-from .choices import FIXED, Curve, Placement, Solver, Tokens
+from .choices import FIXED, Block, Curve, Placement, Solver, Tokens
 from .settings import (
     COUNT,
     LARGEST,
@@ -51,6 +51,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }  # fmt: skip
+
+# What a block takes besides the sizes of the model.
+TAKEN = {
+    Block.gpt2: {"width", "placement", "rotary", "bias", "dtype"},
+    Block.llama: {"kv_heads", "width", "dtype"},
+    Block.parallel: {"width", "bias", "dtype"},
+    Block.attention: {"bias"},
+    Block.theory: set[str](),
+}
 
 CHECKPOINTS = "Steps between checkpoints (default: between evaluations)."
 ON = "Go on with this run and its settings; --steps and few others may change."
@@ -109,6 +118,8 @@ class AbstractTraining:
             raise ValueError("--sharded is of several devices: give their number by --devices.")
         if isinstance(self, AbstractTransformer):
             self.check_attention()
+        if isinstance(self, LanguageTraining):
+            self.check_block()
         if self.curve is Curve.layers and (self.solver_steps or 0) % self.layers:
             raise ValueError(
                 f"--solver-steps must be a multiple of --layers, as each layer takes whole steps; "
@@ -150,11 +161,19 @@ class LanguageTraining(AbstractTransformer):
 
     `jaxflow train lm --curve smooth --solver heun --solver-steps 4`
 
+    `jaxflow train lm --block llama --kv-heads 2`
+
     `jaxflow train lm --resume runs/shakespeare`
     """
 
     text: Path | None = flag(None, "UTF-8 file or folder (default: Python's own manual).", Input())
+    block: Block | None = flag(None, "Another block than GPT-2's without biases in attention.")
+    kv_heads: int | None = flag(None, "Keys and values of --block llama.", COUNT)
+    bias: bool = flag(False, "Biases in attention.")
     tokens: Tokens = flag(Tokens.bytes, "Bytes, characters, or byte pairs.")
+    tokenizer: Path | None = flag(
+        None, "A tokenizer.json of Hugging Face, in place of --tokens.", InputFile()
+    )
     vocabulary: int = flag(1024, "Number of byte-pair tokens.", Range(256, 2**20))
     context: int = flag(128, "Tokens the model sees.", COUNT)
     rotary: bool = flag(False, "Rotary positions, not learned ones.")
@@ -163,6 +182,33 @@ class LanguageTraining(AbstractTransformer):
     batch: int = flag(16, "Samples a step.", COUNT)
     steps: int = flag(2000, "Steps of training.", COUNT)
     evaluate_every: int = flag(250, "Steps between evaluations.", COUNT)
+
+    def block_arguments(self) -> dict[str, Any]:
+        """What is asked of another block than the default, by flags that are not at their own."""
+        asked = {
+            "kv_heads": self.kv_heads,
+            "width": self.width,
+            "dtype": "bfloat16" if self.bf16 else None,
+            "bias": self.bias or None,
+            "rotary": self.rotary or None,
+            "placement": None if self.placement is Placement.pre else self.placement.value,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def check_block(self):
+        """Raises ValueError for flags that the block does not take."""
+        if self.block is None:
+            if self.kv_heads is not None:
+                raise ValueError("--kv-heads are those of --block llama: give both.")
+            return
+        for name in self.block_arguments():
+            if name not in TAKEN[self.block]:
+                flag = "--bf16" if name == "dtype" else flag_name(name)
+                raise ValueError(f"--block {self.block} takes no {flag}: leave it out.")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"--kv-heads must divide --heads, got {self.kv_heads} and {self.heads}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

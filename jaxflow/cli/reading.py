@@ -1,4 +1,5 @@
-"""The settings of the commands that read runs: `evaluate`, `sample`, `compare`; and of `info`."""
+"""The settings of the commands that read runs, `evaluate`, `sample`, `inspect` and `compare`, and
+of `info`."""
 
 import dataclasses
 from pathlib import Path
@@ -11,6 +12,7 @@ from .settings import (
     Input,
     InputFile,
     InputFolder,
+    OutputFile,
     Range,
     argument,
     flag,
@@ -102,6 +104,32 @@ class Sampling:
             raise ValueError("a depth has either --steps or a --tolerance; give one of them.")
         if self.prompt == "":
             raise ValueError("--prompt must have at least one character, got none.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspecting:
+    """Show what a language model or encoder does to a text along its depth, on one HTML page.
+
+    Inner products and clusters of the tokens, the entropy of attention, the spectra of Q^T K and V,
+    the inverse temperature of each head beside the attention of the theory, and how sensitive the
+    loss is to each token. The model is that of a run, or a pretrained one in a folder with
+    config.json, safetensors and tokenizer.json.
+
+    Examples:
+
+    `jaxflow inspect runs/shakespeare --text sonnet.txt`
+
+    `jaxflow inspect models/gpt2 --text sonnet.txt --tokens 256 --out gpt2.html`
+    """
+
+    model: Path = argument("Folder of a run, or of a pretrained model.", InputFolder())
+    text: Path = flag(..., "UTF-8 file, of which the beginning is read.", InputFile())
+    tokens: int = flag(128, "Tokens of it, at most.", Range(2, 2048))
+    out: Path = flag(Path("inspect.html"), "The page.", OutputFile(".html"))
+    latest: bool = flag(False, "The last checkpoint of a run, not the best.")
+
+    def check(self):
+        """These go together as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

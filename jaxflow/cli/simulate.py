@@ -29,6 +29,7 @@ from ..fields import AbstractField
 from ..flow import FlowError, FlowSolution, flow, memory_estimate
 from ..measure import Measure
 from ..models import SOLVERS
+from ..noise import Noise
 from ..viz.style import require
 from .boundary import interruptible
 from .console import progress, say, table
@@ -135,10 +136,19 @@ def _segment(s, field, mu0, times, observe) -> FlowSolution:
             saveat=diffrax.SaveAt(ts=jnp.asarray(times[:-1]), t1=True),
             event=EVENTS[s.until](s),
             observe=observe,
+            noise=_noise(s),
             **_steps(s),
         )
     except FlowError as error:
         raise FlowError(f"from t = {start:.6g} to {end:.6g} of {s.t1:g}: {error}") from None
+
+
+def _noise(s: Simulation) -> Noise | None:
+    """The noise of --kappa, by a key that is not that of the first tokens."""
+    if s.kappa is None:
+        return None
+    key = jax.random.fold_in(jax.random.key(s.seed), 1)
+    return Noise(s.kappa, key=key, common=s.noise == "common")
 
 
 def _steps(s: Simulation) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from .. import __version__
 from .._folder import CONFIG, read_settings
 from .choices import (
     FIXED,
+    NOISY,
     Geometry,
     Interaction,
     Law,
     Matrices,
+    Motion,
     Observable,
     PhaseInteraction,
     Picture,
@@ -60,6 +62,8 @@ class Simulation:
 
     `jaxflow simulate --normalisation pre --observe diameter --film`
 
+    `jaxflow simulate --d 2 --beta 0 --kappa 4 --dt 0.05 --observe order`
+
     `jaxflow simulate --text README.md --d 32 --beta 8 --t1 20`
 
     `jaxflow simulate --image photo.png --patch 8 --beta 4`
@@ -87,6 +91,10 @@ class Simulation:
     normalisation: Scheme = flag(Scheme.post, "How tokens are normalised.")
     alpha: float = flag(1.0, "With --normalisation ngpt: its step.", FINITE)
     geometry: Geometry | None = flag(None, "Where tokens live (default: as normalised).")
+    kappa: float | None = flag(
+        None, "Add Brownian motion of temperature 1/kappa to the tokens.", POSITIVE
+    )
+    noise: Motion = flag(Motion.independent, "With --kappa: one for each token, or for all.")
     t1: float = flag(15.0, "Time to flow to.", Range(SMALLEST, 1e30))
     until: Until = flag(Until.never, "Stop before t1.")
     clusters: int = flag(1, "With --until clustered: this number.", COUNT)
@@ -101,6 +109,7 @@ class Simulation:
     threshold: float = flag(
         0.999, "Tokens with a larger cosine are linked into a cluster.", Range(-1, 1, open=True)
     )
+    min_mass: float = flag(0.0, "Least share of the tokens that counts as a cluster.", Range(0, 1))
     observe: list[Observable] | None = flag(None, "Measure this too; repeatable.")
     merges: bool = flag(False, "Find the time and pair of each merge.")
     film: bool = flag(False, "Write a film too.")
@@ -158,6 +167,27 @@ class Simulation:
             )
         if self.log_time and self.frames < 3:
             raise ValueError(f"--log-time needs --frames of at least 3, got {self.frames}.")
+        self._check_noise()
+
+    def _check_noise(self):
+        if self.kappa is None:
+            if self.noise is not Motion.independent:
+                raise ValueError(f"--noise {self.noise} is of the temperature --kappa: give both.")
+            return
+        if self.dt is None:
+            raise ValueError("--kappa takes fixed steps, well below kappa / (2 d): give --dt.")
+        if self.solver not in NOISY:
+            raise ValueError(
+                f"--solver {self.solver} is no method for noise: take one of "
+                f"{', '.join(sorted(NOISY))}, or leave --kappa out."
+            )
+        if self.place is Geometry("layer-norm"):
+            raise ValueError(
+                "--kappa is for R^d and spheres, and --geometry layer-norm is an ellipsoid: take "
+                "--geometry rms-norm or sphere, or leave --kappa out."
+            )
+        if self.merges:
+            raise ValueError("--merges are those of a flow without noise: leave --kappa out.")
 
 
 def of_config(flags: Simulation, given: frozenset[str]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ OBSERVABLES: dict[str, Callable[[Simulation, fields.AbstractField], Callable]] =
     "energy": lambda s, field: observables.InteractionEnergy(
         s.beta or 1.0, query=_matrix(field, "query"), key=_matrix(field, "key")
     ),
-    "clusters": lambda s, field: observables.ClusterCount(s.threshold),
+    "clusters": lambda s, field: observables.ClusterCount(s.threshold, min_mass=s.min_mass),
     "diameter": lambda s, field: lambda t, mu: observables.diameter(mu),
     "order": lambda s, field: lambda t, mu: observables.order_parameter(mu),
     "hull-area": lambda s, field: lambda t, mu: observables.hull_area(mu),
@@ -55,7 +55,7 @@ OBSERVABLES: dict[str, Callable[[Simulation, fields.AbstractField], Callable]] =
 }
 EVENTS: dict[str, Callable[[Simulation], diffrax.Event | None]] = {
     "never": lambda s: None,
-    "clustered": lambda s: events.until_clustered(s.clusters, s.threshold),
+    "clustered": lambda s: events.until_clustered(s.clusters, s.threshold, min_mass=s.min_mass),
     "steady": lambda s: events.until_steady(s.speed),
 }
 

@@ -20,6 +20,7 @@ from .._folder import CONFIG, claim, read_settings
 from .._memory import check_fits
 from ..training import Fitted
 from ..viz.style import require
+from .choices import Block
 from .console import say, table
 from .device import prepare
 from .learning import (
@@ -84,9 +85,10 @@ def read_data(s: AbstractTraining, tokenizer: Any = None) -> training.Text | tra
             "chars": training.Chars(),
             "bpe": training.BPE(s.vocabulary),
         }
+        named = s.tokenizer and training.TokenizerFile.read(s.tokenizer)
         return training.text_data(
             s.text,
-            tokenizer=tokenizer or new[s.tokens],
+            tokenizer=tokenizer or named or new[s.tokens],
             context=s.context,
             batch_size=s.batch,
             seed=s.seed,
@@ -130,7 +132,11 @@ def _model_config(s: AbstractTraining, data: Any) -> dict[str, Any]:
     if isinstance(s, LanguageTraining):
         _check_size(s, data, data.vocab_size + s.context, block, s.context)
         own = {"model": "LanguageModel", "vocab_size": data.vocab_size, "context": s.context}
-        return own | {"rotary": s.rotary} | config
+        if s.block is None:
+            return own | {"rotary": s.rotary, "bias": s.bias} | config
+        config = {k: v for k, v in config.items() if k not in ("width", "placement")}
+        named = {"block": {"name": s.block.value} | s.block_arguments()}
+        return own | config | named | ({"norm": "rms"} if s.block is Block.llama else {})
     assert isinstance(s, ImageTraining)
     height, width, channels = data.shape
     tokens = max(1, height // s.patch) * max(1, width // s.patch)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from .._memory import check_fits
 from .._rules import array, constant, count, known, not_negative, prng_key, real
-from .._types import Scalar, is_concrete
+from .._types import Scalar, accumulation_dtype, is_concrete
 from ..explicit import explicit_step, is_explicit
 from ..fields.base import can_be_continued
 from ..fields.time import jumps
@@ -67,7 +67,15 @@ def tokens(inputs: Any, vocabulary: int) -> Int[Array, "*batch n"]:
             f"tokens must be in 0, ..., {vocabulary - 1}, got {seen.min()} to {seen.max()}. Take "
             "the tokenizer of the model."
         )
-    return found
+    # The bounds of a vocabulary need not be numbers of the few bits that tokens come in.
+    return found.astype(jax.dtypes.canonicalize_dtype(int))
+
+
+def rows(embedding: Float[Array, "vocabulary d"], tokens: Int[Array, "*batch n"]):
+    """The rows of the tokens, in float32 at least; nan for a traced one that is not there."""
+    # An index beyond the ends would be that of the nearest token, or count from the last.
+    found = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return found.astype(accumulation_dtype(embedding.dtype))
 
 
 def check(prompt, vocabulary: int, length: int, temperature, top_k, top_p, key):

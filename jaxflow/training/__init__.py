@@ -20,9 +20,9 @@ from .losses import (
 )
 from .optimisers import adamw, matrices
 from .processes import is_first, join
-from .runs import load, tokenizer
+from .runs import export, load, tokenizer
 from .step import TrainingError
-from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
+from .tokenizers import BPE, Bytes, Chars, TokenizerFile, tokenizer_from_dict
 
 __all__ = [
     "BPE",
@@ -35,6 +35,7 @@ __all__ = [
     "FullySharded",
     "Images",
     "Text",
+    "TokenizerFile",
     "TrainingError",
     "Valued",
     "accuracy",
@@ -43,6 +44,7 @@ __all__ = [
     "chunked_cross_entropy",
     "cross_entropy",
     "evaluate",
+    "export",
     "fit",
     "image_data",
     "is_first",

@@ -144,7 +144,7 @@ def cluster_staircase(
     axes.set_yticks(ticks, map(str, ticks))
     axes.minorticks_off()
     time_axis(axes, run.log_time)
-    axes.set(ylabel="number of clusters", ylim=(0.8, 1.25 * counts.max()))
+    axes.set(ylabel="number of clusters", ylim=(0.8, 1.25 * max(1, counts.max())))
     return axes
 
 

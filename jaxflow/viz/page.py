@@ -133,7 +133,7 @@ def _still(run: Run, names: list[str], panels: Panels):
     if run.log_time:
         decades = dict(exponentformat="power", tickfont_size=12, dtick=_decades(run.ts))
         figure.update_xaxes(type="log", **decades, col=2)
-    most = np.log10(panels["number of clusters"][1].max())
+    most = np.log10(max(1, panels["number of clusters"][1].max()))  # none has the least mass
     figure.update_yaxes(type="log", range=[-0.1, most + 0.2], tickvals=ROUND, row=1, col=2)
     _name_axes(figure, names, run.radius)
     return figure.update_layout(

@@ -80,7 +80,7 @@ def points(
         )
     axes = new_axes(ax, "3d" if directions.shape[1] == 3 else None)
     x = _project(axes, x, directions)
-    _dress(axes, x, directions, run.radius)
+    dress(axes, x, directions, run.radius)
     for m, shape in enumerate(MARKERS.values()):
         own = marker == m
         look = dict(c=colour[own], marker=shape, s=36, edgecolors="white", linewidths=0.4)
@@ -157,7 +157,7 @@ def hulls(
     scaled = function("rescale", rescale) if rescale is not None else lambda t, x: x
     x = np.stack([np.asarray(scaled(run.ts[k], run.points[k])) for k in kept])
     axes = new_axes(ax)
-    _dress(axes, x, np.eye(2), run.radius)
+    dress(axes, x, np.eye(2), run.radius)
     axes.set_aspect("equal")
     shades = require("matplotlib").colormaps["cividis_r"](np.linspace(0.1, 1, len(kept)))
     for shade, k, points in zip(shades, kept, x, strict=True):
@@ -176,7 +176,7 @@ def _curves_in_space(run, x, colour, ax):
     directions = run.directions()
     axes = new_axes(ax, "3d" if directions.shape[1] == 3 else None)
     x = _project(axes, x, directions)
-    _dress(axes, x, directions, run.radius)
+    dress(axes, x, directions, run.radius)
     for j, own in enumerate(colour):
         axes.plot(*x[:, j].T, color=own, linewidth=0.7, alpha=0.8)
     axes.scatter(*x[-1].T, c=colour, s=24, edgecolors="white", linewidths=0.4)
@@ -197,7 +197,7 @@ def _project(axes, x, directions):
     return x @ directions[:, : 3 if axes.name == "3d" else 2]
 
 
-def _dress(axes, x, directions, radius):
+def dress(axes, x, directions, radius):
     """The sphere behind the tokens, and names and limits of the axes."""
     k = x.shape[-1]
     for line in [] if radius is None else wires(k).swapaxes(0, 1) * radius:
