@@ -19,7 +19,7 @@ from .._rules import count
 from .._types import accumulation_dtype
 from ..fields import AbstractField
 from ..models import LanguageModel
-from ..models.blocks import project
+from ..models.ends import project
 from .data import IGNORED
 
 CHUNK = 2**24  # logits at a time
