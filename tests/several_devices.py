@@ -170,8 +170,9 @@ def trainings() -> dict:
     digits = training.image_data(batch_size=8)
     model = jf.models.ResidualNetwork(64, 10, 8, 2, width=8, key=jax.random.key(0))
     fit = partial(
-        training.fit, model, digits, log_every=1, evaluation_batches=1, accumulate=2, progress=False,
+        training.fit, model, digits, log_every=1, evaluation_batches=1, accumulate=2,
         optimiser=optax.adam(1e-3),  # whose rate does not know the last step
+        progress=False,
     )  # fmt: skip
     losses = lambda fitted: [row["loss"] for row in fitted.history]
     results: dict = {"losses": [losses(fit(steps=4, devices=n)) for n in (1, 4, 8)]}
