@@ -262,7 +262,7 @@ NOT_AT_REST = (
 NOT_A_MODE = (
     "one rate belongs to all modes of one degree only under a field that knows no direction, such "
     "as attention with multiples of the identity for V and Q^T K, and where nodes resolve them. "
-    "Pass such a field, or more nodes."
+    "Pass such a field, more nodes, or float64 where d is some hundreds."
 )
 
 
