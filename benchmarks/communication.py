@@ -53,23 +53,36 @@ def communicated(text: str) -> dict[str, int]:
         elif name:
             bodies[name].append(line)
 
-    def total(name: str) -> collections.Counter:
-        found = collections.Counter()
+    def total(name: str) -> collections.Counter[str]:
+        found = collections.Counter[str]()
         for line in bodies.get(name, []):
-            for kind in KINDS:
-                if re.search(rf" {kind}(?:-start)?\(", line):
-                    found[kind] += _bytes(line.split(f" {kind}")[0].split(" = ")[1])
-            for one, several in _CALLED.findall(line):
-                for called in (one, *re.findall(r"[\w.\-]+", several)):
-                    inner = total(called) if called else {}
-                    trips = _TRIPS.search(line)
-                    if inner and " while(" in line and trips is None:
-                        raise ValueError(f"a loop of unknown length communicates: {line[:200]}")
-                    turns = int(trips[1]) if trips and " while(" in line else 1
-                    found.update({kind: turns * count for kind, count in inner.items()})
+            found.update(_own(line))
+            for called in _called(line):
+                if inner := total(called):
+                    found.update({kind: _turns(line) * count for kind, count in inner.items()})
         return found
 
     return dict(total(entry))
+
+
+def _own(line: str) -> dict[str, int]:
+    """What an instruction itself communicates."""
+    found = [kind for kind in KINDS if re.search(rf" {kind}(?:-start)?\(", line)]
+    return {kind: _bytes(line.split(f" {kind}")[0].split(" = ")[1]) for kind in found}
+
+
+def _called(line: str) -> list[str]:
+    """The computations that an instruction runs."""
+    found = _CALLED.findall(line)
+    return [name for names in found for part in names for name in re.findall(r"[\w.\-]+", part)]
+
+
+def _turns(line: str) -> int:
+    if " while(" not in line:
+        return 1
+    if (trips := _TRIPS.search(line)) is None:
+        raise ValueError(f"a loop of unknown length communicates: {line[:200]}")
+    return int(trips[1])
 
 
 def _bytes(types: str) -> int:

@@ -2,19 +2,27 @@
 
 import json
 import re
+import tempfile
+import warnings
 from functools import partial
 from typing import cast
 from unittest import mock
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_devices import REFUSED
 
 import jaxflow as jf
 from benchmarks.communication import ring_bytes
+from jaxflow import training
 from jaxflow.kernels import primitives
+from jaxflow.training.devices import placement
+from jaxflow.training.step import State, Step, update
 
 MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute"
@@ -101,7 +109,7 @@ def cases() -> dict:
         "cotangent": found(jax.grad(square(partly)), (x,), (place(x, "a"),))
     }
     results["manual"] = {"cotangent": found(jax.grad(square(divided)), (x,), (place(x, "a"),))}
-    return results | rings()
+    return results | rings() | trainings()
 
 
 def rings() -> dict:
@@ -155,6 +163,56 @@ def rings() -> dict:
         ]
     ]
     return results
+
+
+def trainings() -> dict:
+    """Losses of the same steps on some numbers of devices, and what a step sends."""
+    digits = training.image_data(batch_size=8)
+    model = jf.models.ResidualNetwork(64, 10, 8, 2, width=8, key=jax.random.key(0))
+    fit = partial(
+        training.fit, model, digits, log_every=1, evaluation_batches=1, accumulate=2,
+        optimiser=optax.adam(1e-3),  # whose rate does not know the last step
+        progress=False,
+    )  # fmt: skip
+    losses = lambda fitted: [row["loss"] for row in fitted.history]
+    results: dict = {"losses": [losses(fit(steps=4, devices=n)) for n in (1, 4, 8)]}
+    with tempfile.TemporaryDirectory() as folder:
+        fit(steps=2, devices=training.FullySharded(8), run=folder)
+        results["losses"].append(losses(fit(steps=4, devices=2, run=folder, resume=True)))
+    results["refused"] = []
+    for devices, _ in REFUSED:
+        try:
+            fit(steps=1, devices=devices)
+        except (TypeError, ValueError) as error:
+            results["refused"].append(f"{type(error).__name__}: {error}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        placement(None)
+    results["warning"] = str(caught[-1].message)
+    results["step"] = step_on_four_devices(model, digits)
+    return results
+
+
+def step_on_four_devices(model, digits) -> dict:
+    """What it sends where all have the parameters, and how many of the numbers of parameters and
+    Adam's moments are on a device where they are divided."""
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimiser = optax.adam(1e-3)
+    state = State(params, optimiser.init(params), jax.random.key(0))
+    whole = placement(4)
+    batch = tuple(whole.batch(np.stack([a]), axis=1) for a in digits.batch(0))
+    step = Step(static, optimiser, training.FlowLoss(training.cross_entropy), whole)
+    given = step, batch, np.int32(0), whole.state(jnp.array(True))
+    text = update.lower(given, whole.state(state)).compile().compiled.as_text()
+    divided = placement(training.FullySharded(4)).state(state)
+    local = lambda a: a.addressable_data(0).size
+    numbers = [a for a in jax.tree.leaves(divided) if eqx.is_inexact_array(a)]
+    return {
+        "collectives": [kind for kind in COLLECTIVES if f" {kind}" in text],
+        "divided": sum(local(a) for a in numbers if not a.is_fully_replicated),
+        "to divide": sum(a.size for a in numbers if not a.is_fully_replicated),
+        "not divided": sum(a.size for a in numbers if a.is_fully_replicated),
+    }
 
 
 if __name__ == "__main__":

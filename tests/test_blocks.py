@@ -203,6 +203,9 @@ def test_blocks_by_name():
         lambda: LanguageModel(**SIZES, activation=jax.nn.relu, norm=jf.RMSNorm, key=KEY)
     )
     assert eqx.tree_equal(built, expected)
+    config["block"] = {"name": "attention", "norm": None}
+    plain = eqx.filter_eval_shape(lambda: models.build(config)).field.curve.coefficients
+    assert isinstance(plain, jf.MultiHeadAttention)
 
 
 @pytest.mark.parametrize(

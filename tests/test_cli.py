@@ -482,6 +482,7 @@ def test_train_on_digits(tmp_path, flags):
     "command, given, kind, about",
     [
         ("lm", {"preset": "continuous-cpu"}, "LanguageModel", {"curve": "linear", "dim": 128}),
+        ("lm", {"block": learning.Block.llama, "bf16": True}, "LanguageModel", {"norm": "rms"}),
         ("image", {"preset": "attention"}, "ImageClassifier", {"width": 0, "patch": 2}),
         ("resnet", {"preset": "neural-ode"}, "ResidualNetwork", {"inputs": 64, "outputs": 10}),
     ],

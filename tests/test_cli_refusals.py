@@ -71,6 +71,7 @@ TRAIN = """
     lm --block llama --kv-heads 3 | lm --block attention --bf16 | lm --block gpt3
     lm --batch 0 | lm --batch 1.5 | lm --steps 0 | lm --steps 99999999999 | lm --learning-rate nan
     lm --learning-rate -1 | lm --weight-decay -1 | lm --kinetic nan | lm --entropy -1
+    lm --devices 0 | lm --devices two | lm --devices 99 | lm --sharded
     lm --accumulate 0 | lm --evaluate-every 0 | lm --patience 0 | lm --budget 0 | lm --seed -1
     lm --context 0 | lm --tokens bpe --vocabulary 1000000000
     lm --text absent | lm --text empty | lm --text latin.txt | lm --text pipe | lm --text /dev/zero

@@ -64,7 +64,7 @@ def test_clusters_of_many_tokens_are_scipys(d, key):
     several = 0
     for mu in (uniform, clustered):
         products = cosines(mu.points)
-        for threshold in (0.5, 0.85, 0.95, 0.99, 0.999):
+        for threshold in (0.5, 0.7, 0.85, 0.95, 0.99, 0.999, 0.9999):
             expected = components(products >= threshold)
             actual = observables.cluster_labels(mu, threshold)
             np.testing.assert_array_equal(actual, expected, err_msg=f"{threshold}")

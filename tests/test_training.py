@@ -748,6 +748,8 @@ def test_load_builds_the_model_of_the_config(tmp_path):
         training.save(tmp_path / "checkpoints", State(params, None, KEY), **where)
     assert eqx.tree_equal(training.load(tmp_path), better)
     assert eqx.tree_equal(training.load(tmp_path, which="latest"), last)
+    training.export(tmp_path, tmp_path / "last.safetensors", which="latest")
+    assert eqx.tree_equal(training.load(tmp_path / "last.safetensors"), last)
 
 
 def test_load_refuses_what_it_cannot_read(tmp_path, ran):

@@ -69,7 +69,7 @@ def _read(folder: Path) -> Run:
 
 def _over(run: Run, at: At, folder: Path) -> Run:
     """The run with what it is compared at as its axis: the rows that have it."""
-    axis = CLOCKS.get(at, run["axis"])
+    axis = CLOCKS[at] if at in CLOCKS else run["axis"]
     rows = [row for row in run["rows"] if _is_number(row.get(axis))]
     if not rows:
         raise ValueError(

@@ -4,6 +4,7 @@ The run folder holds config.json (all that repeats the run), metrics.jsonl, loss
 checkpoints/.
 """
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -41,6 +42,8 @@ BLOCK = 2**17  # bytes that a block costs, however small
 def train(s: AbstractTraining):
     """Trains the model of the settings, or goes on."""
     require("matplotlib.figure")  # now, not after the training
+    if s.devices is not None:
+        training.join()
     prepare()
     double = bool(jnp.result_type(float) == jnp.float64)
     if s.resume is not None:  # in the precision that it began in
@@ -54,15 +57,24 @@ def train(s: AbstractTraining):
             "jaxflow": __version__,
         }
         model = models.build(described["model"])
-        with claim(s.resume or s.out, KIND, going_on=s.resume is not None) as run:
+        with _folder(s) as run:
             start = time.perf_counter()
             fitted = _fit(s, run, model, data, described)
             if fitted.reason in ("SIGINT", "SIGTERM"):
                 say(f"{fitted.reason} after {fitted.step} steps: --resume {run} goes on.")
                 raise typer.Exit(128 + signal.Signals[fitted.reason])
+            if not training.is_first():
+                return
             curve = viz.training_curve(fitted.history).get_figure(root=True)
             write_figure(run / "loss.png", curve)
         _summarise(run, fitted, data, time.perf_counter() - start)
+
+
+def _folder(s: AbstractTraining) -> contextlib.AbstractContextManager[Path]:
+    """The folder of the run; of several processes the first one holds it."""
+    if training.is_first():
+        return claim(s.resume or s.out, KIND, going_on=s.resume is not None)
+    return contextlib.nullcontext(s.resume or s.out or Path("runs"))
 
 
 def read_data(s: AbstractTraining, tokenizer: Any = None) -> training.Text | training.Images:

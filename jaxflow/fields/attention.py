@@ -388,9 +388,11 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
             return interaction.trace(q, tokens, apply(output, values), slopes, self._scale)
 
         keys, values = (self.of_heads(a, 1) for a in self.keys_values(0.0, mu.points))
-        rows = self._queries(x, 0), self._queries(mu.points, 0), keys, values
-        rows = (a.transpose(1, 0, 2) for a in rows)
-        found = jax.vmap(head)(vectors, *rows, self.query, self.output)
+        queries, own = self._queries(x, 0), self._queries(mu.points, 0)
+        axes = 0, 1, 1, 1, 1, 0, 0
+        found = jax.vmap(head, in_axes=axes)(
+            vectors, queries, own, keys, values, self.query, self.output
+        )
         return None if found is None else found.sum(axis=0)
 
 

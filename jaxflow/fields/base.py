@@ -268,8 +268,8 @@ class Whole(AbstractDivergenceField, AbstractWrapper):
     field: AbstractField
     linear: ClassVar[bool] = False
 
-    def __check_init__(self):
-        is_field(self.field)
+    def __init__(self, field: AbstractField):
+        self.field = is_field(field)
 
     @property
     def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._rules import array, count, finite, flag, instance, prng_key
-from .._types import ArrayLike, Scalar
+from .._types import ArrayLike, Scalar, ScalarLike
 from ..geometry import AbstractGeometry, Sphere
 from ..measure import Measure
 from .base import AbstractCausalField, apply, visible_log_weights
@@ -61,7 +61,7 @@ class TiedAttention(AbstractCausalField):
         heads: int,
         *,
         head_dim: int | None = None,
-        beta: ArrayLike | float = 1.0,
+        beta: ArrayLike | ScalarLike = 1.0,
         causal: bool = False,
         geometry: AbstractGeometry = Sphere(),
         backend: str | None = None,

@@ -79,8 +79,11 @@ def softmax_expectation(
       [`jaxflow.kernels.select_backend`][]). "pruned:1e-4" asks only for the pairs that matter, to
       that tolerance of means (relative to the largest value) and log-partitions, and pays where
       tokens have clustered ([`jaxflow.kernels.pruning`][] counts the pairs); it is never chosen
-      unasked. A Pallas backend with ":interpret" behind its name runs anywhere, slowly, in Pallas's
-      interpreter.
+      unasked. "ring:tokens" is for tokens that are divided among devices along the axis "tokens" of
+      a mesh: keys and values travel from device to device, and none holds all of them ("ring" where
+      the mesh has one axis; "ring:tokens:pallas_gpu" names what runs on each device). Second and
+      higher derivatives gather the keys. A Pallas backend with ":interpret" behind its name runs
+      anywhere, slowly, in Pallas's interpreter.
 
     **Returns:**
 

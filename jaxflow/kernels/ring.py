@@ -199,8 +199,9 @@ def around_ring(ctx, ring: Ring, kind: type[Operands], problem: Problem) -> Call
     if mesh is None or mesh.empty:
         raise NotImplementedError(
             "the backend 'ring' sends keys around the devices among which the tokens are divided, "
-            "and these are on one device: place them, as by jax.device_put(points, jax.NamedSharding("
-            "jax.make_mesh((4,), ('tokens',)), jax.P('tokens'))), or leave backend None."
+            "and these are on one device. Leave backend None, or place them: "
+            "jax.device_put(points, jax.NamedSharding(jax.make_mesh((4,), ('tokens',)), "
+            "jax.P('tokens')))."
         )
     ring = dataclasses.replace(ring, axis=_axis(ring.axis, mesh))
     manual = getattr(context, "manual_axes", frozenset())
@@ -217,11 +218,11 @@ def _alike(problem: Problem) -> set[str]:
 def _axis(name: str | None, mesh: AbstractMesh) -> str:
     if name is None and len(mesh.axis_names) == 1:
         return mesh.axis_names[0]
-    if name not in mesh.axis_names:
-        known = ", ".join(repr(f"ring:{axis}") for axis in mesh.axis_names)
+    if name is None or name not in mesh.axis_names:
+        known = " or ".join(repr(f"ring:{axis}") for axis in mesh.axis_names)
         raise ValueError(
-            f"the ring goes along one axis of the mesh, and {name!r} is none of its axes "
-            f"{mesh.axis_names}: name it by backend={known}."
+            f"the ring goes along one axis of the mesh, one of {mesh.axis_names}, got {name!r}: "
+            f"name it by backend={known}."
         )
     return name
 

@@ -4,7 +4,7 @@
     llama        the same with RMSNorm, SwiGLU, rotary positions   arXiv 2302.13971
                  and grouped queries
     parallel     attention(N x) + W2 sigma(W1 N x) at once         arXiv 2204.02311, section 2
-    attention    attention(N x) alone, or of x itself              arXiv 2505.13499
+    attention    attention(N x) alone, or of x itself
     theory       P_x sum_h A_h^T E[A_h y] on the unit sphere       arXiv 2312.10794
 
 Each takes the dimension d of a token, the number of heads and the number L of blocks of the model,
@@ -196,11 +196,11 @@ def attention(
     causal: bool = True,
     backend: str | None = None,
 ) -> BlockOf:
-    """Attention alone: one such block along the whole depth, with a transport cost, is the model of
-    arXiv 2505.13499.
+    """Attention alone, for models whose training has a transport cost.
 
-    That is `curve=jaxflow.models.shared`, Euler steps, and `FlowLoss(cross_entropy,
-    {"kinetic": (weight, KineticEnergy)})` in training.
+    Such models (arXiv 2505.13499) take a transformer as the velocity, Euler's steps, and add
+    int |x'|^2 dt to the loss: `curve=jaxflow.models.shared` of one block, and in training
+    `FlowLoss(cross_entropy, {"kinetic": (weight, jaxflow.observables.KineticEnergy)})`.
 
     **Arguments:** `dim`, `heads`, `layers`; `norm`, of the tokens that attention sees, or `None`
     for none; `bias`, `backend` as in [`jaxflow.models.LanguageModel`][]; `causal`, whether a token

@@ -103,7 +103,7 @@ def build(config: Mapping[str, Any]) -> AbstractModel:
 
 def _replace_names(config: dict[str, Any]):
     for name, table in NAMED.items():
-        if name in config:
+        if config.get(name) is not None:
             config[name] = _named(name, config[name], table)
 
 

@@ -101,8 +101,8 @@ def _path(model, start: Measure) -> tuple[Array, Float[Array, "K n d"]]:
     solved = _solved(model, start)
     if not solved.ok:
         raise ValueError("the flow did not reach T: raise max_steps or the tolerance of the depth.")
-    reached = np.isfinite(np.asarray(solved.ts))
-    ts, points = np.asarray(solved.ts)[reached], np.asarray(solved.observed["points"])[reached]
+    ts, points = np.asarray(solved.ts), np.asarray((solved.observed or {})["points"])
+    ts, points = ts[np.isfinite(ts)], points[np.isfinite(ts)]
     kept = np.append(np.diff(ts) > 0, True)  # an adaptive solve may save its end twice
     return jnp.asarray(ts[kept]), jnp.asarray(points[kept])
 
@@ -115,8 +115,8 @@ def _heads(field, t, x):
         raise TypeError(f"{type(field).__name__} has no attention that could be inspected.")
     parts = [_head_numbers(part, seen) for part, seen in found]
     joined = lambda k: jnp.concatenate([part[k] for part in parts])
-    spectra = [_spectra(part) for part, _ in found]
-    known = None not in spectra and len({s[0].shape[1:] for s in spectra}) == 1
+    spectra = [pair for part, _ in found if (pair := _spectra(part)) is not None]
+    known = len(spectra) == len(found) and len({s[0].shape[1:] for s in spectra}) == 1
     both = [jnp.concatenate([s[k] for s in spectra]) if known else None for k in range(2)]
     return joined(0), joined(1), parts[0][2], parts[0][3], *both
 

@@ -120,7 +120,7 @@ class LanguageModel(AbstractModel):
         self.field = field_of(block, layers, curve, self.depth, keys[0])
         self.embedding = STD * jax.random.normal(keys[1], (vocab_size, dim))
         self.positions = None if rotary else STD * jax.random.normal(keys[2], (context, dim))
-        self.norm = norm(dim)
+        self.norm = function("norm", norm)(dim)
         self.output = None if tied else STD * jax.random.normal(keys[3], (vocab_size, dim))
         self.context = context
         self.dtype = dtype

@@ -19,6 +19,7 @@ from .losses import (
     squared_error,
 )
 from .optimisers import adamw, matrices
+from .processes import is_first, join
 from .runs import export, load, tokenizer
 from .step import TrainingError
 from .tokenizers import BPE, Bytes, Chars, TokenizerFile, tokenizer_from_dict
@@ -46,6 +47,8 @@ __all__ = [
     "export",
     "fit",
     "image_data",
+    "is_first",
+    "join",
     "latest",
     "load",
     "matrices",

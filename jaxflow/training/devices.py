@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from .._rules import count
 from .leaves import put
+from .processes import gathered
 
 AXIS = "data"
 
@@ -43,10 +44,11 @@ class FullySharded:
     - `devices`: how many, or which ones; `None` is all.
     """
 
-    devices: int | Sequence[jax.Device] | None = None
+    devices: int | Sequence[Any] | None = None
 
 
-Devices = int | Sequence[jax.Device] | FullySharded | None
+# A number, a list of `jax.Device`, or a policy.
+Devices = int | Sequence[Any] | FullySharded | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Placement:
         return jax.tree.map(place, tree)
 
     def returned(self, tree: Any) -> Any:
-        """Arrays as a caller takes them: on one device, unless they are divided among several."""
-        if self.mesh is None:
-            return tree
+        """Arrays as a caller takes them: on one device, unless those of one process divide them."""
+        if self.mesh is None or jax.process_count() > 1:
+            return gathered(tree)
         one = lambda a: a.addressable_data(0) if a.is_fully_replicated else a
         return jax.tree.map(one, tree)
 
@@ -131,7 +133,7 @@ def placement(devices: Devices) -> Placement:
     return Placement()
 
 
-def _mesh(devices: int | Sequence[jax.Device]) -> Mesh:
+def _mesh(devices: int | Sequence[Any]) -> Mesh:
     known = jax.devices()
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         chosen = list(devices)

@@ -26,6 +26,7 @@ from .callbacks import Callback, call
 from .devices import Devices, Placement, placement
 from .losses import AbstractLoss, FlowLoss, cross_entropy
 from .optimisers import adamw
+from .processes import gathered, is_first, of_first
 from .record import Place, Record
 from .step import State, Step, TrainingError, diagnosis, evaluated, update
 from .watch import Clock, Display, Signals, Trace
@@ -138,6 +139,10 @@ def fit(
     SIGTERM and Ctrl-C end the step, or the evaluation after its batch, save, and return. An
     evaluation that was cut off is made when the run goes on.
 
+    Several processes ([`jaxflow.training.join`][]) call `fit` with the same arguments, and
+    `devices` of all of them. The first alone writes; a signal to any of them, and the end of
+    `minutes`, count from the next step that is logged.
+
     Measured are "loss" and what the loss logs, such as "num_evaluations" (of the field, in the
     forward solve of a batch); "gradient_norm" (before the optimiser clips it) and
     "update_to_weight", the norm of the step over that of the parameters; "total_evaluations",
@@ -208,7 +213,7 @@ def fit(
     signals = Signals(evaluating=evaluate_on_interrupt)
     with record.opened(run, resume=resume) as folder, signals:
         kept = Record(folder, keep, about)
-        resumed = kept.resume(state) if resume else None
+        resumed = _resumed(kept, state) if resume else None
         if resumed is None:
             kept.begin()
         state, best, place = resumed or (state, None, Place())
@@ -218,7 +223,7 @@ def fit(
         )
         trace = Trace(None if profile is None else Path(profile), place.step)
         clock = Clock(place.seconds, minutes)
-        with Display(steps, place.step, progress, cost) as display:
+        with Display(steps, place.step, progress and is_first(), cost) as display:
             loop = _Loop(
                 ahead, data, schedule, kept, signals, display, clock, trace, callbacks, best, place
             )
@@ -317,6 +322,9 @@ class _Loop:
 
     def reason(self) -> str:
         """Time, and Ctrl-C where it asks for that, end the training after an evaluation alone."""
+        if self.schedule.logs(self.place.step):
+            self.signals.agree()
+            self.clock.agree()
         evaluated = self.validated == self.place.step
         if self.ahead or (self.signals.evaluates and not evaluated):
             return ""
@@ -423,6 +431,20 @@ def _batches(data: Data, step: int, accumulate: int, place: Placement):
     parts = [data.batch(step * accumulate + i) for i in range(accumulate)]
     inputs, targets = zip(*parts, strict=True)
     return place.batch(np.stack(inputs), axis=1), place.batch(np.stack(targets), axis=1)
+
+
+def _resumed(kept: Record, state: State) -> tuple[State, Any, Place] | None:
+    """State, best parameters and place of the last checkpoint, in all processes."""
+    like = gathered(state)
+
+    def read():
+        found = kept.resume(like)
+        return found and (*found[:2], found[2]._asdict())
+
+    if (found := of_first(read, state)) is None:
+        return None
+    kept.saved = found[2]["step"]
+    return *found[:2], Place(**found[2])
 
 
 # ------------------------------------------------------------------ what is refused

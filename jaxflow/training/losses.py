@@ -19,7 +19,7 @@ from .._rules import count
 from .._types import accumulation_dtype
 from ..fields import AbstractField
 from ..models import LanguageModel
-from ..models.blocks import project
+from ..models.ends import project
 from .data import IGNORED
 
 CHUNK = 2**24  # logits at a time
@@ -113,8 +113,9 @@ def chunked_cross_entropy(
     **Arguments:**
 
     - `hidden`: h, what the output matrix is applied to. `matrix`: R. `targets`: classes.
-    - `rows`: so many at a time; `None` takes as many as 2^24 logits hold (64 MiB in float32), but
-      of 2^14 classes or more half of the batch at most. All at once are not made again.
+    - `rows`: so many at a time, in whole tokens of all systems of the batch, and one token at
+      least; `None` takes as many as 2^24 logits hold (64 MiB in float32), but of 2^14 classes or
+      more half of the batch at most. All at once are not made again.
     - `dtype`: of the product, such as bfloat16; default that of `hidden`.
 
     **Raises:** `ValueError` or `TypeError` for `rows` that is no whole number of at least 1.
@@ -127,19 +128,24 @@ def chunked_cross_entropy(
 
     ```
     """
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    n = len(targets)
-    rows = _rows(n, len(matrix)) if rows is None else count("rows", rows)
+    if hidden.ndim == 1:
+        hidden, targets = hidden[None], targets[None]
+    *batch, n, d = hidden.shape
+    rows = _rows(targets.size, len(matrix)) if rows is None else count("rows", rows)
     summed = lambda h, target: _summed(project(h, matrix, dtype), target)
     counted = _counted_in(targets, hidden.dtype)
-    if rows >= n:
+    # Cut along the tokens: a batch that is divided among devices stays so.
+    each = max(1, rows // max(1, math.prod(batch)))
+    if each >= n:
         return summed(hidden, targets) / counted
-    pad = -n % rows
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
-    targets = jnp.pad(targets, (0, pad), constant_values=IGNORED).reshape(-1, rows)
+    short = (0, -n % each)
+    whole = [(0, 0)] * len(batch)
+    hidden = jnp.pad(hidden, [*whole, short, (0, 0)]).reshape(*batch, -1, each, d)
+    targets = jnp.pad(targets, [*whole, short], constant_values=IGNORED).reshape(*batch, -1, each)
+    chunks = jnp.moveaxis(hidden, -3, 0), jnp.moveaxis(targets, -2, 0)
     add = jax.checkpoint(lambda total, chunk: (total + summed(*chunk), None))
     zero = jnp.zeros((), accumulation_dtype(hidden.dtype))
-    return jax.lax.scan(add, zero, (hidden, targets))[0] / counted
+    return jax.lax.scan(add, zero, chunks)[0] / counted
 
 
 def _rows(n: int, classes: int) -> int:

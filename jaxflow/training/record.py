@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from .._folder import claim, json_object, sealed, sync, write_bytes, write_settings
 from . import checkpoints
+from .processes import gathered, is_first
 
 KIND = "train"
 CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
@@ -65,7 +66,7 @@ def opened(run: str | Path | None, *, resume: bool) -> Iterator[Path | None]:
     **Raises:** ValueError as [`claim`][jaxflow._folder.claim] does, and where there is no run to
     resume, or one already that is not to be resumed.
     """
-    if run is None:
+    if run is None or not is_first():
         yield None
         return
     if resume and not Path(run).is_dir():
@@ -144,9 +145,10 @@ class Record:
         self, state: Any, place: Place, loss: float | None = None, *, failed: bool = False
     ) -> bool:
         """Writes a checkpoint, and says whether there is a folder for it."""
+        self.saved, self.loss = place.step, loss
+        state = gathered(state)
         if self.folder is None:
             return False
-        self.saved, self.loss = place.step, loss
         # JSON knows no infinity.
         best = None if math.isinf(place.best) else place.best
         cursor = {"best": best, "failed": failed, "log": self.log_file.mark()}

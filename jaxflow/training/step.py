@@ -159,6 +159,6 @@ def diagnosis(step: Step, state: State, batch, number: int) -> str:
 def _infinite(tree: Any) -> str:
     """The name of the first array that is not finite; "" where all are."""
     for path, leaf in jtu.tree_leaves_with_path(tree):
-        if eqx.is_inexact_array(leaf) and not np.isfinite(np.asarray(leaf)).all():
+        if eqx.is_inexact_array(leaf) and not jnp.isfinite(leaf).all():
             return jtu.keystr(path)
     return ""

@@ -12,6 +12,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .processes import agreed
+
 TRACED = 5  # steps
 
 
@@ -22,7 +24,8 @@ class Signals:
     """
 
     def __init__(self, *, evaluating: bool = False):
-        self.caught = ""
+        self.caught = self.noted = ""
+        self.alone = jax.process_count() == 1  # or the processes have to agree
         self.evaluating = evaluating
         self.before: dict[int, Any] = {}
 
@@ -43,11 +46,18 @@ class Signals:
         return self
 
     def _note(self, number, frame):
-        if self.caught == "SIGINT" and number == signal.SIGINT:  # asked twice
+        if self.noted == "SIGINT" and number == signal.SIGINT:  # asked twice
             if not self.evaluating:
                 raise KeyboardInterrupt
             self.evaluating = False
-        self.caught = signal.Signals(number).name
+        self.noted = signal.Signals(number).name
+        if self.alone:
+            self.caught = self.noted
+
+    def agree(self):
+        """What one process noted, all have caught."""
+        [number] = agreed(signal.Signals[self.noted] if self.noted else 0)
+        self.caught = signal.Signals(number).name if number else ""
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -60,6 +70,7 @@ class Clock:
     def __init__(self, before: float, minutes: float | None):
         self.start = time.perf_counter()
         self.before, self.minutes = before, minutes
+        self.alone, self.agreed = jax.process_count() == 1, False
         self.lap()
 
     @property
@@ -68,8 +79,17 @@ class Clock:
 
     @property
     def over(self) -> bool:
-        """Whether the minutes of this call are."""
+        """Whether the minutes of this call are, and all processes say so."""
+        return self._late if self.alone else self.agreed
+
+    @property
+    def _late(self) -> bool:
         return self.minutes is not None and time.perf_counter() - self.start >= 60 * self.minutes
+
+    def agree(self):
+        """Where the minutes of one process are over, those of all are."""
+        [late] = agreed(int(self._late))
+        self.agreed = bool(late)
 
     def lap(self):
         """Targets are counted from now on."""

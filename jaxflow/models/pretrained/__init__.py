@@ -46,6 +46,15 @@ def from_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractModel:
       without a copy of all of them in another. Of 16 bits, attention and feed-forward compute in
       it; the state and norms are float32.
 
+    The text of a model goes through its tokenizer:
+
+    ```python
+    model = jaxflow.models.from_pretrained("gpt2")
+    words = jaxflow.training.TokenizerFile.read("gpt2/tokenizer.json")
+    text = model.generate(words.encode("Depth is"), 20, key=jax.random.key(0))
+    print(words.decode(text))
+    ```
+
     The folder is not trusted: nothing but JSON and safetensors is read, no file outside of it, and
     names, shapes and dtypes of all tensors are checked before the first is read.
 

@@ -107,13 +107,13 @@ def _encoder(s: _Sizes, curve: Callable, dtype: Any) -> Encoder:
 
     key = jax.random.key(0)
     return Encoder(
-        jnp.zeros((s.vocabulary, s.embedded)),
-        jnp.zeros((s.context, s.embedded)),
-        jnp.zeros((s.types, s.embedded)),
-        LayerNorm(s.embedded, s.epsilon),
-        None if curve is layered else eqx.nn.Linear(s.embedded, s.dim, key=key),
-        field_of(block, s.layers, curve, depth, key),
-        depth,
+        embedding=jnp.zeros((s.vocabulary, s.embedded)),
+        positions=jnp.zeros((s.context, s.embedded)),
+        types=jnp.zeros((s.types, s.embedded)),
+        norm=LayerNorm(s.embedded, s.epsilon),
+        projection=None if curve is layered else eqx.nn.Linear(s.embedded, s.dim, key=key),
+        field=field_of(block, s.layers, curve, depth, key),
+        depth=depth,
     )
 
 

@@ -45,7 +45,10 @@ class Plan(NamedTuple):
 
 def fill(plan: Plan, folder: Folder, dtype: np.dtype | None) -> AbstractModel:
     """The model of a plan with the parameters of a folder."""
-    found = {_plain(name, plan.prefixes): tensor for name, tensor in folder.tensors().items()}
+    tensors = folder.tensors()
+    found = {_plain(name, plan.prefixes): tensor for name, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        raise ValueError(f"{folder.path} has tensors twice, under an older and a newer name.")
     needed = [_rows(source, plan.layers, found, folder) for source in plan.sources]
     _check_extra(found, needed, plan.unused, folder)
     stored = dtype or needed[0][0].dtype
