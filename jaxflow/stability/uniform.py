@@ -135,8 +135,8 @@ def fastest_mode(
 
     ```python
     >>> mode = jaxflow.fastest_mode(jaxflow.SelfAttention(beta=7.0), 2)
-    >>> int(mode.degree), round(float(mode.rate), 4)
-    (4, 0.7045)
+    >>> int(mode.degree), round(float(mode.rate), 3)
+    (4, 0.691)
 
     ```
     """
