@@ -79,10 +79,10 @@ def predict_clusters(
 
     ```python
     >>> a = jnp.linspace(0, 2 * jnp.pi, 64, endpoint=False)
-    >>> mu = jaxflow.measure.from_angles(a + 0.01 * jnp.cos(3 * a))  # denser where 3 a = -pi / 2
+    >>> mu = jaxflow.measure.from_angles(a + 0.01 * jnp.cos(3 * a))  # denser at 3 a = pi / 2
     >>> found = jaxflow.predict_clusters(jaxflow.SelfAttention(beta=5.0), mu)
     >>> int(found.degree), (found.angles * 180 / jnp.pi).round(1).tolist()
-    (3, [-30.0, 90.0, 210.0])
+    (3, [30.0, 150.0, 270.0])
 
     ```
     """
