@@ -44,7 +44,7 @@ def main() -> dict:
         axes = jf.viz.curves(drawn, xlabel="kappa", ylabel="order")
         path = Path("runs/noise.png")
         path.parent.mkdir(exist_ok=True)
-        axes.figure.savefig(path, dpi=120)
+        axes.get_figure(root=True).savefig(path, dpi=120)
         print(f"wrote {path}")
     return {"up": up, "down": down}
 
