@@ -41,10 +41,11 @@ def main() -> dict:
         print(f"kappa = {kappa:.2f}: order {up[kappa]:.4f} up, {down[kappa]:.4f} down")
     if importlib.util.find_spec("matplotlib"):
         drawn = {"up": (KAPPAS, list(up.values())), "down": (KAPPAS[::-1], list(down.values()))}
-        axes = jf.viz.curves(drawn, xlabel="kappa", ylabel="order")
+        figure = jf.viz.curves(drawn, xlabel="kappa", ylabel="order").get_figure(root=True)
+        assert figure is not None
         path = Path("runs/noise.png")
         path.parent.mkdir(exist_ok=True)
-        axes.get_figure(root=True).savefig(path, dpi=120)
+        figure.savefig(path, dpi=120)
         print(f"wrote {path}")
     return {"up": up, "down": down}
 
