@@ -3,7 +3,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
-AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py tests/test_ptx.py -n 0
+AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py \
+	tests/test_ptx.py -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow aot aot-full aot-tpu lint bench clean
@@ -30,7 +31,7 @@ aot: .aot/installed  ## The CUDA kernels without a GPU: compiled, and run on the
 	$(AOT) -m "slow and not aot_full" $(AOT_ARGS)
 
 aot-full: .aot/installed  ## The same of every kernel, for every device: an hour and a half
-	$(AOT) -n 2 --dist worksteal $(AOT_ARGS)
+	$(AOT) $(AOT_ARGS)
 
 aot-tpu: .aot-tpu/installed  ## Kernels and programs for TPUs, without one
 	JAX_PLATFORMS=cpu PYTHONPATH=.aot-tpu $(BIN)/python -m pytest tests/test_tpu_ahead_of_time.py \

@@ -95,8 +95,11 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def compare(folder: Path, kills: int, steps: int) -> tuple[list[float], list[float], int]:
-    """Losses of the run that nothing disturbed and of the killed one, and its completed kills."""
+def compare(
+    folder: Path, kills: int, steps: int, longest_s: float = 0.7
+) -> tuple[list[float], list[float], int]:
+    """Losses of the run that nothing disturbed and of the killed one, and its completed kills, each
+    within `longest_s` of a first step."""
     rng, cache, straight, killed = random.Random(0), folder / "cache", folder / "a", folder / "b"
     undisturbed = start(straight, cache, steps)
     if undisturbed.communicate()[0].strip() != "done":
@@ -105,7 +108,7 @@ def compare(folder: Path, kills: int, steps: int) -> tuple[list[float], list[flo
     for _ in track(range(kills), "killing", disable=not sys.stdout.isatty()):
         child = start(killed, cache, steps)
         wait_for_step(child, killed)
-        time.sleep(rng.uniform(0, 0.7))
+        time.sleep(rng.uniform(0, longest_s))
         count += child.poll() is None
         child.kill()
         child.communicate()

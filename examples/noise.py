@@ -40,11 +40,9 @@ def main() -> dict:
     for kappa in KAPPAS:
         print(f"kappa = {kappa:.2f}: order {up[kappa]:.4f} up, {down[kappa]:.4f} down")
     if importlib.util.find_spec("matplotlib"):
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
         drawn = {"up": (KAPPAS, list(up.values())), "down": (KAPPAS[::-1], list(down.values()))}
-        jf.viz.curves(drawn, xlabel="kappa", ylabel="order", ax=axes)
+        figure = jf.viz.curves(drawn, xlabel="kappa", ylabel="order").get_figure(root=True)
+        assert figure is not None
         path = Path("runs/noise.png")
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=120)

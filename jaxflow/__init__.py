@@ -17,6 +17,8 @@ The map, in reading order:
     observables  functions of (t, mu)  `jaxflow.observables`
     density      mu(dx) = rho(x) dx    log_density(field, mu0, x0, log_rho0, t1=...); on a grid and
                                        in closed form: `jaxflow.density`
+    stability    mu + epsilon h        growth_rates(field, k, d), predict_clusters(field, mu);
+                                       jacobian_spectrum, lyapunov_exponents
     phase        p(beta, t)            phase_diagram(betas, ts, n=..., d=...)
     models       embed, flow, read out `jaxflow.models`, trained by `jaxflow.training`
     pictures     `jaxflow.viz`
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         observables,
         phase,
         solvers,
+        stability,
         training,
         viz,
     )
@@ -90,6 +93,7 @@ if TYPE_CHECKING:
     from .measure import Measure
     from .noise import Noise
     from .phase import PhaseDiagram, phase_diagram
+    from .stability import fastest_mode, growth_rates, jacobian_spectrum, predict_clusters
 
 __version__ = "0.1.0"
 
@@ -142,8 +146,11 @@ __all__ = [
     "divergence",
     "enable_compilation_cache",
     "events",
+    "fastest_mode",
     "flow",
+    "growth_rates",
     "hardmax_flow",
+    "jacobian_spectrum",
     "log_density",
     "lyapunov_exponents",
     "masks",
@@ -153,9 +160,11 @@ __all__ = [
     "observables",
     "phase",
     "phase_diagram",
+    "predict_clusters",
     "select_backend",
     "softmax_expectation",
     "solvers",
+    "stability",
     "training",
     "viz",
 ]
@@ -163,7 +172,7 @@ __all__ = [
 # Where the names above are found, once one is asked for: `jaxflow --help` needs none of them.
 _HOMES = (
     "_cache", "density", "fields", "flow", "geometry", "hardmax", "kernels", "lyapunov", "measure",
-    "noise", "phase",
+    "noise", "phase", "stability",
 )  # fmt: skip
 
 

@@ -5,11 +5,12 @@ import importlib.util
 import os
 from pathlib import Path
 
-# Programs that one worker or one run has compiled are read by the others, subprocesses included.
+# Programs that one worker or one run has compiled are read by the others, subprocesses included;
+# the smallest compile as fast as they are written.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     programs = Path(__file__).parent.parent / ".pytest_cache" / "programs"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 if importlib.util.find_spec("beartype"):
@@ -20,19 +21,28 @@ if importlib.util.find_spec("beartype"):
 # Kernels are lowered for devices that are not at hand, and tested where they are proved nowhere.
 os.environ.setdefault("JAXFLOW_KERNELS", "all")
 
-# XLA's newer emitters for CPUs double the time to compile a small program, and the suite is little
-# else. JAX's own setting compiles on newer versions and where XLA_FLAGS is set; the compiler for
-# TPUs ends the process at a flag of the CPU's.
+# The suite is little else than compiling small programs, each of which runs once. Without LLVM's
+# optimisations they compile in two thirds of the time; XLA's own, which decide what is computed
+# and in what order, stay. A program that runs for long asks for all by the fixture `optimised`;
+# where JAX's plugin for GPUs is, the code of kernels is what is tested.
+if not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")):
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# XLA's newer emitters for CPUs double the time to compile a small program, and to cut it into
+# pieces takes a seventh more. JAX's own setting compiles on newer versions and where XLA_FLAGS is
+# set; the compiler for TPUs ends the process at a flag of the CPU's.
 if importlib.metadata.version("jaxlib").startswith("0.10.") and not importlib.util.find_spec(
     "libtpu"
 ):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 import contextlib
 import gc
 import inspect
 import re
 import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +74,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish():
+    """Tracing makes so many objects that a tenth of its time goes into collecting them: what is
+    imported by now stays, and is not looked through again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Programs are dropped where they come to fill half of the memory maps of a process, some ten
-    each: XLA ends in a segmentation fault, not an error, where there are no more (65,530 on Linux).
+    """Programs are dropped where they come to fill three quarters of the memory maps of a process,
+    some four to ten each: XLA ends in a segmentation fault, not an error, where there are no more
+    (65,530 on Linux).
     """
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 48_000:
         jax.clear_caches()
         gc.collect()
 
@@ -95,6 +114,16 @@ def compiles():
             pytest.skip(f"{jnp.dtype(dtype).name} does not compile for this processor: {error}")
 
     return check
+
+
+@pytest.fixture
+def optimised():
+    """For programs that take longer to run than to compile."""
+    config: Any = jax.config
+    before = config.jax_disable_most_optimizations
+    config.update("jax_disable_most_optimizations", False)
+    yield
+    config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -2,16 +2,27 @@
 
 import json
 import re
+import tempfile
+import warnings
+from functools import partial
 from typing import cast
 from unittest import mock
 
+import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_devices import REFUSED
 
 import jaxflow as jf
+from benchmarks.communication import ring_bytes
+from jaxflow import training
 from jaxflow.kernels import primitives
+from jaxflow.training.devices import placement
+from jaxflow.training.step import State, Step, update
 
 MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute"
@@ -29,11 +40,12 @@ def square(fn):
     return lambda *args: (fn(*args) ** 2).sum()
 
 
-def found(fn, args, placed) -> dict:
-    """Collectives in the compiled text, the first result's sharding, the largest difference."""
+def found(fn, args, placed, whole=None) -> dict:
+    """Collectives in the compiled text, the first result's sharding, the largest difference from
+    the function (or from another one) on one device."""
     compiled = jax.jit(fn).lower(*placed).compile()
     text = compiled.as_text() or ""
-    outs, expected = (jax.tree.leaves(x) for x in (compiled(*placed), fn(*args)))
+    outs, expected = (jax.tree.leaves(x) for x in (compiled(*placed), (whole or fn)(*args)))
     pairs = zip(outs, expected, strict=True)
     return {
         "collectives": {c: n for c in COLLECTIVES if (n := len(re.findall(rf"{c}[-\w]*\(", text)))},
@@ -97,7 +109,110 @@ def cases() -> dict:
         "cotangent": found(jax.grad(square(partly)), (x,), (place(x, "a"),))
     }
     results["manual"] = {"cotangent": found(jax.grad(square(divided)), (x,), (place(x, "a"),))}
+    return results | rings() | trainings()
+
+
+def rings() -> dict:
+    """Tokens divided: the ring against one device, in float64; and what it sends, in float32."""
+    results = {}
+    with jax.enable_x64(True):
+        wide = lambda seed, *shape: normal(seed, *shape).astype(jnp.float64)
+        q, k, v, b = wide(4, 2, 24, 3), wide(5, 2, 21, 3), wide(6, 2, 21, 2), wide(7, 2, 21)
+        every = lambda fn: (
+            lambda *args: (
+                fn(*args),
+                jax.jvp(fn, args, args)[1],
+                jax.grad(lambda *a: sum((o**2).sum() for o in fn(*a)), tuple(range(len(args))))(
+                    *args
+                ),
+            )
+        )
+        options = {"weighted": ((q, k, v, b), {}), "causal": ((k, k, v), {"causal": True})}
+        for name, (args, more) in options.items():
+            attend = lambda backend, more=more: every(
+                jax.vmap(partial(jf.softmax_expectation, scale=0.7, backend=backend, **more))
+            )
+            got = jax.jit(attend("ring:a"))(*(place(x, "b") for x in args))
+            want = jax.jit(attend("reference"))(*args)
+            pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+            results[f"ring {name}"] = max(float(abs(np.asarray(a) - b).max()) for a, b in pairs)
+        points = jf.Sphere().retract(wide(8, 16, 3))
+        flow = lambda backend: (
+            lambda x: (
+                jf.flow(
+                    jf.SelfAttention(beta=2.0, causal=True, backend=backend),
+                    jf.Measure(x),
+                    t1=1.0,
+                    dt0=0.5,
+                    solver=diffrax.Euler(),
+                ).last.points
+            )
+        )
+        for mode, of in {"forward": flow, "cotangent": lambda b: jax.grad(square(flow(b)))}.items():
+            results[f"ring flow {mode}"] = found(
+                of("ring:a"), (points,), (place(points, "a"),), whole=of(None)
+            )
+    results["ring bytes"] = [
+        ring_bytes(devices, tokens, causal=causal, gradient=gradient)
+        for devices, tokens, causal, gradient in [
+            (2, 64, False, False),
+            (4, 64, False, False),
+            (4, 64, True, True),
+            (8, 64, True, False),
+            (8, 256, False, False),
+        ]
+    ]
     return results
+
+
+def trainings() -> dict:
+    """Losses of the same steps on some numbers of devices, and what a step sends."""
+    digits = training.image_data(batch_size=8)
+    model = jf.models.ResidualNetwork(64, 10, 8, 2, width=8, key=jax.random.key(0))
+    fit = partial(
+        training.fit, model, digits, log_every=1, evaluation_batches=1, accumulate=2,
+        optimiser=optax.adam(1e-3),  # whose rate does not know the last step
+        progress=False,
+    )  # fmt: skip
+    losses = lambda fitted: [row["loss"] for row in fitted.history]
+    results: dict = {"losses": [losses(fit(steps=4, devices=n)) for n in (1, 4, 8)]}
+    with tempfile.TemporaryDirectory() as folder:
+        fit(steps=2, devices=training.FullySharded(8), run=folder)
+        results["losses"].append(losses(fit(steps=4, devices=2, run=folder, resume=True)))
+    results["refused"] = []
+    for devices, _ in REFUSED:
+        try:
+            fit(steps=1, devices=devices)
+        except (TypeError, ValueError) as error:
+            results["refused"].append(f"{type(error).__name__}: {error}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        placement(None)
+    results["warning"] = str(caught[-1].message)
+    results["step"] = step_on_four_devices(model, digits)
+    return results
+
+
+def step_on_four_devices(model, digits) -> dict:
+    """What it sends where all have the parameters, and how many of the numbers of parameters and
+    Adam's moments are on a device where they are divided."""
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimiser = optax.adam(1e-3)
+    state = State(params, optimiser.init(params), jax.random.key(0))
+    whole = placement(4)
+    batch = tuple(whole.batch(np.stack([a]), axis=1) for a in digits.batch(0))
+    step = Step(static, optimiser, training.FlowLoss(training.cross_entropy), whole)
+    given = step, batch, np.int32(0), whole.state(jnp.array(True))
+    text = update.lower(given, whole.state(state)).compile().compiled.as_text()
+    divided = placement(training.FullySharded(4)).state(state)
+    local = lambda a: a.addressable_data(0).size
+    numbers = [a for a in jax.tree.leaves(divided) if eqx.is_inexact_array(a)]
+    return {
+        "collectives": [kind for kind in COLLECTIVES if f" {kind}" in text],
+        "divided": sum(local(a) for a in numbers if not a.is_fully_replicated),
+        "to divide": sum(a.size for a in numbers if not a.is_fully_replicated),
+        "not divided": sum(a.size for a in numbers if a.is_fully_replicated),
+    }
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ LAYERS = {
     "lyapunov": 6,
     "models": 6,
     "phase": 6,
+    "stability": 6,
     "training": 7,
     "viz": 8,
     "reproduce": 9,

@@ -302,7 +302,7 @@ for k in range(1, 1_000_000):
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     like = {"w": jnp.zeros((256, 256)), "k": jnp.zeros((), jnp.int32)}
-    for kill in range(5):
+    for kill in range(3):
         run = tmp_path / str(kill)
         last = write_until_killed(run, seconds=np.random.default_rng(kill).uniform(0, 0.3))
         path = latest(run)

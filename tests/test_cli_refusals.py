@@ -1,5 +1,6 @@
 """What the command line refuses: one line, exit code 2, before any work and before any folder."""
 
+import json
 import os
 import shlex
 import signal
@@ -66,8 +67,11 @@ TRAIN = """
     lm --tolerance nan --solver tsit5 | lm --solver-steps 0 | lm --solver-steps 5 | lm --layers 0
     lm --dim 10 | lm --heads 0 | lm --width -1 | lm --curve nope | lm --curve fourier
     lm --curve linear --layers 1 | lm --t1 0 | lm --t1 nan | lm --placement post --bf16
+    lm --kv-heads 2 | lm --block theory --width 3 | lm --block llama --bias
+    lm --block llama --kv-heads 3 | lm --block attention --bf16 | lm --block gpt3
     lm --batch 0 | lm --batch 1.5 | lm --steps 0 | lm --steps 99999999999 | lm --learning-rate nan
     lm --learning-rate -1 | lm --weight-decay -1 | lm --kinetic nan | lm --entropy -1
+    lm --devices 0 | lm --devices two | lm --devices 99 | lm --sharded
     lm --accumulate 0 | lm --evaluate-every 0 | lm --patience 0 | lm --budget 0 | lm --seed -1
     lm --context 0 | lm --tokens bpe --vocabulary 1000000000
     lm --text absent | lm --text empty | lm --text latin.txt | lm --text pipe | lm --text /dev/zero
@@ -301,6 +305,28 @@ def test_compare_prints_names_and_settings_as_they_are(tmp_path):
     assert twice.exit_code == 0 and "[b] (2)" in twice.output
 
 
+def test_compare_where_all_runs_had_come_to(tmp_path):
+    """At a step that all have; of times, which none share, up to the least of the last ones."""
+    logs = {
+        "a": [(10, 1.0, 3.0), (20, 2.0, 2.5), (30, 3.0, 2.25)],
+        "b": [(10, 2.5, 2.75), (20, 5.0, 2.125)],
+    }
+    for name, rows in logs.items():
+        lines = (json.dumps({"step": k, "seconds": s, "loss": loss}) + "\n" for k, s, loss in rows)
+        run(tmp_path / name, "train", {}, "".join(lines))
+    args = ["compare", *(str(tmp_path / name) for name in logs), "--metric", "loss"]
+    for at, told in {
+        "step": ("at the largest common step", "loss    20    2.5  2.125"),
+        "time": ("at the largest common seconds", "loss    3        2.25  2.75"),
+    }.items():
+        flags = ["--at", at, "--out", str(tmp_path / "a.svg")]
+        result = CliRunner().invoke(app, args + flags)
+        assert result.exit_code == 0, result.output
+        assert all(text in result.output for text in told), result.output
+    without = CliRunner().invoke(app, [*args, "--at", "evaluations"])
+    assert without.exit_code == 2 and "does not say its total evaluations" in without.output
+
+
 # ------------------------------------------------------------------ help and completion
 
 
@@ -339,6 +365,7 @@ def test_the_names_of_flags_are_those_of_the_tables():
         choices.Until: systems.EVENTS,
         choices.Solver: models.SOLVERS,
         choices.Curve: models.CURVES,
+        choices.Block: models.BLOCKS,
         choices.PhaseInteraction: phase.INTERACTIONS,
         choices.Matrices: phase.MATRICES,
     }

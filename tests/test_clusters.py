@@ -49,14 +49,16 @@ def test_clusters_are_scipys_connected_components(threshold):
     assert int(observables.cluster_count(mu, threshold)) == expected.max() + 1
 
 
-N = 2500  # 16 tiles of 157 tokens, of which the last are partly empty
+# 16 tiles of 157 tokens, of which the last are partly empty. Others below have 2400, by copies: one
+# program serves them.
+N = 2500
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("d", [2, 3, 16])
+@pytest.mark.parametrize("d", [2, 16])
 def test_clusters_of_many_tokens_are_scipys(d, key):
-    """Tokens in tiles, uniform and in caps, from all linked to none linked."""
+    """Tokens in tiles, uniform and in caps, from all linked to none linked; d = 3 is below."""
     uniform = jf.measure.uniform_sphere(N, d, key=key)
     clustered = caps(N, d, 20, 300.0, key)
     several = 0
@@ -94,7 +96,7 @@ def test_clusters_in_space_are_scipys(n, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [500, 3000])
+@pytest.mark.parametrize("n", [500, 2400])
 def test_a_long_chain_is_one_cluster(n):
     """Single linkage follows a chain on the circle, in any order of the tokens."""
     order = np.random.default_rng(0).permutation(n)
@@ -115,7 +117,7 @@ def test_tokens_at_one_point_are_one_cluster():
     assert int(observables.cluster_count(mu, radius=0.0)) == 1
 
 
-@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", [1, pytest.param(480, marks=pytest.mark.slow)])
 def test_clusters_ignore_length_and_tokens_without_mass(copies):
     x = jnp.array([[1.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     logs = jnp.array([0.0, -jnp.inf, 0.0, 0.0, 0.0])
@@ -125,7 +127,7 @@ def test_clusters_ignore_length_and_tokens_without_mass(copies):
     assert int(observables.cluster_count(mu)) == 3
 
 
-@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", [1, pytest.param(600, marks=pytest.mark.slow)])
 def test_a_token_without_direction_is_alone(copies):
     x = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0], [2.0, 0.0]])
     mu = jf.Measure(jnp.tile(x, (copies, 1)))
@@ -137,7 +139,7 @@ def test_a_token_without_direction_is_alone(copies):
     assert (labels[0::4] == 0).all()
 
 
-@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", [1, pytest.param(800, marks=pytest.mark.slow)])
 def test_points_that_are_not_finite_have_no_clusters(copies):
     """Without mass they do not matter; the systems beside them have theirs."""
     x = jnp.tile(jnp.array([[0.0, 1.0], [jnp.nan, 1.0], [1.0, 0.0]]), (copies, 1))
@@ -151,7 +153,7 @@ def test_points_that_are_not_finite_have_no_clusters(copies):
         observables.merge_tree([3.0], bad[:1])
 
 
-@pytest.mark.parametrize("copies", [1, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", [1, pytest.param(240, marks=pytest.mark.slow)])
 def test_light_components_are_no_clusters_from_a_least_mass_on(copies):
     """Masses 0.6, 0.3 and 0.1, exactly at the level too; numbered among those that count."""
     angles = jnp.array([2.0] + [0.0] * 3 + [1.0] * 6)
@@ -197,10 +199,10 @@ def test_clusters_in_a_solve_stop_it(key):
             observe={"clusters": observables.ClusterCount(0.999)}, **options,
         )  # fmt: skip
 
-    sol = run(1.0)
+    first = lambda sol: (sol.measures.points[-1, 0, 0], sol)
+    slope, sol = jax.grad(lambda beta: first(run(beta)), has_aux=True)(1.0)
     expected = observables.cluster_count(sol.measures, 0.999)
     np.testing.assert_array_equal(sol.observed["clusters"], expected)
-    slope = jax.grad(lambda beta: run(beta).measures.points[-1, 0, 0])(1.0)
     assert np.isfinite(slope) and slope != 0
     few = lambda t, y, args, **_: observables.cluster_count(jf.Measure(y), 0.9) < 50
     stopped = jf.flow(field, mu, t1=20.0, event=diffrax.Event(few), **options)

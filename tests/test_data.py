@@ -370,7 +370,7 @@ def test_numbers_of_numpy_are_numbers(prose):
     assert json.loads(json.dumps(data.describe())) == data.describe()
     assert inspect.unwrap(type(data).batch)(data, np.int32(3))[0].shape == (2, 4)
     for tokenizer in (Bytes, "bytes", None):
-        with pytest.raises(TypeError, match=r"tokenizer must be Bytes\(\), Chars\(\) or BPE"):
+        with pytest.raises(TypeError, match=r"tokenizer must be Bytes\(\), Chars\(\), BPE"):
             make(prose, context=4, batch_size=2, tokenizer=tokenizer)
 
 

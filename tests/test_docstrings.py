@@ -24,6 +24,7 @@ from jaxflow import (
     models,
     observables,
     solvers,
+    stability,
     training,
     viz,
 )
@@ -31,7 +32,7 @@ from jaxflow.density import closures
 
 OWNERS = (
     jaxflow, measure, masks, fields, kernels, solvers, observables, events, density, closures,
-    models, training, viz,
+    models, stability, training, viz,
 )  # fmt: skip
 # The most used names, each of which shows how.
 SHOWN = """
@@ -41,7 +42,8 @@ SHOWN = """
     phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
     Hierarchical log_density solve evolve NormalisedEuler Rescaled L2 ALiBi Sigmoid MeanShift
     BoundedConfidence AbstractInteraction hardmax_flow GaussianMatrices redrawn Noise compress
-    Compressed Box
+    Compressed Box growth_rates fastest_mode wave_rates predict_clusters jacobian_spectrum
+    GatedFeedForward TiedAttention
 """.split()
 
 

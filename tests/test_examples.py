@@ -144,6 +144,7 @@ def test_text_as_a_measure(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_million_tokens(run, tmp_path):
     """Twenty thousand of them."""
     result = run("million_tokens", 20_000)
@@ -155,6 +156,7 @@ def test_million_tokens(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_masks(run, tmp_path):
     result = run("masks")
     last = {name: counts[-1] for name, counts in result["counts"].items()}
@@ -169,6 +171,7 @@ def test_masks(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_phase_diagram(run, tmp_path):
     result = run("phase_diagram")
     curve, boundaries = result["curve"], result["boundaries"]
@@ -195,6 +198,18 @@ def test_continuity_equation(run, tmp_path):
     assert list(run("continuity_equation").values()) == [3, 4, 4]
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "runs" / "continuity_equation.png").exists()
+
+
+@pytest.mark.slow
+def test_steering(run, tmp_path):
+    """Thirty steps, with a learning rate that falls as fast."""
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes
+        result = run("steering", 30)
+    losses = result["losses"]
+    assert losses[0] > 0.5 and losses[-1] < losses[0] / 5, losses
+    assert result["heights"].mean() < 0.25  # at first 0.6
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "runs" / "steering.png").exists()
 
 
 @pytest.mark.slow

@@ -530,6 +530,11 @@ def test_bad_operands(fn, args, options, error, message):
         as_users_call(fn)(*args, **options)
 
 
+def test_a_scale_of_less_precision_than_the_operands():
+    q = jax.ShapeDtypeStruct((5, 3), jnp.float64)
+    assert select_backend(q, q, q, scale=jnp.float32(4.0)) == select_backend(q, q, q)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -75,6 +75,10 @@ FIELDS = {
     "heads": lambda: attention(),
     "heads, rotary": lambda: attention(rotary=100.0),
     "heads, window": lambda: attention(window=(1, 3), rotary=100.0),
+    "heads, biased, in groups": lambda: attention(bias=True, kv_heads=1, rotary=(2.0,)),
+    "tied": lambda: filled(lambda: jf.fields.TiedAttention(4, 2, causal=True, key=KEY), seed=5),
+    "gated": lambda: filled(lambda: jf.fields.GatedFeedForward(4, 5, key=KEY), seed=3),
+    "whole": lambda: jf.fields.Whole(attention() + forward()),
     "feed-forward": forward,
     "drift": lambda: jf.LinearDrift(np.arange(16.0).reshape(4, 4)),
     "pre": lambda: jf.PreNorm(attention(rotary=10.0) + forward(), jf.LayerNorm(4)),
@@ -427,6 +431,16 @@ def test_a_cache_changes_no_token(options, solver):
     assert texts[0].shape == (3 + added,) and (texts[0][:3] == prompt).all()
     np.testing.assert_array_equal(texts[0], texts[1])
     assert len(set(np.asarray(texts[0][3:]).tolist())) > 1
+    if options:
+        return
+    # Each prompt of a batch goes on as it would alone, with a key of its own.
+    batch = jnp.stack([prompt, prompt[::-1]])
+    both = model.generate(batch, 5, temperature=0.0, top_p=0.95)
+    for found, one in zip(both, batch, strict=True):
+        alone = model.generate(one, added, temperature=0.0, top_p=0.95)
+        np.testing.assert_array_equal(found, alone[:8])
+    keys, own = generation.split(KEY, (2,), 5), jax.random.split(KEY, 2)[1]
+    assert (keys[1] == generation.split(own, (), 5)).all()
 
 
 @pytest.mark.slow
@@ -482,7 +496,7 @@ def test_ties_at_the_border_are_kept():
     "prompt, length, options, message",
     [
         ([], 3, {}, "at least one token"),
-        ([[1, 2]], 3, {}, "at least one token"),
+        ([[[1, 2]]], 3, {}, "at least one token"),
         ([1, 11], 3, {}, r"tokens must be in 0, ..., 10, got 1 to 11"),
         ([1, -1], 3, {}, "tokens must be in 0"),
         ([1], -1, {}, "must be at least 0, got -1"),

@@ -32,6 +32,7 @@ def pole(n, d):
 # ------------------------------------------------------------------ laws
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("d", [2, 3])
 def test_brownian_motion_of_the_sphere(d):
     """Spherical harmonics of degree l decay at l (l + d - 2) / kappa."""
@@ -46,6 +47,7 @@ def test_brownian_motion_of_the_sphere(d):
         assert abs(found.mean() - expected) < 5 * found.std() / n**0.5 + 0.02 * expected
 
 
+@pytest.mark.usefixtures("optimised")
 def test_ornstein_uhlenbeck():
     """Mean x e^{-t} and variance (1 - e^{-2t}) / kappa."""
     n, t, kappa = 40_000, 0.7, 2.0
@@ -132,6 +134,7 @@ def test_methods_on_the_sphere_follow_one_path(solver):
     assert slope(steps, errors) > 0.4 and errors[-1] < 0.08
 
 
+@pytest.mark.usefixtures("optimised")
 def test_weak_orders_on_the_sphere():
     """Harmonics of degree 1 and 2, the mean and the second moment, whose laws are known: the error
     is that of the step."""

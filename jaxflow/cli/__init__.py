@@ -1,5 +1,5 @@
 """The command line: `jaxflow simulate`, `phase-diagram`, `compare`, `train`, `evaluate`, `sample`,
-`reproduce`, `info`.
+`inspect`, `reproduce`, `info`.
 
 Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
 pictures. `jaxflow --install-completion` teaches the shell its commands and options. Help and
@@ -71,6 +71,13 @@ def _sample(settings: reading.Sampling):
     from .sample import sample
 
     sample(settings)
+
+
+@command(app, "inspect", reading.Inspecting)
+def _inspect(settings: reading.Inspecting):
+    from .inspect import inspect
+
+    inspect(settings)
 
 
 @command(app, "reproduce", reproduction.Reproduction)

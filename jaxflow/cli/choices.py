@@ -18,11 +18,13 @@ Solver = StrEnum(
     "geodesic kvaerno3 kvaerno5",
 )
 Curve = StrEnum("Curve", "layers shared linear smooth fourier hyper hyper-full")
+Block = StrEnum("Block", "gpt2 llama parallel attention theory")
 Placement = StrEnum("Placement", "pre peri post")
 Tokens = StrEnum("Tokens", "bytes chars bpe")
 Matrices = StrEnum("Matrices", "identity gaussian goe signed")
 PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
 Motion = StrEnum("Motion", "independent common")
+At = StrEnum("At", "step time evaluations")
 DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 
 # Methods without an estimate of their error, which take fixed steps.

@@ -8,24 +8,29 @@ from typing import Any
 from .. import viz
 from .._folder import CONFIG, json_object, read_json, read_settings
 from ..viz.style import require
+from .choices import At
 from .console import say, table
 from .reading import Comparison
 from .simulate import write_figure
 
 LOG = "metrics.jsonl"
+CLOCKS = {At.time: "seconds", At.evaluations: "total_evaluations"}  # beside a run's own axis
 Run = dict[str, Any]
 
 
 def compare(s: Comparison):
-    """Prints the settings that differ and the last values, and draws the curves."""
+    """Prints the settings that differ and the values, and draws the curves."""
     require("matplotlib.figure")
     folder = next(parent for parent in s.out.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise ValueError(f"--out must be in a folder, and {folder} is a file.")
-    read = dict(zip(_names(s.runs), map(_read, s.runs), strict=True))
+    runs = [_over(_read(run), s.at, run) for run in s.runs]
+    read = dict(zip(_names(s.runs), runs, strict=True))
     shared = _shared_metrics(read, s.metric)
     table("settings that differ", [("setting", *read), *_settings(read)])
     table("last value", [("metric", *read), *_results(read, shared)])
+    title = f"at the largest common {_axis(read).replace('_', ' ')}"
+    table(title, [("metric", _axis(read), *read), *_common(read, shared)])
     _draw(read, shared, s.out)
     say(f"Figure: {s.out}")
 
@@ -60,6 +65,17 @@ def _read(folder: Path) -> Run:
         if not _is_number(row.get(axis)):
             raise ValueError(f"line {k} of {folder / LOG} must have a number {axis}, got {row}.")
     return {"settings": settings.get("settings", settings), "rows": rows, "axis": axis}
+
+
+def _over(run: Run, at: At, folder: Path) -> Run:
+    """The run with what it is compared at as its axis: the rows that have it."""
+    axis = CLOCKS[at] if at in CLOCKS else run["axis"]
+    rows = [row for row in run["rows"] if _is_number(row.get(axis))]
+    if not rows:
+        raise ValueError(
+            f"{folder} does not say its {axis.replace('_', ' ')}: leave out --at {at}."
+        )
+    return run | {"rows": rows, "axis": axis}
 
 
 def _text(path: Path) -> str:
@@ -105,19 +121,36 @@ def _values(run: Run, metric: str) -> tuple[list[float], list[float]]:
     return [float(row[run["axis"]]) for row in rows], [float(row[metric]) for row in rows]
 
 
+def _axis(read: dict[str, Run]) -> str:
+    return next(iter(read.values()))["axis"]
+
+
 def _results(read: dict[str, Run], metrics: list[str]) -> list[tuple[str, ...]]:
-    axis = next(iter(read.values()))["axis"]
     last = lambda metric: (f"{_values(run, metric)[1][-1]:.6g}" for run in read.values())
-    return [(metric, *last(metric)) for metric in (axis, *metrics)]
+    return [(metric, *last(metric)) for metric in (_axis(read), *metrics)]
+
+
+def _common(read: dict[str, Run], metrics: list[str]) -> list[tuple[str, ...]]:
+    """For each metric where it is compared, and the value of each run there or last before."""
+    rows = []
+    for metric in metrics:
+        found = [_values(run, metric) for run in read.values()]
+        shared = set.intersection(*(set(xs) for xs, _ in found))
+        end = max(shared, default=min(max(xs) for xs, _ in found))
+        # A run that measured nothing up to there has no value.
+        upto = ([y for x, y in zip(*pair, strict=True) if x <= end] for pair in found)
+        rows.append((metric, f"{end:.6g}", *(f"{ys[-1]:.6g}" if ys else "-" for ys in upto)))
+    return rows
 
 
 def _draw(read: dict[str, Run], metrics: list[str], out: Path):
     figure = require("matplotlib.figure").Figure(
         figsize=(5.5, 3.2 * len(metrics)), layout="constrained"
     )
-    axis = next(iter(read.values()))["axis"]
     for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True):
         pairs = {name: _values(run, metric) for name, run in read.items()}
-        viz.curves(pairs, xlabel=axis, ylabel=metric.replace("_", " "), ax=ax)
+        viz.curves(
+            pairs, xlabel=_axis(read).replace("_", " "), ylabel=metric.replace("_", " "), ax=ax
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_figure(out, figure)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .._folder import CONFIG, read_settings
-from .choices import FIXED, Curve, Placement, Solver, Tokens
+from .choices import FIXED, Block, Curve, Placement, Solver, Tokens
 from .settings import (
     COUNT,
     LARGEST,
@@ -52,6 +52,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+# What a block takes besides the sizes of the model.
+TAKEN = {
+    Block.gpt2: {"width", "placement", "rotary", "bias", "dtype"},
+    Block.llama: {"kv_heads", "width", "dtype"},
+    Block.parallel: {"width", "bias", "dtype"},
+    Block.attention: {"bias"},
+    Block.theory: set[str](),
+}
+
 CHECKPOINTS = "Steps between checkpoints (default: between evaluations)."
 ON = "Go on with this run and its settings; --steps and few others may change."
 
@@ -73,11 +82,17 @@ class AbstractTraining:
     weight_decay: float = flag(0.1, "Weight decay of matrices.", NOT_NEGATIVE)
     kinetic: float = flag(0.0, "Weight of the transport cost int |x'|^2 dt.", NOT_NEGATIVE)
     accumulate: int = flag(1, "Batches a step.", COUNT)
+    devices: int | None = flag(None, "Devices that share each batch (one).", COUNT, kept=False)
+    sharded: bool = flag(False, "They share the parameters as well.", kept=False)
     evaluate_every: int = flag(100, "Steps between evaluations.", COUNT)
     evaluation_batches: int | None = flag(None, "Of an evaluation (default: all).", COUNT)
     checkpoint_every: int | None = flag(None, CHECKPOINTS, COUNT)
     patience: int | None = flag(None, "Evaluations without progress to stop after.", COUNT)
     budget: int | None = flag(None, "Evaluations of the field to stop after.", COUNT)
+    minutes: float | None = flag(None, "Of wall time; --resume has them anew.", POSITIVE)
+    evaluate_on_interrupt: bool = flag(False, "Ctrl-C leaves time for an evaluation.")
+    tensorboard: bool = flag(False, "Also write RUN/tensorboard.")
+    profile: bool = flag(False, "Trace five steps in RUN/profile.", kept=False)
     seed: int = flag(0, "Seed of the parameters and batches.", SEED)
     preset: str = flag("default", "Named settings; other flags override them.")
     out: Path | None = flag(None, "Run folder (default: runs/DATE-TIME).", kept=False)
@@ -99,8 +114,12 @@ class AbstractTraining:
                 "--curve fourier is a constant and pairs of sine and cosine, so --layers must be "
                 f"odd, got {self.layers}."
             )
+        if self.sharded and self.devices is None:
+            raise ValueError("--sharded is of several devices: give their number by --devices.")
         if isinstance(self, AbstractTransformer):
             self.check_attention()
+        if isinstance(self, LanguageTraining):
+            self.check_block()
         if self.curve is Curve.layers and (self.solver_steps or 0) % self.layers:
             raise ValueError(
                 f"--solver-steps must be a multiple of --layers, as each layer takes whole steps; "
@@ -142,11 +161,19 @@ class LanguageTraining(AbstractTransformer):
 
     `jaxflow train lm --curve smooth --solver heun --solver-steps 4`
 
+    `jaxflow train lm --block llama --kv-heads 2`
+
     `jaxflow train lm --resume runs/shakespeare`
     """
 
     text: Path | None = flag(None, "UTF-8 file or folder (default: Python's own manual).", Input())
+    block: Block | None = flag(None, "Another block than GPT-2's without biases in attention.")
+    kv_heads: int | None = flag(None, "Keys and values of --block llama.", COUNT)
+    bias: bool = flag(False, "Biases in attention.")
     tokens: Tokens = flag(Tokens.bytes, "Bytes, characters, or byte pairs.")
+    tokenizer: Path | None = flag(
+        None, "A tokenizer.json of Hugging Face, in place of --tokens.", InputFile()
+    )
     vocabulary: int = flag(1024, "Number of byte-pair tokens.", Range(256, 2**20))
     context: int = flag(128, "Tokens the model sees.", COUNT)
     rotary: bool = flag(False, "Rotary positions, not learned ones.")
@@ -155,6 +182,33 @@ class LanguageTraining(AbstractTransformer):
     batch: int = flag(16, "Samples a step.", COUNT)
     steps: int = flag(2000, "Steps of training.", COUNT)
     evaluate_every: int = flag(250, "Steps between evaluations.", COUNT)
+
+    def block_arguments(self) -> dict[str, Any]:
+        """What is asked of another block than the default, by flags that are not at their own."""
+        asked = {
+            "kv_heads": self.kv_heads,
+            "width": self.width,
+            "dtype": "bfloat16" if self.bf16 else None,
+            "bias": self.bias or None,
+            "rotary": self.rotary or None,
+            "placement": None if self.placement is Placement.pre else self.placement.value,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def check_block(self):
+        """Raises ValueError for flags that the block does not take."""
+        if self.block is None:
+            if self.kv_heads is not None:
+                raise ValueError("--kv-heads are those of --block llama: give both.")
+            return
+        for name in self.block_arguments():
+            if name not in TAKEN[self.block]:
+                flag = "--bf16" if name == "dtype" else flag_name(name)
+                raise ValueError(f"--block {self.block} takes no {flag}: leave it out.")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"--kv-heads must divide --heads, got {self.kv_heads} and {self.heads}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

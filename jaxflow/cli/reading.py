@@ -1,9 +1,10 @@
-"""The settings of the commands that read runs: `evaluate`, `sample`, `compare`; and of `info`."""
+"""The settings of the commands that read runs, `evaluate`, `sample`, `inspect` and `compare`, and
+of `info`."""
 
 import dataclasses
 from pathlib import Path
 
-from .choices import DType, Solver
+from .choices import At, DType, Solver
 from .settings import (
     COUNT,
     SEED,
@@ -11,6 +12,7 @@ from .settings import (
     Input,
     InputFile,
     InputFolder,
+    OutputFile,
     Range,
     argument,
     flag,
@@ -105,18 +107,52 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspecting:
+    """Show what a language model or encoder does to a text along its depth, on one HTML page.
+
+    Inner products and clusters of the tokens, the entropy of attention, the spectra of Q^T K and V,
+    the inverse temperature of each head beside the attention of the theory, and how sensitive the
+    loss is to each token. The model is that of a run, or a pretrained one in a folder with
+    config.json, safetensors and tokenizer.json.
+
+    Examples:
+
+    `jaxflow inspect runs/shakespeare --text sonnet.txt`
+
+    `jaxflow inspect models/gpt2 --text sonnet.txt --tokens 256 --out gpt2.html`
+    """
+
+    model: Path = argument("Folder of a run, or of a pretrained model.", InputFolder())
+    text: Path = flag(..., "UTF-8 file, of which the beginning is read.", InputFile())
+    tokens: int = flag(128, "Tokens of it, at most.", Range(2, 2048))
+    out: Path = flag(Path("inspect.html"), "The page.", OutputFile(".html"))
+    latest: bool = flag(False, "The last checkpoint of a run, not the best.")
+
+    def check(self):
+        """These go together as they are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Compare runs: the settings that differ, the last value of each metric, and their curves.
+    """Compare runs: the settings that differ, each metric at their ends and where all had come to,
+    and their curves.
+
+    Where all had come to is the largest step, or time or number of evaluations of the field, at
+    which all measured the metric; where they never did at the same, the least of their last ones,
+    and each run has what it measured last up to there.
 
     Examples:
 
     `jaxflow compare runs/post runs/pre --metric diameter`
 
     `jaxflow compare runs/layers runs/smooth --metric validation_loss --out losses.png`
+
+    `jaxflow compare runs/layers runs/smooth --at time`
     """
 
     runs: list[Path] = argument("Two or more run folders of one command.", InputFolder())
     metric: list[str] | None = flag(None, "Draw this metric; repeatable (default: all).")
+    at: At = flag(At.step, "What runs are compared at, and drawn over.")
     out: Path = flag(Path("compare.png"), "The figure.", Figure())
 
     def check(self):

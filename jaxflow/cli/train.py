@@ -4,6 +4,7 @@ The run folder holds config.json (all that repeats the run), metrics.jsonl, loss
 checkpoints/.
 """
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from .._folder import CONFIG, claim, read_settings
 from .._memory import check_fits
 from ..training import Fitted
 from ..viz.style import require
+from .choices import Block
 from .console import say, table
 from .device import prepare
 from .learning import (
@@ -40,6 +42,8 @@ BLOCK = 2**17  # bytes that a block costs, however small
 def train(s: AbstractTraining):
     """Trains the model of the settings, or goes on."""
     require("matplotlib.figure")  # now, not after the training
+    if s.devices is not None:
+        training.join()
     prepare()
     double = bool(jnp.result_type(float) == jnp.float64)
     if s.resume is not None:  # in the precision that it began in
@@ -53,15 +57,24 @@ def train(s: AbstractTraining):
             "jaxflow": __version__,
         }
         model = models.build(described["model"])
-        with claim(s.resume or s.out, KIND, going_on=s.resume is not None) as run:
+        with _folder(s) as run:
             start = time.perf_counter()
             fitted = _fit(s, run, model, data, described)
             if fitted.reason in ("SIGINT", "SIGTERM"):
                 say(f"{fitted.reason} after {fitted.step} steps: --resume {run} goes on.")
                 raise typer.Exit(128 + signal.Signals[fitted.reason])
+            if not training.is_first():
+                return
             curve = viz.training_curve(fitted.history).get_figure(root=True)
             write_figure(run / "loss.png", curve)
         _summarise(run, fitted, data, time.perf_counter() - start)
+
+
+def _folder(s: AbstractTraining) -> contextlib.AbstractContextManager[Path]:
+    """The folder of the run; of several processes the first one holds it."""
+    if training.is_first():
+        return claim(s.resume or s.out, KIND, going_on=s.resume is not None)
+    return contextlib.nullcontext(s.resume or s.out or Path("runs"))
 
 
 def read_data(s: AbstractTraining, tokenizer: Any = None) -> training.Text | training.Images:
@@ -72,9 +85,10 @@ def read_data(s: AbstractTraining, tokenizer: Any = None) -> training.Text | tra
             "chars": training.Chars(),
             "bpe": training.BPE(s.vocabulary),
         }
+        named = s.tokenizer and training.TokenizerFile.read(s.tokenizer)
         return training.text_data(
             s.text,
-            tokenizer=tokenizer or new[s.tokens],
+            tokenizer=tokenizer or named or new[s.tokens],
             context=s.context,
             batch_size=s.batch,
             seed=s.seed,
@@ -118,7 +132,11 @@ def _model_config(s: AbstractTraining, data: Any) -> dict[str, Any]:
     if isinstance(s, LanguageTraining):
         _check_size(s, data, data.vocab_size + s.context, block, s.context)
         own = {"model": "LanguageModel", "vocab_size": data.vocab_size, "context": s.context}
-        return own | {"rotary": s.rotary} | config
+        if s.block is None:
+            return own | {"rotary": s.rotary, "bias": s.bias} | config
+        config = {k: v for k, v in config.items() if k not in ("width", "placement")}
+        named = {"block": {"name": s.block.value} | s.block_arguments()}
+        return own | config | named | ({"norm": "rms"} if s.block is Block.llama else {})
     assert isinstance(s, ImageTraining)
     height, width, channels = data.shape
     tokens = max(1, height // s.patch) * max(1, width // s.patch)
@@ -153,6 +171,7 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         loss=training.FlowLoss(training.cross_entropy, asked),
         key=jax.random.key(s.seed),
         accumulate=s.accumulate,
+        devices=training.FullySharded(s.devices) if s.sharded else s.devices,
         evaluate_every=s.evaluate_every,
         evaluation_batches=s.evaluation_batches,
         patience=s.patience,
@@ -161,6 +180,10 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         resume=s.resume is not None,
         checkpoint_every=s.checkpoint_every,
         config=described,
+        callbacks=[training.tensorboard(run / "tensorboard")] if s.tensorboard else [],
+        minutes=s.minutes,
+        evaluate_on_interrupt=s.evaluate_on_interrupt,
+        profile=run / "profile" if s.profile else None,
     )
 
 

@@ -9,12 +9,13 @@ from .base import (
     AbstractWrapper,
     Scaled,
     Sum,
+    Whole,
     divergence,
     token_velocities,
 )
 from .biased import L2, ALiBi, alibi_slopes
 from .compressed import Compressed
-from .feedforward import FeedForward, LinearDrift
+from .feedforward import FeedForward, GatedFeedForward, LinearDrift
 from .interactions import (
     AbstractInteraction,
     Hardmax,
@@ -29,6 +30,7 @@ from .literature import BoundedConfidence, MeanShift, weighted_attention
 from .normalisation import (
     NGPT,
     AbstractNorm,
+    AddNorm,
     LayerNorm,
     PeriNorm,
     PostNorm,
@@ -46,6 +48,7 @@ from .random_matrices import (
 )
 from .rescaled import Rescaled
 from .sigmoid import Sigmoid
+from .tied import TiedAttention
 from .time import (
     AbstractCurve,
     Constant,
@@ -69,12 +72,14 @@ __all__ = [
     "AbstractMatrices",
     "AbstractNorm",
     "AbstractWrapper",
+    "AddNorm",
     "BoundedConfidence",
     "Compressed",
     "Constant",
     "FeedForward",
     "Fourier",
     "GOEMatrices",
+    "GatedFeedForward",
     "GaussianMatrices",
     "Hardmax",
     "HyperNetwork",
@@ -102,10 +107,12 @@ __all__ = [
     "Softmax",
     "SqrtScaling",
     "Sum",
+    "TiedAttention",
     "TimeDependent",
     "Tokens",
     "UnitNorm",
     "Unnormalised",
+    "Whole",
     "alibi_slopes",
     "divergence",
     "redrawn",

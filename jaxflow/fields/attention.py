@@ -191,18 +191,24 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
 
     **Arguments:**
 
-    - `dim`: the dimension d of a token; `heads`: H, a divisor of d. The head dimension is p = d/H.
+    - `dim`: the dimension d of a token; `heads`: H. `head_dim`: the head dimension p, by default
+      d/H, for which H must divide d.
+    - `kv_heads`: G, a divisor of H: grouped-query attention (Ainslie et al., arXiv 2305.13245), in
+      which H/G heads after each other have the same K and V. Default H.
+    - `bias`: affine maps Q_h x + b_h, likewise K, V and the output; the biases start at 0.
     - `beta`: a number or array is a parameter; `None` is the constant 1/sqrt(p)
       (Vaswani et al. 2017).
     - `rotary`: `None`, or the base of rotary position embeddings, usually 10000 (Su et al., arXiv
       2104.09864): the query and key of the token with index i are turned by the angles
-      i base^{-2k/p}, k < p/2, in the planes (k, k + p/2).
+      i base^{-2k/p}, k < p/2, in the planes (k, k + p/2). A tuple of p/2 numbers has the rates
+      themselves in place of base^{-2k/p}.
     - `interaction`, `causal`, `window`, `mask`, `geometry`, `backend`: as in
       [`jaxflow.SelfAttention`][]. Vectors `(H,)` inside an interaction, such as the slopes of
       [`jaxflow.ALiBi`][], have one number a head.
     - `key`: PRNG key of the parameters: Q, K, V ~ N(0, 1/d), O ~ N(0, 1/d).
 
-    The parameters are `query`, `key`, `value`, shape `(H, p, d)`, and `output`, shape `(H, d, p)`.
+    The parameters are `query`, shape `(H, p, d)`, `key` and `value`, shape `(G, p, d)`, `output`,
+    shape `(H, d, p)`, and the biases of each, one vector `(H p,)`, `(G p,)` or `(d,)`, or `None`.
 
     **Raises:** `ValueError` for heads that do not divide the dimension, and numbers out of their
     range; `TypeError` for what is of another kind than these.
@@ -217,11 +223,15 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
     """
 
     query: Float[Array, "H p d"]
-    key: Float[Array, "H p d"]
-    value: Float[Array, "H p d"]
+    key: Float[Array, "G p d"]
+    value: Float[Array, "G p d"]
     output: Float[Array, "H d p"]
+    query_bias: Float[Array, " Hp"] | None
+    key_bias: Float[Array, " Gp"] | None
+    value_bias: Float[Array, " Gp"] | None
+    output_bias: Float[Array, " d"] | None
     beta: Scalar | None
-    rotary: float | None = eqx.field(static=True)
+    rotary: float | tuple[float, ...] | None = eqx.field(static=True)
     interaction: AbstractInteraction
     causal: bool = eqx.field(static=True)
     window: Window = eqx.field(static=True)
@@ -234,8 +244,11 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         dim: int,
         heads: int,
         *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
         beta: ScalarLike | None = None,
-        rotary: float | None = None,
+        rotary: float | tuple[float, ...] | None = None,
         interaction: AbstractInteraction = Softmax(),
         causal: bool = False,
         window: Window = None,
@@ -245,19 +258,23 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         key: PRNGKeyArray,
     ):
         dim, heads = count("dim", dim), count("heads", heads)
-        if dim % heads:
+        if head_dim is None and dim % heads:
             raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}.")
-        p = dim // heads
-        if rotary is not None and p % 2:
-            raise ValueError(f"rotary embeddings need an even head dimension, got {p}.")
-        shapes = [(heads, p, dim)] * 3 + [(heads, dim, p)]
+        p = dim // heads if head_dim is None else count("head_dim", head_dim)
+        groups = heads if kv_heads is None else count("kv_heads", kv_heads)
+        if heads % groups:
+            raise ValueError(f"kv_heads must divide heads, got {groups} and {heads}.")
+        self.rotary = None if rotary is None else _rotary(rotary, p)
+        shapes = [(heads, p, dim), (groups, p, dim), (groups, p, dim), (heads, dim, p)]
         keys = jax.random.split(prng_key(key), 4)
         matrices = [
             jax.random.normal(k, s) / np.sqrt(dim) for k, s in zip(keys, shapes, strict=True)
         ]
         self.query, self.key, self.value, self.output = matrices
+        zeros = (heads * p, groups * p, groups * p, dim) if flag("bias", bias) else (None,) * 4
+        biases = [None if n is None else jnp.zeros(n) for n in zeros]
+        self.query_bias, self.key_bias, self.value_bias, self.output_bias = biases
         self.beta = None if beta is None else _temperature(beta)
-        self.rotary = None if rotary is None else _base(rotary)
         self.interaction = _interaction(interaction)
         self.causal = flag("causal", causal)
         self.window = _window(window)
@@ -283,21 +300,21 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         return _divergence(self.geometry, partial(self._force, mu=mu), trace, x)
 
     def keys_values(self, t, y, start=0):
-        """K_h y and V_h y, `(n, H, p)` each."""
-        return self._turn(_heads(self.key, y), start), _heads(self.value, y)
+        """K_h y and V_h y, `(n, G, p)` each."""
+        return self._keys(y, start), _heads(self.value, y, self.value_bias)
 
     def attend(self, t, x, keys_values, index):
         _check_attend(self.interaction, self.mask)
         keys, values = keys_values
         left = None if self.window is None else band(True, self.window)[0]
         log_weights = visible_log_weights(keys, index, left)
-        queries = self._turn(_heads(self.query, x), index)
+        queries = self._queries(x, index)
         tokens = lambda own, k: Tokens(own, k, log_weights, backend=self.backend)
         return self.geometry.project(x, self._mean(queries, tokens, keys, values, None))
 
     def scores(self, mu: Measure) -> tuple[Scalar, tuple[Array, Array]]:
         """beta, and queries and keys of the tokens for each head, `(H, n, p)`."""
-        pair = (self._turn(_heads(a, mu.points), 0) for a in (self.query, self.key))
+        pair = self._queries(mu.points, 0), self.of_heads(self._keys(mu.points, 0), 1)
         queries, keys = (a.transpose(1, 0, 2) for a in pair)
         return jnp.asarray(self._scale), (queries, keys)
 
@@ -310,12 +327,23 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         """A Python number where it is constant, which cuDNN asks for."""
         return self.query.shape[1] ** -0.5 if self.beta is None else self.beta
 
+    def _queries(self, x, start):
+        return self._turn(_heads(self.query, x, self.query_bias), start)
+
+    def _keys(self, y, start):
+        return self._turn(_heads(self.key, y, self.key_bias), start)
+
+    def of_heads(self, a, axis):
+        """What the groups have, for each of their heads."""
+        shared = len(self.query) // len(self.key)
+        return a if shared == 1 else jnp.repeat(a, shared, axis=axis)
+
     def _turn(self, z, start):
         """Rotary position embedding of queries or keys (n, H, p)."""
         if self.rotary is None:
             return z
         n, _, p = z.shape
-        rates = self.rotary ** (-2 * np.arange(p // 2) / p)
+        rates = _rates(self.rotary, p)
         places = (start + jnp.arange(n)).astype(accumulation_dtype(z.dtype))
         angles = (places[:, None] * jnp.asarray(rates, places.dtype)[None])[:, None, :]
         cos, sin = jnp.cos(angles).astype(z.dtype), jnp.sin(angles).astype(z.dtype)
@@ -324,19 +352,19 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
 
     def _force(self, x, mu):
         _check_query(x, mu)
-        queries = self._turn(_heads(self.query, x), 0)
+        queries = self._queries(x, 0)
 
         def tokens(q, k):
             return Tokens(q, k, mu.log_weights, *self._masks, self.backend, mu.signs)
 
         keys, values = self.keys_values(0.0, mu.points)
         # Sinkhorn attention scores tokens with tokens, so it takes their queries too.
-        own = self._turn(_heads(self.query, mu.points), 0)
+        own = self._queries(mu.points, 0)
         return self._mean(queries, tokens, keys, values, own)
 
     def _mean(self, queries, tokens, keys, values, own):
-        """sum_h O_h E^h[v] from arrays (n, H, p)."""
-
+        """sum_h O_h E^h[v] from queries (m, H, p), and keys and values (n, G, p)."""
+        keys, values = self.of_heads(keys, 1), self.of_heads(values, 1)
         vectors, shared = _per_head(self.interaction)
 
         def head(vectors, q, own, k, v):
@@ -347,21 +375,24 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         means = jax.vmap(head, in_axes=axes, out_axes=1)(vectors, queries, own, keys, values)
         m, heads, p = means.shape
         output = self.output.astype(means.dtype).transpose(0, 2, 1).reshape(heads * p, -1)
-        return jnp.matmul(means.reshape(m, heads * p), output, precision="highest")
+        velocity = jnp.matmul(means.reshape(m, heads * p), output, precision="highest")
+        return _plus(velocity, self.output_bias)
 
     def _trace(self, x, mu):
         vectors, shared = _per_head(self.interaction)
 
-        def head(vectors, query, key, value, output):
-            q, y = apply(query, x), mu.points
-            own, keys = apply(query, y), apply(key, y)
+        def head(vectors, q, own, keys, values, query, output):
             tokens = Tokens(own, keys, mu.log_weights, *self._masks, self.backend, mu.signs)
             slopes = jnp.asarray(self._scale, x.dtype) * _apply_transpose(query, keys)
-            values = apply(output, apply(value, y))
             interaction = eqx.combine(vectors, shared)
-            return interaction.trace(q, tokens, values, slopes, self._scale)
+            return interaction.trace(q, tokens, apply(output, values), slopes, self._scale)
 
-        found = jax.vmap(head)(vectors, self.query, self.key, self.value, self.output)
+        keys, values = (self.of_heads(a, 1) for a in self.keys_values(0.0, mu.points))
+        queries, own = self._queries(x, 0), self._queries(mu.points, 0)
+        axes = 0, 1, 1, 1, 1, 0, 0
+        found = jax.vmap(head, in_axes=axes)(
+            vectors, queries, own, keys, values, self.query, self.output
+        )
         return None if found is None else found.sum(axis=0)
 
 
@@ -378,10 +409,16 @@ def _divergence(geometry, force, trace, x):
     return trace + geometry.divergence_correction(x, f)
 
 
-def _heads(matrices: Float[Array, "H p d"], x: Float[Array, "n d"]) -> Float[Array, "n H p"]:
-    """x_j -> A_h x_j for each head, as one product."""
+def _heads(
+    matrices: Float[Array, "H p d"], x: Float[Array, "n d"], bias: Float[Array, " Hp"] | None
+) -> Float[Array, "n H p"]:
+    """x_j -> A_h x_j + b_h for each head, as one product."""
     heads, p, d = matrices.shape
-    return apply(matrices.reshape(heads * p, d), x).reshape(len(x), heads, p)
+    return _plus(apply(matrices.reshape(heads * p, d), x), bias).reshape(len(x), heads, p)
+
+
+def _plus(x: Float[Array, "n d"], bias: Float[Array, " d"] | None) -> Float[Array, "n d"]:
+    return x if bias is None else x + bias.astype(x.dtype)[None]
 
 
 def _apply_transpose(matrix: Array | None, x: Float[Array, "n p"]):
@@ -410,9 +447,23 @@ def _temperature(beta: ScalarLike) -> Scalar:
     return real("beta", beta)
 
 
-def _base(rotary: float) -> float:
-    name = "rotary, the base of the embeddings,"
-    return constant(name, rotary, "positive and finite", positive)
+def _rotary(rotary: float | tuple[float, ...], p: int) -> float | tuple[float, ...]:
+    if p % 2:
+        raise ValueError(f"rotary embeddings need an even head dimension, got {p}.")
+    if not isinstance(rotary, tuple):
+        name = "rotary, the base of the embeddings,"
+        return constant(name, rotary, "positive and finite", positive)
+    if len(rotary) != p // 2:
+        raise ValueError(
+            f"rotary embeddings of heads of dimension {p} have {p // 2} rates, got {len(rotary)}."
+        )
+    return tuple(constant("a rate of rotary embeddings", rate) for rate in rotary)
+
+
+def _rates(rotary: float | tuple[float, ...], p: int) -> np.ndarray:
+    return np.asarray(
+        rotary if isinstance(rotary, tuple) else rotary ** (-2 * np.arange(p // 2) / p)
+    )
 
 
 def _interaction(value: AbstractInteraction) -> AbstractInteraction:

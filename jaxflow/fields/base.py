@@ -254,6 +254,37 @@ class AbstractWrapper(AbstractCompositeField):
         return tuple(around(part) for part in self.field.parts)
 
 
+class Whole(AbstractDivergenceField, AbstractWrapper):
+    """The field itself, which splitting methods step with as a whole.
+
+    Of a sum they take the parts one after another; of `Whole(a + b)` both at once, as transformers
+    do with attention and feed-forward in parallel.
+
+    **Arguments:** `field`, any field.
+
+    **Raises:** `TypeError` for what is no field.
+    """
+
+    field: AbstractField
+    linear: ClassVar[bool] = False
+
+    def __init__(self, field: AbstractField):
+        self.field = is_field(field)
+
+    @property
+    def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.field.geometry
+
+    def enter(self, x):
+        return x
+
+    def leave(self, t, x, v):
+        return v
+
+    def divergence(self, t, x, mu):
+        return divergence(self.field, t, x, mu)
+
+
 class Sum(AbstractDivergenceField, AbstractCompositeField):
     """X = sum_k X_k, of fields on one geometry.
 

@@ -163,6 +163,10 @@ def _check_attention(field: SelfAttention | MultiHeadAttention):
             f"{type(field.interaction).__name__} is no integral of exp(<q, y>): compress attention "
             "with Softmax(), Unnormalised() or Linear()."
         )
+    if isinstance(field, MultiHeadAttention) and field.query_bias is not None:
+        raise ValueError(
+            "the reach of queries with a bias is not known: compress attention without biases."
+        )
     if isinstance(field, SelfAttention) and any(map(callable, field.maps)):
         raise ValueError(
             "the reach of queries and keys that are functions is not known: compress attention "
@@ -177,7 +181,7 @@ def _matrices(field: SelfAttention | MultiHeadAttention, d: int, dtype) -> Float
         query, key = apply(field.query, identity).T[None], apply(field.key, identity).T[None]
         beta = field.beta
     else:
-        query, key, beta = field.query, field.key, field._scale
+        query, key, beta = field.query, field.of_heads(field.key, 0), field._scale
     product = jnp.einsum(
         "hpi,hpj->hij", key.astype(dtype), query.astype(dtype), precision="highest"
     )

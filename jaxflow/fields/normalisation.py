@@ -5,6 +5,7 @@
     sqrt-scaling   X_t[mu](x) = X[mu](x) / sqrt(t + 1)
     Pre-LN         X[mu](x) = F[N_# mu](N(x))                   on R^d
     Peri-LN        X[mu](x) = N_2( F[N_# mu](N(x)) )            on R^d
+    add and norm   X[mu](x) = N(x + F[mu](x)) - x               on R^d
 
 F is a field on R^d; N is UnitNorm, LayerNorm or RMSNorm, N_# mu the law of N(y) for y of law mu
 (arXiv 2510.22026). In all of them the direction theta = x / |x| moves with the attention A of the
@@ -167,6 +168,41 @@ class PeriNorm(AbstractWrapper):
 
     def leave(self, t, x, v):
         return self.norm(v)
+
+
+class AddNorm(AbstractWrapper):
+    """X[mu](x) = N(x + F[mu](x)) - x on R^d: the layer of the first transformer and of BERT.
+
+    Euler's step of length 1 is theirs, N(x + F[mu](x)) (Vaswani et al., arXiv 1706.03762). As a
+    flow x relaxes to it. Where all norms have one gain and bias, tokens lie on one ellipsoid, on
+    which [`jaxflow.PostNorm`][] moves them.
+
+    **Arguments:** `field` F, on R^d; `norm` N; `dtype`, in which F is computed, as in
+    [`jaxflow.PreNorm`][].
+
+    **Raises:** `ValueError` for a field on another geometry, `TypeError` for what is no field, norm
+    or floating-point dtype.
+    """
+
+    field: AbstractField
+    norm: AbstractNorm
+    dtype: jnp.dtype | None = eqx.field(static=True)
+    linear: ClassVar[bool] = False
+
+    def __init__(self, field: AbstractField, norm: AbstractNorm, *, dtype: Any = None):
+        self.field = _flat(field)
+        self.norm = _norm(norm)
+        self.dtype = floating("dtype", dtype)
+
+    @property
+    def geometry(self) -> AbstractGeometry:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.field.geometry
+
+    def enter(self, x):
+        return x.astype(self.dtype or x.dtype)
+
+    def leave(self, t, x, v):
+        return self.norm(x + v.astype(x.dtype)) - x
 
 
 class PostNorm(AbstractWrapper):

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._types import ArrayLike, ScalarLike, accumulation_dtype, is_concrete
+from .._types import (
+    ArrayLike,
+    ScalarLike,
+    accumulation_dtype,
+    is_concrete,
+    on_automatic_mesh,
+)
 from ..masks import AbstractMask, AbstractPattern, Hierarchical, TopK, is_mask
 from ..masks import check as check_mask
 from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
@@ -73,8 +79,11 @@ def softmax_expectation(
       [`jaxflow.kernels.select_backend`][]). "pruned:1e-4" asks only for the pairs that matter, to
       that tolerance of means (relative to the largest value) and log-partitions, and pays where
       tokens have clustered ([`jaxflow.kernels.pruning`][] counts the pairs); it is never chosen
-      unasked. A Pallas backend with ":interpret" behind its name runs anywhere, slowly, in Pallas's
-      interpreter.
+      unasked. "ring:tokens" is for tokens that are divided among devices along the axis "tokens" of
+      a mesh: keys and values travel from device to device, and none holds all of them ("ring" where
+      the mesh has one axis; "ring:tokens:pallas_gpu" names what runs on each device). Second and
+      higher derivatives gather the keys. A Pallas backend with ":interpret" behind its name runs
+      anywhere, slowly, in Pallas's interpreter.
 
     **Returns:**
 
@@ -279,7 +288,7 @@ def _problem(
 
 def _array(name: str, value) -> jax.Array:
     try:
-        return jnp.asarray(value)
+        return on_automatic_mesh(jnp.asarray(value))
     except (TypeError, ValueError, OverflowError) as e:
         raise TypeError(
             f"{name} must be an array of floating-point numbers, which this {type(value).__name__} "
@@ -339,7 +348,7 @@ def _log_weights(b: jax.Array, dtype) -> Float[Array, " n"]:
 def _scale(scale, dtype) -> float | jax.Array:
     """A number as a float, anything else as an array."""
     if isinstance(scale, int | float | np.integer | np.floating) and not isinstance(scale, bool):
-        _check_finite(scale, dtype)
+        _check_finite(np.asarray(scale).item(), dtype)
         return float(scale)
     if not isinstance(scale, jax.Array | np.ndarray):
         raise TypeError(f"scale must be a real number or a scalar array, got {scale!r}.")
@@ -352,11 +361,12 @@ def _scale(scale, dtype) -> float | jax.Array:
             "jax.vmap."
         )
     if is_concrete(scale):
-        _check_finite(np.asarray(scale), dtype)  # on the host, also while a program is traced
+        # On the host, also while a program is traced.
+        _check_finite(np.asarray(scale).item(), dtype)
     return array
 
 
-def _check_finite(scale, dtype):
+def _check_finite(scale: int | float, dtype):
     # By comparison: an integer may be too large for a float.
     if not abs(scale) <= float(jnp.finfo(dtype).max):
         raise ValueError(

@@ -7,7 +7,7 @@ device would. Sums over queries, the cotangents of keys, values and log-weights,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -45,13 +45,13 @@ def by_rule(run: Callable, kind: type[Operands], batch: int, problem: Problem) -
 
     `batch` is the number of batch axes.
     """
-    inputs, outputs = _axes(kind, batch)
+    inputs, outputs = axes_of(kind, batch)
     whole = "pnr" if problem.all_pairs else "mpnr"  # in the order in which they occur
 
     def partition(mesh, operands, results):
         placed = zip((*inputs, *outputs), (*operands, *results), strict=True)
         shared = _as_placed(placed, whole)
-        place = lambda axes: NamedSharding(mesh, _spec(axes, shared))
+        place = lambda axes: NamedSharding(mesh, spec(axes, shared))
         share = _share(run, outputs, shared)
         return mesh, share, [place(axes) for axes in outputs], tuple(map(place, inputs))
 
@@ -71,36 +71,44 @@ def by_size(run: Callable, kind: type[Operands], mesh, problem: Problem) -> Call
 
     def call(*operands):
         named = kind(*operands)
-        inputs, outputs = _axes(kind, named.scale.ndim)
-        lengths = dict(zip(inputs[0], named.q.shape, strict=True))
+        inputs, outputs = axes_of(kind, named.scale.ndim)
         divisible = [*inputs[0][:-2], *("m" if problem.all_pairs else "")]
-        shared, left = {}, dict(mesh.shape)
-        for axis in divisible:
-            taken: list[str] = []
-            for name, size in left.items():
-                if lengths[axis] % (math.prod(left[n] for n in taken) * size) == 0:
-                    taken.append(name)
-            left = {name: size for name, size in left.items() if name not in taken}
-            shared[axis] = tuple(taken)
+        shared = by_length(divisible, named.q.shape, mesh.shape)
         return jax.shard_map(
             _share(run, outputs, shared),
             mesh=mesh,
-            in_specs=tuple(_spec(axes, shared) for axes in inputs),
-            out_specs=[_spec(axes, shared) for axes in outputs],
+            in_specs=tuple(spec(axes, shared) for axes in inputs),
+            out_specs=[spec(axes, shared) for axes in outputs],
             check_vma=False,
         )(*operands)
 
     return call
 
 
-def _axes(kind: type[Operands], batch: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+def by_length(axes: Sequence[str], lengths: Sequence[int], mesh: Mapping[str, int]) -> Shared:
+    """As many axes of the mesh (name -> size) as divide the length of an axis go to it, and those
+    that are left to the next."""
+    shared, left = {}, dict(mesh)
+    for axis, length in zip(axes, lengths, strict=False):
+        taken: list[str] = []
+        for name, size in left.items():
+            if length % (math.prod(left[n] for n in taken) * size) == 0:
+                taken.append(name)
+        left = {name: size for name, size in left.items() if name not in taken}
+        shared[axis] = tuple(taken)
+    return shared
+
+
+def axes_of(
+    kind: type[Operands], batch: int
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """The names of the axes of each operand and of each result."""
     leading = tuple(f"b{i}" for i in range(batch))
     inputs = [(*leading, *OPERANDS[name]) for name in kind._fields]
     return inputs, [(*leading, *axes) for axes in RESULTS[kind]]
 
 
-def _spec(axes: Sequence[str], shared: Shared) -> PartitionSpec:
+def spec(axes: Sequence[str], shared: Shared) -> PartitionSpec:
     return PartitionSpec(*(shared.get(axis) or None for axis in axes))
 
 

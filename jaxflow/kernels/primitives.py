@@ -25,11 +25,12 @@ from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from .base import Cotangent, Forward, Mode, Operands, Problem, Shapes, Tangent, evaluate
+from .base import Cotangent, Forward, Operands, Problem, Results, Tangent, evaluate
 from .blocked import Blocked
 from .partition import WITHOUT_RULES, by_rule, by_size, dividing_mesh
 from .reference import Reference
-from .registry import choose, default_platform, load
+from .registry import Selected, default_platform, load
+from .ring import Ring, around_ring
 
 forward_p = Primitive("jaxflow_expectation")
 tangent_p = Primitive("jaxflow_expectation_tangent")
@@ -39,25 +40,21 @@ RESIDUALS = Tangent._fields.index("du")  # operands before the linear ones
 
 
 def _run(
-    mode: Mode,
-    kind: type[Operands],
-    platform: str,
-    *args,
-    problem: Problem,
-    backend: str | None,
-):
+    kind: type[Operands], platform: str, *args, problem: Problem, backend: str | None
+) -> Results:
     """One of the three functions, by the backend that the platform selects."""
-    operands = kind(*args)
-    chosen = choose(mode, platform, Shapes(*operands[:3]), problem, backend)
-    return evaluate(load(chosen), operands, problem)
+    return evaluate(Selected(platform, backend), kind(*args), problem)
 
 
-def _lowering(mode: Mode, kind: type[Operands], platform: str):
+def _lowering(kind: type[Operands], platform: str):
     """The rule that compiles a function for a platform, and divides it where XLA divides."""
 
     def rule(ctx, *args, problem: Problem, backend: str | None):
-        run = partial(_run, mode, kind, platform, problem=problem, backend=backend)
-        if (mesh := dividing_mesh(ctx)) is not None:
+        run = partial(_run, kind, platform, problem=problem, backend=backend)
+        ring = None if backend is None else load(backend, platform)
+        if isinstance(ring, Ring):
+            run = around_ring(ctx, ring, kind, problem)
+        elif (mesh := dividing_mesh(ctx)) is not None:
             if platform in WITHOUT_RULES:
                 run = by_size(run, kind, mesh, problem)
             else:
@@ -184,9 +181,9 @@ def _to_front(a, dim, size):
 # ------------------------------------------------------------------ the primitives
 
 
-def _define(primitive: Primitive, mode: Mode, kind: type[Operands], avals: Callable):
+def _define(primitive: Primitive, kind: type[Operands], avals: Callable):
     primitive.multiple_results = True
-    run = partial(_run, mode, kind)
+    run = partial(_run, kind)
     # Outside jit the primitive compiles itself: platforms choose their lowering there.
     bind = lambda *args, **params: primitive.bind(*args, **params)
     compiled = jax.jit(bind, static_argnames=("problem", "backend"))
@@ -199,14 +196,14 @@ def _define(primitive: Primitive, mode: Mode, kind: type[Operands], avals: Calla
     primitive.def_impl(impl)
     primitive.def_abstract_eval(avals)
     for platform in (None, "cuda", "tpu"):
-        mlir.register_lowering(primitive, _lowering(mode, kind, platform or "cpu"), platform)
+        mlir.register_lowering(primitive, _lowering(kind, platform or "cpu"), platform)
     dispatch.prim_requires_devices_during_lowering.add(primitive)
     batching.primitive_batchers[primitive] = partial(_batch, primitive, kind)
 
 
-_define(forward_p, "forward", Forward, _forward_avals)
-_define(tangent_p, "tangent", Tangent, _tangent_avals)
-_define(cotangent_p, "cotangent", Cotangent, _cotangent_avals)
+_define(forward_p, Forward, _forward_avals)
+_define(tangent_p, Tangent, _tangent_avals)
+_define(cotangent_p, Cotangent, _cotangent_avals)
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[tangent_p] = partial(_linear_jvp, tangent_p, Tangent)
 ad.primitive_jvps[cotangent_p] = partial(_linear_jvp, cotangent_p, Cotangent)

@@ -3,6 +3,7 @@
 A new backend is a file with a subclass of `AbstractBackend`, and an entry here.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,10 +13,23 @@ import jax
 import jax.numpy as jnp
 
 from . import proof
-from .base import MODES, AbstractBackend, Mode, Problem, Shapes
+from .base import (
+    MODES,
+    AbstractBackend,
+    AbstractFunctions,
+    Cotangent,
+    Forward,
+    Mode,
+    Operands,
+    Problem,
+    Results,
+    Shapes,
+    Tangent,
+)
 from .blocked import Blocked
 from .pruned import Pruned
 from .reference import Reference
+from .ring import Ring
 
 
 def _pallas_gpu(interpret: bool = False) -> AbstractBackend:
@@ -45,7 +59,7 @@ class Entry(NamedTuple):
     masks: bool = False
 
 
-BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn", "pruned")
+BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn", "pruned", "ring")
 REGISTRY = {
     "reference": Entry(Reference, masks=True),
     "blocked": Entry(Blocked, masks=True),
@@ -53,6 +67,7 @@ REGISTRY = {
     "pallas_tpu": Entry(_pallas_tpu, "tpu"),
     "cudnn": Entry(_cudnn, "cuda"),
     "pruned": Entry(Pruned),
+    "ring": Entry(Ring),
     # In Pallas's interpreter, for tests.
     "pallas_gpu:interpret": Entry(partial(_pallas_gpu, interpret=True)),
     "pallas_tpu:interpret": Entry(partial(_pallas_tpu, interpret=True)),
@@ -62,19 +77,45 @@ PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", 
 OTHERWISE = ("blocked",)
 
 
-def load(name: str) -> AbstractBackend:
-    return entry(name).load()
+def load(name: str, platform: str = "cpu") -> AbstractBackend:
+    """The backend of a name, on a platform where that makes a difference."""
+    backend = entry(name).load()
+    if isinstance(backend, Ring):
+        return dataclasses.replace(backend, around=Selected(platform, ring_of(name)[1]))
+    return backend
 
 
 def entry(name: str) -> Entry:
-    """What is registered by a name, or by "pruned:" and a tolerance.
+    """What is registered by a name, by "pruned:" and a tolerance, or by "ring:" and the name of an
+    axis, which that of a backend may follow.
 
-    **Raises:** `KeyError` for an unknown name, `ValueError` for what is no tolerance.
+    **Raises:** `KeyError` for an unknown name, `ValueError` for what is no tolerance, and for a
+    backend that the ring cannot go around.
     """
-    kind, colon, tolerance = name.partition(":")
+    kind, colon, rest = name.partition(":")
     if kind == "pruned" and colon:
-        return Entry(partial(Pruned, tolerance_of(tolerance)))
+        return Entry(partial(Pruned, tolerance_of(rest)))
+    if kind == "ring" and colon:
+        return Entry(partial(Ring, ring_of(name)[0]))
     return REGISTRY[name]
+
+
+def ring_of(name: str) -> tuple[str | None, str | None]:
+    """The axis of a ring, and the backend that it goes around; None for what is not said.
+
+    **Raises:** as [`entry`][jaxflow.kernels.registry.entry].
+    """
+    _, _, rest = name.partition(":")
+    axis, _, around = rest.partition(":")
+    if around:
+        entry(around)
+        if around.partition(":")[0] in ("reference", "ring"):
+            raise ValueError(
+                f"the ring goes around a backend whose derivatives take the log-partition of all "
+                f"keys, which {around!r} finds anew; got {name!r}. Leave it out to take the best "
+                "for the platform."
+            )
+    return axis or None, around or None
 
 
 def tolerance_of(given) -> float:
@@ -122,6 +163,27 @@ def refusal(name: str, mode: Mode, shapes: Shapes, problem: Problem) -> str | No
         able = [name for name in BACKENDS if REGISTRY[name].masks]
         return f"it computes all pairs of a band, and masks are for {' and '.join(able)}"
     return load(name).refusal(mode, shapes, problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected(AbstractFunctions):
+    """The functions of the backend that a platform selects, for each problem anew."""
+
+    platform: str
+    name: str | None
+
+    def forward(self, operands: Forward, problem: Problem) -> Results:
+        return self._of("forward", operands, problem).forward(operands, problem)
+
+    def tangent(self, operands: Tangent, problem: Problem) -> Results:
+        return self._of("tangent", operands, problem).tangent(operands, problem)
+
+    def cotangent(self, operands: Cotangent, problem: Problem) -> Results:
+        return self._of("cotangent", operands, problem).cotangent(operands, problem)
+
+    def _of(self, mode: Mode, operands: Operands, problem: Problem) -> AbstractBackend:
+        chosen = choose(mode, self.platform, Shapes(*operands[:3]), problem, self.name)
+        return load(chosen, self.platform)
 
 
 class Candidate(NamedTuple):

@@ -1,4 +1,19 @@
-"""The blocks of a model, and the curves that they make."""
+"""The blocks of a model: functions of a PRNG key, each of which makes the field of one block.
+
+    gpt2         attention(N x), then W2 sigma(W1 N x)             arXiv 1706.03762, GPT-2
+    llama        the same with RMSNorm, SwiGLU, rotary positions   arXiv 2302.13971
+                 and grouped queries
+    parallel     attention(N x) + W2 sigma(W1 N x) at once         arXiv 2204.02311, section 2
+    attention    attention(N x) alone, or of x itself
+    theory       P_x sum_h A_h^T E[A_h y] on the unit sphere       arXiv 2312.10794
+
+Each takes the dimension d of a token, the number of heads and the number L of blocks of the model,
+by which the weights that end a block are scaled. Any other function of a key that makes a causal
+field is a block as well:
+
+    block = lambda key: jaxflow.PreNorm(jaxflow.MultiHeadAttention(8, 2, causal=True, key=key), ...)
+    LanguageModel(vocab_size=65, dim=8, layers=2, context=32, block=block, key=key)
+"""
 
 import math
 from collections.abc import Callable
@@ -7,180 +22,234 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from .._memory import check_fits
-from .._rules import array, count, flag, floating, function, instance
-from .._types import ArrayLike
+from .._rules import count, flag, floating, function
+from .._types import ScalarLike
 from ..fields import (
-    AbstractCurve,
     AbstractField,
     AbstractNorm,
-    Constant,
     FeedForward,
-    Fourier,
-    HyperNetwork,
-    Legendre,
+    GatedFeedForward,
+    LayerNorm,
     MultiHeadAttention,
     PeriNorm,
-    PiecewiseConstant,
-    PiecewiseLinear,
     PreNorm,
-    TimeDependent,
+    RMSNorm,
+    TiedAttention,
+    Whole,
 )
 from ..geometry import Euclidean, Sphere
-from .base import Depth
 
 STD = 0.02  # of the initial weights, as in GPT-2
 
-CurveOf = Callable[[list[AbstractField], float], AbstractCurve]
+BlockOf = Callable[[PRNGKeyArray], AbstractField]
+NormOf = Callable[[int], AbstractNorm]
 
 
-# ------------------------------------------------------------------ curves of L blocks
-
-
-def layered(blocks: list[AbstractField], t1: float) -> PiecewiseConstant:
-    """L blocks one after the other: a transformer."""
-    return PiecewiseConstant(blocks, np.linspace(0, t1, len(blocks) + 1))
-
-
-def shared(blocks: list[AbstractField], t1: float) -> Constant:
-    """The first block at every depth."""
-    return Constant(blocks[0])
-
-
-def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
-    """The blocks at equal distances, and what is linear between them.
-
-    **Raises:** `ValueError` for fewer than two blocks.
-    """
-    if len(blocks) < 2:
-        raise ValueError("interpolation needs at least two blocks.")
-    return PiecewiseLinear(blocks, np.linspace(0, t1, len(blocks)))
-
-
-def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
-    """L Legendre polynomials, at the start of training constant in time: the first block."""
-    return Legendre(_first_alone(blocks), 0.0, t1)
-
-
-def fourier(blocks: list[AbstractField], t1: float) -> Fourier:
-    """An odd number L of Fourier coefficients, of period 2 T so that the ends differ; at the start
-    of training constant in time: the first block."""
-    return Fourier(_first_alone(blocks), 2 * t1)
-
-
-def _first_alone(blocks: list[AbstractField]) -> list[Any]:
-    nothing = lambda a: 0 * a if eqx.is_inexact_array(a) else a
-    return [blocks[0], *(jax.tree.map(nothing, block) for block in blocks[1:])]
-
-
-def hypernetwork(
-    blocks: list[AbstractField],
-    t1: float,
+def gpt2(
+    dim: int,
+    heads: int,
+    layers: int,
     *,
-    width: int = 64,
-    rank: int | None = 8,
-    key: PRNGKeyArray | None = None,
-) -> HyperNetwork:
-    """The first block, moved in time by a network, which moves nothing before it is trained.
+    width: int | None = None,
+    activation: Callable = jax.nn.gelu,
+    placement: str = "pre",
+    norm: NormOf = LayerNorm,
+    rotary: bool = False,
+    bias: bool = True,
+    causal: bool = True,
+    dtype: Any = None,
+    backend: str | None = None,
+) -> BlockOf:
+    """The block of GPT-2: attention, then a feed-forward layer, each of normalised tokens.
 
-    Another `key` of the network's weights, width or rank go in by `functools.partial`.
-    """
-    key = jax.random.key(0) if key is None else key
-    return HyperNetwork(blocks[0], width=width, rank=rank, t1=t1, key=key)
+    **Arguments:** `dim`, `heads`, `layers`; the others as in [`jaxflow.models.LanguageModel`][], a
+    `width` of 0 for no feed-forward layer; `causal`, whether a token sees those before it alone.
 
-
-# ------------------------------------------------------------------ one block
-
-
-class Block(eqx.Module):
-    """Makes the field of one block, attention + feed-forward, from a PRNG key.
-
-    **Arguments:** as in [`jaxflow.models.LanguageModel`][]; `layers`: the number L of blocks of the
-    model, by which the weights that end a block are scaled; `width`: 0 for no feed-forward.
+    **Returns:** a function of a PRNG key.
 
     **Raises:** `ValueError` or `TypeError` for what makes no block.
     """
+    if placement not in ("pre", "peri", "post"):
+        raise ValueError(f'placement must be "pre", "peri" or "post", got {placement!r}.')
+    if placement == "post" and dtype is not None:
+        raise ValueError('dtype is of the fields between norms: use placement "pre" or "peri".')
+    width = _sizes(dim, heads, layers, 4 * count("dim", dim) if width is None else width, least=0)
+    function("activation", activation)
+    function("norm", norm)
+    base, dtype = 10000.0 if flag("rotary", rotary) else None, floating("dtype", dtype)
+    geometry = Sphere(math.sqrt(dim)) if placement == "post" else Euclidean()
+    inside: dict[str, Any] = {"causal": causal, "rotary": base, "bias": bias, "backend": backend}
 
-    dim: int
-    heads: int
-    layers: int
-    width: int
-    activation: Callable
-    placement: str
-    norm: Callable[[int], AbstractNorm]
-    dtype: Any
-    causal: bool = False
-    rotary: bool = False
-    backend: str | None = None
-
-    def __check_init__(self):
-        if self.placement not in ("pre", "peri", "post"):
-            raise ValueError(f'placement must be "pre", "peri" or "post", got {self.placement!r}.')
-        if self.placement == "post" and self.dtype is not None:
-            raise ValueError('dtype is of the fields between norms: use placement "pre" or "peri".')
-        for name in ("dim", "heads", "layers"):
-            count(name, getattr(self, name))
-        count("width", self.width, 0)
-        function("activation", self.activation)
-        function("norm", self.norm)
-        floating("dtype", self.dtype)
-        flag("rotary", self.rotary)
-
-    def __call__(self, key: PRNGKeyArray) -> AbstractField:
-        first, second = jax.random.split(key)
-        sphere = self.placement == "post"
-        geometry = Sphere(math.sqrt(self.dim)) if sphere else Euclidean()
-        attention = MultiHeadAttention(
-            self.dim,
-            self.heads,
-            causal=self.causal,
-            rotary=10000.0 if self.rotary else None,
-            geometry=geometry,
-            backend=self.backend,
-            key=first,
-        )
-        attention = small(attention, lambda field: field.output, self.layers)
-        if not self.width:
-            return self._normalised(attention)
-        forward = FeedForward(self.dim, self.width, self.activation, geometry=geometry, key=second)
-        forward = small(forward, lambda field: field.weight_out, self.layers)
-        return self._normalised(attention) + self._normalised(forward)
-
-    def _normalised(self, field: AbstractField) -> AbstractField:
-        if self.placement == "post":
+    def normalised(field):
+        if placement == "post":
             return field
-        field = PreNorm(field, self.norm(self.dim), dtype=self.dtype)
-        return (
-            PeriNorm(field=field, norm=self.norm(self.dim)) if self.placement == "peri" else field
+        field = PreNorm(field, norm(dim), dtype=dtype)
+        return PeriNorm(field, norm(dim)) if placement == "peri" else field
+
+    def block(key):
+        first, second = jax.random.split(key)
+        attention = MultiHeadAttention(dim, heads, **inside, geometry=geometry, key=first)
+        attention = normalised(small(attention, lambda field: field.output, layers))
+        if not width:
+            return attention
+        forward = FeedForward(dim, width, activation, geometry=geometry, key=second)
+        return attention + normalised(small(forward, lambda field: field.weight_out, layers))
+
+    return block
+
+
+def llama(
+    dim: int,
+    heads: int,
+    layers: int,
+    *,
+    kv_heads: int | None = None,
+    width: int | None = None,
+    base: float = 10000.0,
+    dtype: Any = None,
+    backend: str | None = None,
+) -> BlockOf:
+    """The block of Llama (arXiv 2302.13971): RMSNorm, rotary positions, grouped queries, SwiGLU.
+
+    **Arguments:** `dim`, `heads`, `layers`; `kv_heads`, the number of keys and values, by default
+    the largest divisor of the heads that is at most their half; `width` of the gated layer, by
+    default 8 d / 3 rounded up to a multiple of 8, which has the parameters of an ungated one of
+    width 4 d; `base` of the rotary positions; `dtype`, `backend` as in
+    [`jaxflow.models.LanguageModel`][].
+
+    **Returns:** a function of a PRNG key.
+
+    **Raises:** `ValueError` or `TypeError` for what makes no block.
+    """
+    width = _sizes(dim, heads, layers, 8 * -(-count("dim", dim) // 3) if width is None else width)
+    kv_heads = _half(heads) if kv_heads is None else kv_heads
+    dtype = floating("dtype", dtype)
+
+    def block(key):
+        first, second = jax.random.split(key)
+        attention = MultiHeadAttention(
+            dim, heads, kv_heads=kv_heads, causal=True, rotary=base, backend=backend, key=first
+        )
+        attention = small(attention, lambda field: field.output, layers)
+        forward = small(
+            GatedFeedForward(dim, width, key=second), lambda field: field.weight_out, layers
+        )
+        return PreNorm(attention, RMSNorm(dim), dtype=dtype) + PreNorm(
+            forward, RMSNorm(dim), dtype=dtype
         )
 
+    return block
 
-def blocks(
-    make: Callable[[PRNGKeyArray], AbstractField],
+
+def parallel(
+    dim: int,
+    heads: int,
     layers: int,
-    curve: CurveOf,
-    depth: Depth,
-    key: PRNGKeyArray,
-) -> TimeDependent:
-    """The field of a model, from the maker of a block."""
-    count("layers", layers)
-    function("curve", curve)
-    made = [make(k) for k in jax.random.split(key, layers)]
-    example = "one of jaxflow.models.layered"
-    return TimeDependent(instance("curve's result", curve(made, depth.t1), AbstractCurve, example))
+    *,
+    width: int | None = None,
+    activation: Callable = jax.nn.gelu,
+    norm: NormOf = LayerNorm,
+    bias: bool = False,
+    dtype: Any = None,
+    backend: str | None = None,
+) -> BlockOf:
+    """Attention and a feed-forward layer at once, of the same normalised tokens (arXiv 2204.02311).
+
+        X[mu](x) = attention[N_# mu](N x) + W2 sigma(W1 N x + b1) + b2
+
+    A splitting method steps with it as a whole.
+
+    **Arguments:** `dim`, `heads`, `layers`; the others as in [`jaxflow.models.LanguageModel`][].
+
+    **Returns:** a function of a PRNG key.
+
+    **Raises:** `ValueError` or `TypeError` for what makes no block.
+    """
+    width = _sizes(dim, heads, layers, 4 * count("dim", dim) if width is None else width)
+    function("activation", activation)
+    function("norm", norm)
+    dtype = floating("dtype", dtype)
+
+    def block(key):
+        first, second = jax.random.split(key)
+        attention = MultiHeadAttention(
+            dim, heads, causal=True, bias=bias, backend=backend, key=first
+        )
+        forward = FeedForward(dim, width, activation, key=second)
+        both = small(attention, lambda field: field.output, layers) + small(
+            forward, lambda field: field.weight_out, layers
+        )
+        return Whole(PreNorm(both, norm(dim), dtype=dtype))
+
+    return block
 
 
-def check_size(dim: int, layers: int, width: int, others: int):
-    """The parameters of L blocks and so many others, and two arrays of their size, must fit."""
-    numbers = layers * (4 * dim**2 + 2 * dim * width) + others
-    check_fits(
-        3 * 4 * numbers,
-        f"a model of {numbers:.2e} parameters",
-        "Take a smaller vocabulary or image, fewer layers, or a smaller dim or width.",
-    )
+def attention(
+    dim: int,
+    heads: int,
+    layers: int,
+    *,
+    norm: NormOf | None = LayerNorm,
+    bias: bool = True,
+    causal: bool = True,
+    backend: str | None = None,
+) -> BlockOf:
+    """Attention alone, for models whose training has a transport cost.
+
+    Such models (arXiv 2505.13499) take a transformer as the velocity, Euler's steps, and add
+    int |x'|^2 dt to the loss: `curve=jaxflow.models.shared` of one block, and in training
+    `FlowLoss(cross_entropy, {"kinetic": (weight, jaxflow.observables.KineticEnergy)})`.
+
+    **Arguments:** `dim`, `heads`, `layers`; `norm`, of the tokens that attention sees, or `None`
+    for none; `bias`, `backend` as in [`jaxflow.models.LanguageModel`][]; `causal`, whether a token
+    sees those before it alone.
+
+    **Returns:** a function of a PRNG key.
+
+    **Raises:** `ValueError` or `TypeError` for what makes no block.
+    """
+    _sizes(dim, heads, layers, 1)
+
+    def block(key):
+        field = MultiHeadAttention(dim, heads, causal=causal, bias=bias, backend=backend, key=key)
+        field = small(field, lambda field: field.output, layers)
+        return field if norm is None else PreNorm(field, norm(dim))
+
+    return block
+
+
+def theory(
+    dim: int,
+    heads: int,
+    layers: int,
+    *,
+    beta: ScalarLike = 4.0,
+    backend: str | None = None,
+) -> BlockOf:
+    """The block of the theory: tokens on the unit sphere, one matrix A_h a head for query, key and
+    value, an inverse temperature a head, and nothing else.
+
+        X[mu](x) = P_x ( sum_h A_h^T E_{mu_x^h}[A_h y] )
+
+    It is [`jaxflow.fields.TiedAttention`][]. Matrices have the scale N(0, 1/d) that moves tokens by
+    about 1 in a unit of time, whatever the number of blocks.
+
+    **Arguments:** `dim`, `heads`, `layers`; `beta`, where the inverse temperatures start, in units
+    of d/p: the scores of two equal tokens are about `beta`; `backend` as in
+    [`jaxflow.models.LanguageModel`][].
+
+    **Returns:** a function of a PRNG key.
+
+    **Raises:** `ValueError` or `TypeError` for what makes no block.
+    """
+    _sizes(dim, heads, layers, 1)
+
+    def block(key):
+        return TiedAttention(dim, heads, beta=heads * beta, causal=True, backend=backend, key=key)
+
+    return block
 
 
 def small(field: Any, last: Callable[[Any], Array], layers: int) -> Any:
@@ -192,26 +261,14 @@ def small(field: Any, last: Callable[[Any], Array], layers: int) -> Any:
     return eqx.tree_at(last, field, last(field) / math.sqrt(2 * layers))
 
 
-# ------------------------------------------------------------------ pieces
+def _sizes(dim: int, heads: int, layers: int, width: int, *, least: int = 1) -> int:
+    """The width of a block whose sizes are whole numbers."""
+    for name, size in {"dim": dim, "heads": heads, "layers": layers}.items():
+        count(name, size)
+    if dim % heads:
+        raise ValueError(f"heads must divide dim, got dim={dim} and heads={heads}.")
+    return count("width", width, least)
 
 
-def features(name: str, values: ArrayLike, like: Array) -> Array:
-    """Floating-point numbers in the dtype of parameters."""
-    values = array(name, values)
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be floating point, got {values.dtype}. Scale them as for training: "
-            "pixels of 8 bits are x / 255."
-        )
-    return values.astype(like.dtype)
-
-
-def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch features"]):
-    y = project(x, layer.weight, None)
-    return y if layer.bias is None else y + jnp.broadcast_to(layer.bias, y.shape)
-
-
-def project(x, matrix, dtype):
-    """x R^T, computed in `dtype`, in the dtype of x."""
-    operands = x.astype(dtype or x.dtype), matrix.T.astype(dtype or x.dtype)
-    return jnp.matmul(*operands, precision="highest", preferred_element_type=x.dtype)
+def _half(heads: int) -> int:
+    return max((g for g in range(1, heads // 2 + 1) if heads % g == 0), default=heads)

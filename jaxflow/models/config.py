@@ -12,7 +12,8 @@ from .._rules import count, instance
 from ..fields import LayerNorm, RMSNorm
 from ..solvers import RK4, Geodesic, LieTrotter, NormalisedEuler, Strang
 from .base import AbstractModel, Depth
-from .blocks import fourier, hypernetwork, interpolated, layered, shared, smooth
+from .blocks import BlockOf, attention, gpt2, llama, parallel, theory
+from .curves import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .image import ImageClassifier
 from .language import LanguageModel
 from .residual import ResidualNetwork
@@ -21,6 +22,13 @@ MODELS: dict[str, Callable[..., AbstractModel]] = {
     "LanguageModel": LanguageModel,
     "ImageClassifier": ImageClassifier,
     "ResidualNetwork": ResidualNetwork,
+}
+BLOCKS: dict[str, Callable[..., BlockOf]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "parallel": parallel,
+    "attention": attention,
+    "theory": theory,
 }
 CURVES = {
     "layers": layered,
@@ -50,6 +58,7 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jax.nn.tanh}
 
+SIZES = "dim", "heads", "layers"  # of a model and of each of its blocks
 NAMED = {"curve": CURVES, "norm": NORMS, "activation": ACTIVATIONS}
 
 
@@ -71,7 +80,9 @@ def build(config: Mapping[str, Any]) -> AbstractModel:
 
     - `config`: `{"model": "LanguageModel", "seed": 0, "depth": {...}, ...}`: the name of a class,
       the seed of its PRNG key, the arguments of [`jaxflow.models.depth`][], and those of the class
-      with names from `CURVES`, `NORMS` and `ACTIVATIONS` where it takes a function.
+      with names from `CURVES`, `NORMS` and `ACTIVATIONS` where it takes a function. A `block` is a
+      name from `BLOCKS`, or `{"name": "llama", "kv_heads": 2, ...}` with arguments of it; `dim`,
+      `heads` and `layers` are those of the model.
 
     **Raises:** `ValueError` or `TypeError` for names and values that make no model; `MemoryError`
     where its parameters do not fit.
@@ -80,14 +91,36 @@ def build(config: Mapping[str, Any]) -> AbstractModel:
     make = _named("model", config.pop("model", None), MODELS)
     seed = count("seed", config.pop("seed", 0), -(2**31))
     _check_arguments(make, config)
-    for name, table in NAMED.items():
-        if name in config:
-            config[name] = _named(name, config[name], table)
+    _replace_names(config)
+    if config.get("block") is not None:
+        config["block"] = _block(config["block"], config, inspect.signature(make).parameters)
     if config.get("depth") is not None:
         arguments = instance("depth", config["depth"], Mapping, '{"t1": 1, "steps": 4}')
         _check_arguments(depth, arguments)
         config["depth"] = depth(**arguments)
     return make(**config, key=jax.random.key(seed))
+
+
+def _replace_names(config: dict[str, Any]):
+    for name, table in NAMED.items():
+        if config.get(name) is not None:
+            config[name] = _named(name, config[name], table)
+
+
+def _block(given: Any, config: Mapping[str, Any], parameters: Mapping[str, Any]) -> BlockOf:
+    """The block of a model with this configuration."""
+    arguments = (
+        {"name": given}
+        if isinstance(given, str)
+        else dict(instance("block", given, Mapping, '{"name": "llama"}'))
+    )
+    make = _named("block", arguments.pop("name", None), BLOCKS)
+    sizes = {name: config.get(name, parameters[name].default) for name in SIZES}
+    if set(arguments) & set(SIZES):
+        raise ValueError(f"{', '.join(SIZES)} are those of the model: leave them out of its block.")
+    _check_arguments(make, sizes | arguments)
+    _replace_names(arguments)
+    return make(**sizes, **arguments)
 
 
 def _named(what: str, name: Any, table: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from .._memory import check_fits
 from .._rules import array, constant, count, known, not_negative, prng_key, real
-from .._types import Scalar, is_concrete
+from .._types import Scalar, accumulation_dtype, is_concrete
 from ..explicit import explicit_step, is_explicit
 from ..fields.base import can_be_continued
 from ..fields.time import jumps
@@ -67,14 +67,23 @@ def tokens(inputs: Any, vocabulary: int) -> Int[Array, "*batch n"]:
             f"tokens must be in 0, ..., {vocabulary - 1}, got {seen.min()} to {seen.max()}. Take "
             "the tokenizer of the model."
         )
-    return found
+    # The bounds of a vocabulary need not be numbers of the few bits that tokens come in.
+    return found.astype(jax.dtypes.canonicalize_dtype(int))
+
+
+def rows(embedding: Float[Array, "vocabulary d"], tokens: Int[Array, "*batch n"]):
+    """The rows of the tokens, in float32 at least; nan for a traced one that is not there."""
+    # An index beyond the ends would be that of the nearest token, or count from the last.
+    found = embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return found.astype(accumulation_dtype(embedding.dtype))
 
 
 def check(prompt, vocabulary: int, length: int, temperature, top_k, top_p, key):
-    if prompt.ndim != 1 or not len(prompt) or not jnp.issubdtype(prompt.dtype, jnp.integer):
+    integers = jnp.issubdtype(prompt.dtype, jnp.integer)
+    if prompt.ndim not in (1, 2) or not prompt.size or not integers:
         raise ValueError(
-            f"the prompt must be at least one token, integers of shape (n,); got {prompt.dtype} "
-            f"{prompt.shape}. jax.vmap over prompts makes a batch."
+            "the prompt must be at least one token, integers of shape (n,), or a batch (b, n) of "
+            f"prompts of one length; got {prompt.dtype} {prompt.shape}."
         )
     tokens(prompt, vocabulary)
     count("length, the number of tokens to add,", length, 0)
@@ -90,12 +99,29 @@ def check(prompt, vocabulary: int, length: int, temperature, top_k, top_p, key):
         raise ValueError("drawing tokens needs key=jax.random.key(...); temperature=0 needs none.")
 
 
+def split(key, batch: tuple[int, ...], length: int):
+    """Keys `(*batch, length)`: of the tokens of each prompt."""
+    key = jax.random.key(0) if key is None else key
+    keys = jax.random.split(key, batch) if batch else key
+    over = jax.vmap(jax.random.split, (0, None)) if batch else jax.random.split
+    return over(keys, length)
+
+
 # ------------------------------------------------------------------ without a cache
 
 
 @partial(eqx.filter_jit, donate="none")
-def plainly(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys):
+def plainly(model, tokens: Int[Array, "*b n"], length: int, choose: Chooser, keys):
     """Each token by the whole flow of the last `context` tokens."""
+    return _each(partial(_plainly, model, length=length, choose=choose), tokens, keys)
+
+
+def _each(draw: Callable, tokens: Int[Array, "*b n"], keys):
+    """draw(tokens, keys) of each prompt of a batch, or of the one."""
+    return draw(tokens, keys) if tokens.ndim == 1 else jax.vmap(draw)(tokens, keys)
+
+
+def _plainly(model, tokens: Int[Array, " n"], keys, *, length: int, choose: Chooser):
     n, window = len(tokens), min(len(tokens) + length, model.context)
     room = jnp.concatenate([tokens, jnp.zeros(length, tokens.dtype)])
 
@@ -119,8 +145,12 @@ def can_be_cached(model) -> bool:
 
 
 @partial(eqx.filter_jit, donate="none")
-def cached(model, tokens: Int[Array, " n"], length: int, choose: Chooser, keys):
+def cached(model, tokens: Int[Array, "*b n"], length: int, choose: Chooser, keys):
     """Each token by its own flow, past the keys and values that the others left."""
+    return _each(partial(_cached, model, length=length, choose=choose), tokens, keys)
+
+
+def _cached(model, tokens: Int[Array, " n"], keys, *, length: int, choose: Chooser):
     n = len(tokens)
     x, caches = _flow_of_prompt(model, model.embed(tokens).points, n + length)
     first = choose(_logits(model, x[-1:]), keys[0]).astype(tokens.dtype)

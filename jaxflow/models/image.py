@@ -13,7 +13,9 @@ from .._types import ArrayLike
 from ..fields import AbstractField, AbstractNorm, LayerNorm
 from ..measure import Measure
 from .base import AbstractModel, Depth, depth_or_steps
-from .blocks import STD, Block, CurveOf, blocks, check_size, features, layered, linear
+from .blocks import STD, gpt2
+from .curves import CurveOf, field_of, layered
+from .ends import check_size, features, linear
 
 
 class ImageClassifier(AbstractModel):
@@ -72,13 +74,14 @@ class ImageClassifier(AbstractModel):
             raise ValueError(f"patch must divide the image, got {patch} for {height} x {wide}.")
         n = height // patch * (wide // patch)
         hidden = 4 * count("dim", dim) if width is None else width
-        block = Block(
-            dim, heads, layers, hidden, activation, placement, norm, dtype, backend=backend
-        )
+        block = gpt2(
+            dim, heads, layers, width=width, activation=activation, placement=placement, norm=norm,
+            bias=False, causal=False, dtype=dtype, backend=backend,
+        )  # fmt: skip
         check_size(dim, layers, hidden, (patch**2 * channels + n + classes) * dim)
         keys = jax.random.split(prng_key(key), 5)
         self.depth = depth_or_steps(depth, float(layers), layers)
-        self.field = blocks(block, layers, curve, self.depth, keys[0])
+        self.field = field_of(block, layers, curve, self.depth, keys[0])
         self.embedding = eqx.nn.Linear(patch * patch * channels, dim, key=keys[1])
         self.positions = STD * jax.random.normal(keys[2], (n, dim))
         self.class_token = (

@@ -1,5 +1,6 @@
 """The causal language model."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._rules import array, count, flag, prng_key
-from .._types import ArrayLike, ScalarLike
+from .._rules import array, count, flag, function, prng_key
+from .._types import ArrayLike, ScalarLike, is_concrete
 from ..fields import AbstractField, AbstractNorm, LayerNorm
+from ..fields.base import all_fields, is_field
 from ..measure import Measure
 from . import generation
 from .base import AbstractModel, Depth, depth_or_steps
-from .blocks import STD, Block, CurveOf, blocks, check_size, layered, project
+from .blocks import STD, BlockOf, gpt2
+from .curves import CurveOf, field_of, layered
+from .ends import check_numbers, check_size, project
 
 
 class LanguageModel(AbstractModel):
@@ -22,18 +26,25 @@ class LanguageModel(AbstractModel):
 
         x_i(0) = E[token_i] + position_i,   logits_i = R N(x_i(T))
 
-    With the default depth it is GPT-2's pre-LN transformer (without biases in attention).
+    With the default depth it is GPT-2's pre-LN transformer (without biases in attention, unless
+    `bias=True`).
 
     **Arguments:**
 
     - `vocab_size`; `dim`: d; `heads`: H; `layers`: L, the number of blocks; `context`: the
       longest input.
+    - `block`: a function of a PRNG key that makes one block, any causal field of tokens of
+      dimension d, such as [`jaxflow.models.llama`][](d, H, L). The default is
+      [`jaxflow.models.gpt2`][] with `heads`, `width`, `activation`, `placement`, `norm`, `rotary`,
+      `bias`, `dtype` and `backend`.
     - `width`: of the feed-forward layers, default 4 d, 0 for none; `activation`: theirs.
     - `curve`: makes the parameters' curve from L blocks and t1; see [`jaxflow.models.layered`][].
     - `depth`: default L steps of length 1.
     - `placement`: "pre", "peri" or "post", where tokens are normalised
       (jaxflow/fields/normalisation.py); `norm`: `LayerNorm` or `RMSNorm`.
-    - `rotary`: rotary embeddings of positions instead of learned ones.
+    - `rotary`: rotary embeddings of positions instead of learned ones. Of another `block`: whether
+      no positions are learned; `None` is yes where it has rotary attention.
+    - `bias`: whether attention has biases.
     - `tied`: R = E; else R has weights of its own.
     - `dtype`: of attention and feed-forward, such as bfloat16; parameters and state are float32.
     - `backend`: of attention, as in [`jaxflow.softmax_expectation`][].
@@ -70,36 +81,46 @@ class LanguageModel(AbstractModel):
         self,
         vocab_size: int,
         dim: int,
-        heads: int,
-        layers: int,
-        context: int,
+        heads: int = 4,
+        layers: int = 4,
+        context: int = 128,
         *,
+        block: BlockOf | None = None,
         width: int | None = None,
         activation: Callable = jax.nn.gelu,
         curve: CurveOf = layered,
         depth: Depth | None = None,
         placement: str = "pre",
         norm: Callable[[int], AbstractNorm] = LayerNorm,
-        rotary: bool = False,
+        rotary: bool | None = None,
+        bias: bool = False,
         tied: bool = True,
         dtype: Any = None,
         backend: str | None = None,
         key: PRNGKeyArray,
     ):
         vocab_size, context = count("vocab_size", vocab_size), count("context", context)
-        hidden = 4 * count("dim", dim) if width is None else width
-        block = Block(
-            dim, heads, layers, hidden, activation, placement, norm, dtype,
-            causal=True, rotary=rotary, backend=backend,
-        )  # fmt: skip
-        tables = vocab_size * (1 if flag("tied", tied) else 2) + context
-        check_size(dim, layers, hidden, tables * dim)
+        tables = (vocab_size * (1 if flag("tied", tied) else 2) + context) * count("dim", dim)
+        if block is None:
+            block = gpt2(
+                dim, heads, layers, width=width, activation=activation, placement=placement,
+                norm=norm, rotary=bool(rotary), bias=bias, dtype=dtype, backend=backend,
+            )  # fmt: skip
+            if is_concrete(key):  # of a traced one no array is made
+                check_size(dim, layers, 4 * dim if width is None else width, tables)
+        else:
+            _of_the_default_block(width=width, activation=activation, placement=placement,
+                                  bias=bias, backend=backend)  # fmt: skip
+        numbers, positioned = _about_block(block, dim)
+        if is_concrete(key):
+            check_numbers(count("layers", layers) * numbers + tables)
+        rotary = positioned if rotary is None else flag("rotary", rotary)
         keys = jax.random.split(prng_key(key), 4)
         self.depth = depth_or_steps(depth, float(layers), layers)
-        self.field = blocks(block, layers, curve, self.depth, keys[0])
+        self.field = field_of(block, layers, curve, self.depth, keys[0])
         self.embedding = STD * jax.random.normal(keys[1], (vocab_size, dim))
         self.positions = None if rotary else STD * jax.random.normal(keys[2], (context, dim))
-        self.norm = norm(dim)
+        self.norm = function("norm", norm)(dim)
         self.output = None if tied else STD * jax.random.normal(keys[3], (vocab_size, dim))
         self.context = context
         self.dtype = dtype
@@ -119,17 +140,23 @@ class LanguageModel(AbstractModel):
                 f"the model has positions for {self.context} tokens, got {n}. Pass the last "
                 f"{self.context}, or build it with rotary=True."
             )
-        # An index beyond the ends would be that of the nearest token, or count from the last.
-        rows = self.embedding.at[tokens]
-        x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        x = generation.rows(self.embedding, tokens)
         if self.positions is not None:
             here = jax.lax.dynamic_slice_in_dim(self.positions, start, n)
-            x = x + jnp.broadcast_to(here, x.shape)
+            x = x + jnp.broadcast_to(here.astype(x.dtype), x.shape)
         return self.field.geometry.retract(x)
 
     def read_out(self, mu: Measure) -> Float[Array, "*batch n vocabulary"]:
-        matrix = self.embedding if self.output is None else self.output
-        return project(self.norm(mu.points), matrix, self.dtype)
+        return project(self.hidden(mu), self.unembedding, self.dtype)
+
+    def hidden(self, mu: Measure) -> Float[Array, "*batch n d"]:
+        """N(x_i), of which the logits are the products with the rows of `unembedding`."""
+        return self.norm(mu.points)
+
+    @property
+    def unembedding(self) -> Float[Array, "vocabulary d"]:
+        """R."""
+        return self.embedding if self.output is None else self.output
 
     def generate(
         self,
@@ -141,12 +168,14 @@ class LanguageModel(AbstractModel):
         top_p: float | None = None,
         cache: bool = True,
         key: PRNGKeyArray | None = None,
-    ) -> Int[Array, " n_and_length"]:
-        """The prompt, continued by `length` tokens.
+    ) -> Int[Array, "*b n_and_length"]:
+        """The prompt, or each of a batch of them, continued by `length` tokens.
 
         **Arguments:**
 
-        - `prompt`: at least one token, integers `(n,)`. `length`: the number of tokens to add.
+        - `prompt`: at least one token, integers `(n,)`; or `(b, n)`, a batch, whose prompt number i
+          goes on as it would alone with the key `jax.random.split(key, b)[i]`. `length`: the number
+          of tokens to add.
         - `temperature`: divides the logits; 0 takes the most likely token and needs no key.
         - `top_k`: draw among the k most likely tokens; `top_p`: among the fewest whose
           probabilities add up to p (Holtzman et al., arXiv 1904.09751).
@@ -163,12 +192,48 @@ class LanguageModel(AbstractModel):
         prompt = array("the prompt", prompt)
         generation.check(prompt, len(self.embedding), length, temperature, top_k, top_p, key)
         choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
-        keys = jax.random.split(jax.random.key(0) if key is None else key, max(length, 1))
+        keys = generation.split(key, prompt.shape[:-1], max(length, 1))
+        of = lambda start, stop: keys[(slice(None),) * (prompt.ndim - 1) + (slice(start, stop),)]
         tokens, keep = prompt.astype(jnp.int32), 0
         if cache and generation.can_be_cached(self):
-            keep = max(0, min(length, self.context - len(tokens)))
+            keep = max(0, min(length, self.context - tokens.shape[-1]))
         if keep:
-            tokens = generation.cached(self, tokens, keep, choose, keys[:keep])
+            tokens = generation.cached(self, tokens, keep, choose, of(0, keep))
         if length > keep:
-            tokens = generation.plainly(self, tokens, length - keep, choose, keys[keep:])
+            tokens = generation.plainly(self, tokens, length - keep, choose, of(keep, length))
         return tokens
+
+
+# ------------------------------------------------------------------ own blocks
+
+
+def _about_block(block: BlockOf, dim: int) -> tuple[int, bool]:
+    """The number of parameters of a block, and whether its attention knows positions."""
+    made = eqx.filter_eval_shape(function("block", block), jax.random.key(0))
+    inside = all_fields(is_field(made))
+    for field in inside:
+        if getattr(field, "causal", True) is False:
+            raise ValueError(
+                "a token of a text sees none after it, and of the block the "
+                f"{type(field).__name__} is not causal: pass causal=True to it."
+            )
+    tokens = jax.ShapeDtypeStruct((2, dim), jnp.result_type(float))
+    velocity = eqx.filter_eval_shape(lambda field, x: field(0.0, x, Measure(x)), made, tokens)
+    if velocity.shape != (2, dim):
+        raise ValueError(
+            f"the block must move tokens of dimension dim={dim}, got velocities {velocity.shape} "
+            "of 2 tokens."
+        )
+    numbers = sum(a.size for a in jax.tree.leaves(made) if isinstance(a, jax.ShapeDtypeStruct))
+    return numbers, any(getattr(field, "rotary", None) is not None for field in inside)
+
+
+def _of_the_default_block(**given: Any):
+    """**Raises:** `ValueError` for arguments of the default block beside another one."""
+    parameters = inspect.signature(LanguageModel.__init__).parameters
+    for name, value in given.items():
+        if value != parameters[name].default:
+            raise ValueError(
+                f"{name} is an argument of the default block, and block= is another one: give it "
+                "to the function that makes that."
+            )

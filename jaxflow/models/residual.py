@@ -12,7 +12,9 @@ from .._types import ArrayLike
 from ..fields import AbstractField, FeedForward
 from ..measure import Measure
 from .base import AbstractModel, Depth, depth_or_steps
-from .blocks import CurveOf, blocks, check_size, layered, linear, small
+from .blocks import small
+from .curves import CurveOf, field_of, layered
+from .ends import check_size, linear
 
 
 class ResidualNetwork(AbstractModel):
@@ -62,7 +64,7 @@ class ResidualNetwork(AbstractModel):
             field = FeedForward(dim, width, activation, key=key)
             return small(field, lambda field: field.weight_out, layers)
 
-        self.field = blocks(make, layers, curve, self.depth, keys[2])
+        self.field = field_of(make, layers, curve, self.depth, keys[2])
 
     def embed(self, inputs: ArrayLike) -> Measure:
         """Every sample is a system of one token."""

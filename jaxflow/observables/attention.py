@@ -24,6 +24,7 @@ from ..fields import (
     MultiHeadAttention,
     SelfAttention,
     Softmax,
+    TiedAttention,
 )
 from ..kernels import softmax_expectation
 from ..masks import Hierarchical, TopK
@@ -274,19 +275,21 @@ class AttentionEntropy(AbstractObservable):
 
 
 def _mean_entropy(field, t, mu):
-    entropies = [_entropy(part, seen) for part, seen in _attentions(field, t, mu)]
+    entropies = [_entropy(part, seen) for part, seen in attentions(field, t, mu)]
     if not entropies:
         raise TypeError(f"{type(field).__name__} has no attention whose entropy could be taken.")
     return sum(entropies) / len(entropies)
 
 
-def _attentions(field, t, mu):
+def attentions(
+    field: AbstractField, t: ScalarLike, mu: Measure
+) -> list[tuple[SelfAttention | MultiHeadAttention | TiedAttention, Measure]]:
     """The attention fields inside a field at time t, each with the measure that it sees."""
-    if isinstance(field, SelfAttention | MultiHeadAttention):
+    if isinstance(field, SelfAttention | MultiHeadAttention | TiedAttention):
         return [(field, mu)]
     seen = field.seen(mu) if isinstance(field, AbstractWrapper) else mu
     inside = field.inside(t) if isinstance(field, AbstractCompositeField) else ()
-    return [pair for inner in inside for pair in _attentions(inner, t, seen)]
+    return [pair for inner in inside for pair in attentions(inner, t, seen)]
 
 
 def _entropy(field, mu):

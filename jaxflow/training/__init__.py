@@ -3,22 +3,26 @@
 fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 """
 
+from .callbacks import tensorboard
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
+from .devices import FullySharded
 from .loop import Data, Fitted, fit
 from .losses import (
     AbstractLoss,
     FlowLoss,
     Valued,
     accuracy,
+    chunked_cross_entropy,
     cross_entropy,
     evaluate,
     squared_error,
 )
 from .optimisers import adamw, matrices
-from .runs import load, tokenizer
+from .processes import is_first, join
+from .runs import export, load, tokenizer
 from .step import TrainingError
-from .tokenizers import BPE, Bytes, Chars, tokenizer_from_dict
+from .tokenizers import BPE, Bytes, Chars, TokenizerFile, tokenizer_from_dict
 
 __all__ = [
     "BPE",
@@ -28,17 +32,23 @@ __all__ = [
     "Data",
     "Fitted",
     "FlowLoss",
+    "FullySharded",
     "Images",
     "Text",
+    "TokenizerFile",
     "TrainingError",
     "Valued",
     "accuracy",
     "adamw",
     "best",
+    "chunked_cross_entropy",
     "cross_entropy",
     "evaluate",
+    "export",
     "fit",
     "image_data",
+    "is_first",
+    "join",
     "latest",
     "load",
     "matrices",
@@ -46,6 +56,7 @@ __all__ = [
     "restore",
     "save",
     "squared_error",
+    "tensorboard",
     "text_data",
     "tokenizer",
     "tokenizer_from_dict",

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.tree_util as jtu
 import numpy as np
 
@@ -286,7 +287,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]):
     if filled := {name: array for name, array in arrays.items() if array.size}:
         orbax = require()
         try:
-            with orbax.StandardCheckpointer() as checkpointer:
+            with orbax.StandardCheckpointer(multiprocessing_options=_alone(orbax)) as checkpointer:
                 checkpointer.save(path / "arrays", filled)
         except (OSError, ValueError) as error:  # tensorstore's error of a full disk is the latter
             raise OSError(
@@ -302,9 +303,20 @@ def _read_arrays(path: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
         return arrays
     orbax = require()
     asked = orbax.args.PyTreeRestore(item=dict.fromkeys(filled, 0), partial_restore=True)
-    with orbax.PyTreeCheckpointer() as checkpointer:
+    alone = {"multiprocessing_options": _alone(orbax)}
+    with orbax.Checkpointer(orbax.PyTreeCheckpointHandler(**alone), **alone) as checkpointer:
         found = checkpointer.restore(path / "arrays", args=asked)
     return arrays | {name: np.asarray(found[name]) for name in filled}
+
+
+def _alone(orbax: Any) -> Any:
+    """Of several processes, the one that calls reads and writes without the others."""
+    if jax.process_count() == 1:
+        return orbax.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return orbax.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
 
 
 def _file_digests(path: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from .. import _rules
 from .._memory import check_fits
 from .cache import tokenised
 from .sources import Labelled, classes_of, read_images, scan, text_files
-from .tokenizers import BPE, Bytes, Chars, Tokenizer
+from .tokenizers import Bytes, Tokenizer
 
 TokenBatch = tuple[Int32[np.ndarray, "batch context"], Int32[np.ndarray, "batch context"]]
 ImageBatch = tuple[Float32[np.ndarray, "batch height width channels"], Int32[np.ndarray, " batch"]]
@@ -174,7 +174,8 @@ def text_data(
       two. A byte order mark is no part of the text. `None` is the English prose of Python's own
       manual, which comes with every CPython.
     - `tokenizer`: `Bytes()`, `Chars()` (the characters of the whole text) or `BPE(size)` (trained
-      on the training part). A fitted one, from a run's config, is used as it is.
+      on the training part). A fitted one, from a run's config, is used as it is, and so is
+      `TokenizerFile.read("tokenizer.json")`, of pretrained models.
     - `context`: tokens a window, c. `batch_size`: windows a batch.
     - `validation`: the fraction of characters, at the end of the text, that is set aside.
     - `seed`: of the windows, in 0 ... 2^64 - 1.
@@ -190,8 +191,11 @@ def text_data(
     """
     context, batch_size = _rules.count("context", context), _rules.count("batch_size", batch_size)
     seed, validation = _word("seed", seed), _fraction(validation)
-    if not isinstance(tokenizer, Bytes | Chars | BPE):
-        raise TypeError(f"tokenizer must be Bytes(), Chars() or BPE(size), got {tokenizer!r}.")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            "tokenizer must be Bytes(), Chars(), BPE(size) or TokenizerFile.read(path), got "
+            f"{tokenizer!r}."
+        )
     _check_batch(batch_size * (context + 1))
     files, folder = text_files(source), _cache_folder(cache)
     sha256, characters = scan(files)

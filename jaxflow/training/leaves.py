@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array
 
 
 def is_stored(leaf: Any) -> bool:
@@ -51,7 +53,18 @@ def from_host(stored: np.ndarray, leaf: Any) -> Any:
     if _is_key(leaf):
         array = jax.random.wrap_key_data(array, impl=_key_impl(leaf))
     placed = isinstance(leaf, jax.Array) and leaf.committed
-    return jax.device_put(array, leaf.sharding) if placed else array
+    return put(array, leaf.sharding) if placed else array
+
+
+def put(array: Any, sharding: Sharding) -> Array:
+    """An array, which is the same in each process, on devices of all processes."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and _is_key(array):
+        data = put(to_host(array), sharding)
+        return jax.random.wrap_key_data(data, impl=_key_impl(array))
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def layout(leaf: Any) -> dict[str, Any]:

@@ -6,11 +6,7 @@ Everything that a user passes is checked, and the step traced, before the run fo
 import dataclasses
 import itertools
 import json
-import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,16 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .._rules import count
+from .._rules import constant, count, positive
 from ..models import AbstractModel
+from . import callbacks as called
 from . import checkpoints, record
+from .ahead import Ahead
+from .callbacks import Callback, call
+from .devices import Devices, Placement, placement
 from .losses import AbstractLoss, FlowLoss, cross_entropy
 from .optimisers import adamw
+from .processes import gathered, is_first, of_first
 from .record import Place, Record
 from .step import State, Step, TrainingError, diagnosis, evaluated, update
+from .watch import Clock, Display, Signals, Trace
 
 
 @runtime_checkable
@@ -49,8 +49,8 @@ class Fitted:
 
     - `model`: after the last step. `best`: with the least validation loss (`model` where nothing
       was evaluated).
-    - `step`: the number of steps done. `reason`: why it ended: "done", "early stop", "budget", or
-      the name of a signal, "SIGTERM" or "SIGINT".
+    - `step`: the number of steps done. `reason`: why it ended: "done", "early stop", "budget",
+      "time", or the name of a signal, "SIGTERM" or "SIGINT".
     - `history`: one dictionary a logged step, as in metrics.jsonl.
     - `validation_loss`: of `best`.
     """
@@ -72,6 +72,7 @@ def fit(
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     key: PRNGKeyArray | None = None,
     accumulate: int = 1,
+    devices: Devices = None,
     evaluate_every: int = 250,
     evaluation_batches: int | None = None,
     patience: int | None = None,
@@ -83,6 +84,10 @@ def fit(
     log_every: int = 10,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    minutes: float | None = None,
+    evaluate_on_interrupt: bool = False,
+    profile: str | Path | None = None,
 ) -> Fitted:
     """Trains a model through its solve.
 
@@ -100,6 +105,10 @@ def fit(
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
     - `accumulate`: batches whose gradients are averaged into one step.
+    - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
+      [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
+      state as well. The losses are those of one device, to rounding. `None` is one device, with a
+      warning that names those that are idle. A run may go on with another number of devices.
     - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
       on `evaluation_batches` validation batches (`None`: all). `patience`: evaluations without a
       better loss before training stops.
@@ -116,10 +125,33 @@ def fit(
     - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
       own, and another one may differ from it in the entries of
       `jaxflow.training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
-    - `progress`: show a progress bar.
+    - `progress`: show a progress bar; where there is no terminal, print a line a log.
+    - `callbacks`: functions (step, metrics, model), called after each step that is logged,
+      evaluated or saved, with the number of steps done, a dictionary of what was measured, and a
+      copy of the model: see [`jaxflow.training.tensorboard`][], and `jaxflow.training.callbacks`
+      for Weights & Biases and MLflow.
+    - `minutes`: of wall time for this call, compilation included. The step that is underway then
+      is evaluated and saved; a run that goes on has so many minutes anew.
+    - `evaluate_on_interrupt`: Ctrl-C leaves time for an evaluation, a second one cuts it off.
+    - `profile`: a folder for a trace of five steps by `jax.profiler`, which TensorBoard and
+      https://ui.perfetto.dev show.
 
     SIGTERM and Ctrl-C end the step, or the evaluation after its batch, save, and return. An
     evaluation that was cut off is made when the run goes on.
+
+    Several processes ([`jaxflow.training.join`][]) call `fit` with the same arguments, and
+    `devices` of all of them. The first alone writes; a signal to any of them, and the end of
+    `minutes`, count from the next step that is logged.
+
+    Measured are "loss" and what the loss logs, such as "num_evaluations" (of the field, in the
+    forward solve of a batch); "gradient_norm" (before the optimiser clips it) and
+    "update_to_weight", the norm of the step over that of the parameters; "total_evaluations",
+    "targets_per_second" and "seconds" of the whole training; after an evaluation
+    "validation_loss" and others that begin so.
+
+    The device is at the next step while the numbers of the one before are fetched, one fetch a
+    step, but where a callback, an evaluation or a checkpoint looks at the model, or a budget is to
+    be kept.
 
     **Returns:** a [`jaxflow.training.Fitted`][].
 
@@ -129,6 +161,8 @@ def fit(
     - ValueError if the folder holds a run that is not to be resumed, is used by another process, or
       if what is to be resumed is damaged, naming the file, or was trained on other data or with
       another config. Nothing was changed then.
+    - `TrainingError` if a callback raises, naming it; the run is saved then, and goes on after that
+      step. What the data raise comes through as it is, and the run is saved as well.
     - `TrainingError` if a loss, a gradient or what the optimiser makes of it is not finite or a
       solve fails, in a step or an evaluation, naming the step, the time and the tensor. The last
       finite parameters are then the latest checkpoint in `run`; `resume` goes on from the one
@@ -156,6 +190,9 @@ def fit(
         budget=budget,
     )
     keep = count("keep", keep)
+    if minutes is not None:
+        minutes = constant("minutes", minutes, "finite and greater than 0", positive)
+    callbacks = called.check(callbacks)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
     if run is not None:
@@ -166,27 +203,37 @@ def fit(
     key = jax.random.key(0) if key is None else key
     _check_parts(optimiser, loss, key)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
-    step = Step(static, optimiser, loss)
+    placing = placement(devices)
+    step = Step(static, optimiser, loss, placing)
     # The step gives its state's memory to the next one, and the caller keeps the model.
-    state = jax.tree.map(jnp.copy, State(params, optimiser.init(params), key))
-    first = _batches(data, 0, accumulate)
+    state = placing.state(jax.tree.map(jnp.copy, State(params, optimiser.init(params), key)))
+    first = _batches(data, 0, accumulate, placing)
+    placing.check_batch(first[0].shape[1])
     _check_step(step, state, first, budget)
-    with record.opened(run, resume=resume) as folder, _Signals() as signals:
+    signals = Signals(evaluating=evaluate_on_interrupt)
+    with record.opened(run, resume=resume) as folder, signals:
         kept = Record(folder, keep, about)
-        resumed = kept.resume(state) if resume else None
+        resumed = _resumed(kept, state) if resume else None
         if resumed is None:
             kept.begin()
         state, best, place = resumed or (state, None, Place())
         cost = _cost(model, params, first[0][0])
-        with _Display(steps, place.step, progress, cost) as display:
-            loop = _Loop(step, data, schedule, kept, signals, display, state, best, place)
+        ahead = Ahead(
+            step, lambda number: _batches(data, number, accumulate, placing), state, place.step
+        )
+        trace = Trace(None if profile is None else Path(profile), place.step)
+        clock = Clock(place.seconds, minutes)
+        with Display(steps, place.step, progress and is_first(), cost) as display:
+            loop = _Loop(
+                ahead, data, schedule, kept, signals, display, clock, trace, callbacks, best, place
+            )
             reason = loop.run()
         reason = signals.caught or reason  # one that came with the last step counts too
-    best = loop.state.params if loop.best is None else loop.best
-    whole = lambda params: eqx.combine(params, static)
+    params = ahead.state.params
+    whole = lambda params: eqx.combine(placing.returned(params), static)
     return Fitted(
-        whole(loop.state.params),
-        whole(best),
+        whole(params),
+        whole(params if loop.best is None else loop.best),
         loop.place.step,
         reason,
         kept.history,
@@ -226,98 +273,178 @@ class _Schedule:
             return "early stop"
         return "budget" if self.spent(place) else ""
 
-    def is_last(self, place: Place) -> bool:
-        return place.step == self.steps or self.spent(place)
+    def evaluates(self, step: int) -> bool:
+        return step % self.evaluate_every == 0 or step == self.steps
 
-    def evaluates(self, place: Place) -> bool:
-        return place.step % self.evaluate_every == 0 or self.is_last(place)
+    def logs(self, step: int) -> bool:
+        return step % self.log_every == 0 or step in (1, self.steps)
 
-    def logs(self, place: Place) -> bool:
-        return place.step % self.log_every == 0 or place.step == 1 or self.is_last(place)
+    def saves(self, step: int) -> bool:
+        return step % self.checkpoint_every == 0
 
 
 @dataclasses.dataclass
 class _Loop:
     """Makes steps; each is evaluated, logged and saved where the schedule says so."""
 
-    step: Step
+    ahead: Ahead
     data: Data
     schedule: _Schedule
     record: Record
-    signals: "_Signals"
-    display: "_Display"
-    state: State
+    signals: Signals
+    display: Display
+    clock: Clock
+    trace: Trace
+    callbacks: Sequence[Callback]
     best: Any
     place: Place
+    numbers: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last step
+    validated: int = -1  # the last step that was evaluated
 
     def run(self) -> str:
-        """Why it ended."""
-        while not (reason := self.reason()):
-            if self.place.pending is None:
-                self.advance()
-            if not self.schedule.evaluates(self.place):
-                self.note({})
-            elif (found := self.evaluated()) is not None:
-                self.note(found)
-        if self.record.saved != self.place.step:
-            self.record.save(self.state, self.place)
+        """Why it ended. What the data or a callback raises ends it with a checkpoint, too."""
+        try:
+            while not (reason := self.reason()):
+                if self.place.pending is None:
+                    self.advance()
+                if not self.evaluates():
+                    self.note({})
+                elif (found := self.evaluated()) is not None:
+                    self.note(found)
+        except Exception:
+            self.keep()
+            raise
+        finally:
+            self.trace.stop()
+        if self.keep():
+            self.tell()
         return reason
 
     def reason(self) -> str:
-        if self.signals.caught:
+        """Time, and Ctrl-C where it asks for that, end the training after an evaluation alone."""
+        if self.schedule.logs(self.place.step):
+            self.signals.agree()
+            self.clock.agree()
+        evaluated = self.validated == self.place.step
+        if self.ahead or (self.signals.evaluates and not evaluated):
+            return ""
+        if self.signals.caught or self.place.pending is not None:
             return self.signals.caught
-        return self.schedule.reason(self.place) if self.place.pending is None else ""
+        return self.schedule.reason(self.place) or ("time" if self.clock.over and evaluated else "")
 
     def advance(self):
-        """Makes a step; its numbers are pending until they are logged."""
-        batches, number = self.schedule.accumulate, self.place.step
-        batch, start = _batches(self.data, number, batches), time.perf_counter()
-        self.state, ok, metrics = update((self.step, batch, np.int32(number)), self.state)
-        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not ok:
-            self.record.fail(self.state, self.place)
-            failed = f"step {number + 1} failed (loss {numbers['loss']:.6g}): "
-            raise TrainingError(failed + diagnosis(self.step, self.state, batch, number))
-        numbers["per_second"] = np.size(batch[1]) / (time.perf_counter() - start)
-        self.place = self.place.after(numbers.get("num_evaluations", 0.0) * batches, numbers)
+        """Makes a step; the next one starts before it waits, unless that would be in the way."""
+        if not self.ahead:
+            self.ahead.launch()
+        if not self.stops_at(self.place.step + 1):
+            self.ahead.launch()
+        self.fetch()
+
+    def stops_at(self, step: int) -> bool:
+        """Whether the state after this step is looked at, or there may be no step after it."""
+        asked = self.callbacks and self.schedule.logs(step)
+        planned = self.schedule.evaluates(step) or self.schedule.saves(step) or asked
+        ending = self.signals.caught or self.clock.over or self.schedule.budget is not None
+        return bool(planned or ending or self.trace.turns(step))
+
+    def fetch(self):
+        """Waits for the first step underway; its numbers are pending until they are logged."""
+        made = self.ahead.fetch()
+        if not made.ok:
+            state = self.ahead.stop()
+            self.record.fail(state, self.place)
+            failed = f"step {made.number + 1} failed (loss {made.metrics['loss']:.6g}): "
+            raise TrainingError(failed + diagnosis(self.ahead.step, state, made.batch, made.number))
+        self.place = self.place.after(
+            made.metrics.get("num_evaluations", 0.0) * self.schedule.accumulate, self.clock.seconds
+        )
+        times = {
+            "targets_per_second": self.clock.rate(np.size(made.batch[1])),
+            "seconds": self.place.seconds,
+        }
+        spent = {"total_evaluations": float(self.place.spent)} if self.place.spent else {}
+        self.numbers = made.metrics | spent | times
+        self.place = self.place._replace(pending=self.numbers)
+
+    def evaluates(self) -> bool:
+        """Whether the step is evaluated: as planned, or as it is the last."""
+        ends = self.schedule.spent(self.place) or self.clock.over or self.signals.evaluates
+        return self.schedule.evaluates(self.place.step) or (ends and not self.ahead)
 
     def evaluated(self) -> dict[str, float] | None:
         """The validation losses; None where a signal cut the evaluation off."""
 
         def batches() -> Iterator[tuple[Any, Any]]:
             found = self.data.validation_batches(self.schedule.evaluation_batches)
-            return itertools.takewhile(lambda _: not self.signals.caught, found)
+            return itertools.takewhile(lambda _: not self.signals.cut, found)
 
         try:
-            found = evaluated(self.step, self.state, self.place.step, batches)
+            found = evaluated(self.ahead.step, self.ahead.state, self.place.step, batches)
         except TrainingError:
-            self.record.fail(self.state, self.place._replace(pending=None))
+            self.record.fail(self.ahead.state, self.place._replace(pending=None))
             raise
-        return None if self.signals.caught else found
+        if self.signals.cut:
+            return None
+        self.validated = self.place.step
+        return found
 
     def note(self, found: dict[str, float]):
         """Logs and saves a step with what its evaluation found."""
-        numbers = (self.place.pending or {}) | found
+        self.numbers = (self.place.pending or {}) | found
         self.place = self.place._replace(pending=None)
         loss = found.get("validation_loss")
         if loss is not None:
             if loss < self.place.best:
-                self.best = jax.tree.map(jnp.copy, self.state.params)
+                self.best = jax.tree.map(jnp.copy, self.ahead.state.params)
             self.place = self.place.evaluated(loss)
-        if loss is not None or self.schedule.logs(self.place):
-            self.record.log(self.place.step, numbers)
+        step = self.place.step
+        logged = loss is not None or self.schedule.logs(step) or self.schedule.spent(self.place)
+        if logged:
+            self.record.log(step, self.numbers)
         if loss is not None and self.place.since == 0:
-            self.record.save(self.state, self.place, loss)
-        elif self.place.step % self.schedule.checkpoint_every == 0:
-            self.record.save(self.state, self.place)
-        self.display.show(self.place.step, numbers)
+            self.record.save(self.ahead.state, self.place, loss)
+        elif self.schedule.saves(step):
+            self.record.save(self.ahead.state, self.place)
+        self.display.show(step, self.numbers, logged=logged)
+        if logged or self.schedule.saves(step):
+            self.tell()
+        self.trace.after(step)
+
+    def tell(self):
+        """Calls the callbacks, with a copy of the model, as the next step takes its memory."""
+        if self.callbacks:
+            state = jax.tree.map(jnp.copy, self.ahead.state)
+            call(self.callbacks, self.place.step, self.numbers, self.ahead.step.model(state))
+        self.clock.lap()
+
+    def keep(self) -> bool:
+        """Saves what was reached, unless it is saved, and says whether it did."""
+        if self.ahead:
+            self.fetch()
+        if self.record.saved == self.place.step:
+            return False
+        return self.record.save(self.ahead.state, self.place)
 
 
-def _batches(data: Data, step: int, accumulate: int):
-    """The batches of a step, along a new first axis."""
+def _batches(data: Data, step: int, accumulate: int, place: Placement):
+    """The batches of a step, along a new first axis, on their devices."""
     parts = [data.batch(step * accumulate + i) for i in range(accumulate)]
     inputs, targets = zip(*parts, strict=True)
-    return jnp.asarray(np.stack(inputs)), jnp.asarray(np.stack(targets))
+    return place.batch(np.stack(inputs), axis=1), place.batch(np.stack(targets), axis=1)
+
+
+def _resumed(kept: Record, state: State) -> tuple[State, Any, Place] | None:
+    """State, best parameters and place of the last checkpoint, in all processes."""
+    like = gathered(state)
+
+    def read():
+        found = kept.resume(like)
+        return found and (*found[:2], found[2]._asdict())
+
+    if (found := of_first(read, state)) is None:
+        return None
+    kept.saved = found[2]["step"]
+    return *found[:2], Place(**found[2])
 
 
 # ------------------------------------------------------------------ what is refused
@@ -357,7 +484,9 @@ def _check_step(step: Step, state: State, batch, budget: int | None):
     """Traces the step, which the first call has to do anyway: what cannot be trained ends here."""
     if not jax.tree.leaves(state.params):
         raise ValueError("the model has no floating-point arrays, so there is nothing to train.")
-    _, _, numbers = eqx.filter_eval_shape(update, (step, batch, np.int32(0)), state)
+    _, _, numbers = eqx.filter_eval_shape(
+        update, (step, batch, np.int32(0), jnp.array(True)), state
+    )
     for name, number in numbers.items():
         if number.shape != ():
             raise ValueError(
@@ -381,59 +510,3 @@ def _cost(model, params, inputs) -> str:
         mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(inputs))
         text += f"; states kept for the gradient: {model.depth.memory(mu0) / 1e6:.3g} MB"
     return text
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT, so that a step ends before the loop does."""
-
-    def __init__(self):
-        self.caught = ""
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame):
-        if self.caught == "SIGINT":  # asked twice
-            raise KeyboardInterrupt
-        self.caught = signal.Signals(number).name
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class _Display:
-    """A progress bar with the last numbers."""
-
-    def __init__(self, steps: int, start: int, shown: bool, cost: str):
-        console = Console(stderr=True, quiet=not shown)
-        console.print(cost)
-        self.validation = math.nan
-        columns = [
-            TextColumn("training"),
-            BarColumn(),
-            TextColumn("step {task.completed:,.0f} of {task.total:,.0f}  {task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        ]
-        self.bar = Progress(*columns, console=console, disable=not shown)
-        self.task = self.bar.add_task("training", total=steps, completed=start, numbers="compiling")
-
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def show(self, step: int, numbers: dict[str, Any]):
-        self.validation = numbers.get("validation_loss", self.validation)
-        text = f"loss {numbers['loss']:.4f}, validation {self.validation:.4f}, "
-        text += f"{numbers['per_second']:,.0f} targets/s"
-        if "num_evaluations" in numbers:
-            text += f", {numbers['num_evaluations']:.0f} evaluations"
-        self.bar.update(self.task, completed=step, numbers=text)
-
-    def __exit__(self, *_):
-        self.bar.stop()

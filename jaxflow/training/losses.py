@@ -15,8 +15,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from .._rules import count
+from .._types import accumulation_dtype
 from ..fields import AbstractField
+from ..models import LanguageModel
+from ..models.ends import project
 from .data import IGNORED
+
+CHUNK = 2**24  # logits at a time
+LARGE = 2**14  # classes, of which a batch never has all logits at once
 
 # Makes the observable (t, mu) -> number of a field, such as `jaxflow.observables.KineticEnergy`.
 Cost = Callable[[AbstractField], Callable]
@@ -61,7 +68,7 @@ class FlowLoss(AbstractLoss):
     def __call__(self, model, inputs, targets, key):
         observe = {name: cost(model.field) for name, (_, cost) in self.costs.items()}
         solved = model.solve(inputs, observe)
-        value = self.outputs(model.read_out(solved.final), targets)
+        value = self._of_outputs(model, solved.final, targets)
         metrics = {"num_evaluations": solved.stats["num_evaluations"]}
         if self.costs:
             metrics["outputs_loss"] = value
@@ -70,17 +77,92 @@ class FlowLoss(AbstractLoss):
             value = value + weight * metrics[name]
         return Valued(value, solved.ok, {k: v for k, v in metrics.items() if v is not None})
 
+    def _of_outputs(self, model, mu, targets):
+        if self.outputs is cross_entropy and isinstance(model, LanguageModel):
+            hidden, matrix = model.hidden(mu), model.unembedding
+            return chunked_cross_entropy(hidden, matrix, targets, dtype=model.dtype)
+        return self.outputs(model.read_out(mu), targets)
+
 
 def cross_entropy(logits: Float[Array, "*batch classes"], targets: Int[Array, "*batch"]) -> Array:
     """-mean log softmax(logits)[target], in nats, over the targets that are not negative.
 
-    Computed in float32 at least.
+    Computed in float32 at least. For a [`jaxflow.models.LanguageModel`][] the losses of this
+    package take [`jaxflow.training.chunked_cross_entropy`][] in its place: one value, less memory.
     """
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    counted = targets >= 0
+    return _summed(logits, targets) / _counted_in(targets, logits.dtype)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "*batch d"],
+    matrix: Float[Array, "classes d"],
+    targets: Int[Array, "*batch"],
+    *,
+    rows: int | None = None,
+    dtype: Any = None,
+) -> Array:
+    """The cross-entropy of the logits hidden matrix^T, without all of them at once.
+
+        L = -1/N sum_i log softmax(R h_i)[target_i],   over the N targets that are not negative
+
+    Logits are made for some rows h_i at a time, and made again for their gradient, so that the
+    memory is that of (rows, classes) numbers for any batch, at the price of a third more products
+    with R. Values and gradients are those of [`jaxflow.training.cross_entropy`][] up to the order
+    of sums.
+
+    **Arguments:**
+
+    - `hidden`: h, what the output matrix is applied to. `matrix`: R. `targets`: classes.
+    - `rows`: so many at a time, in whole tokens of all systems of the batch, and one token at
+      least; `None` takes as many as 2^24 logits hold (64 MiB in float32), but of 2^14 classes or
+      more half of the batch at most. All at once are not made again.
+    - `dtype`: of the product, such as bfloat16; default that of `hidden`.
+
+    **Raises:** `ValueError` or `TypeError` for `rows` that is no whole number of at least 1.
+
+    ```python
+    >>> h, r = jnp.ones((2, 3, 4)), jnp.zeros((5, 4))
+    >>> loss = jaxflow.training.chunked_cross_entropy(h, r, jnp.zeros((2, 3), int), rows=2)
+    >>> round(float(jnp.exp(loss)), 4)
+    5.0
+
+    ```
+    """
+    if hidden.ndim == 1:
+        hidden, targets = hidden[None], targets[None]
+    *batch, n, d = hidden.shape
+    rows = _rows(targets.size, len(matrix)) if rows is None else count("rows", rows)
+    summed = lambda h, target: _summed(project(h, matrix, dtype), target)
+    counted = _counted_in(targets, hidden.dtype)
+    # Cut along the tokens: a batch that is divided among devices stays so.
+    each = max(1, rows // max(1, math.prod(batch)))
+    if each >= n:
+        return summed(hidden, targets) / counted
+    short = (0, -n % each)
+    whole = [(0, 0)] * len(batch)
+    hidden = jnp.pad(hidden, [*whole, short, (0, 0)]).reshape(*batch, -1, each, d)
+    targets = jnp.pad(targets, [*whole, short], constant_values=IGNORED).reshape(*batch, -1, each)
+    chunks = jnp.moveaxis(hidden, -3, 0), jnp.moveaxis(targets, -2, 0)
+    add = jax.checkpoint(lambda total, chunk: (total + summed(*chunk), None))
+    zero = jnp.zeros((), accumulation_dtype(hidden.dtype))
+    return jax.lax.scan(add, zero, chunks)[0] / counted
+
+
+def _rows(n: int, classes: int) -> int:
+    most = max(1, CHUNK // classes)
+    return most if classes < LARGE else min(most, -(-n // 2))
+
+
+def _counted_in(targets, dtype):
+    """How many targets count, at least 1, as a number of the dtype of sums."""
+    return jnp.maximum((targets >= 0).sum(), 1).astype(accumulation_dtype(dtype))
+
+
+def _summed(logits, targets):
+    """-sum log softmax(logits)[target] over the targets that are not negative."""
+    wide = logits.astype(accumulation_dtype(logits.dtype))
     losses = optax.softmax_cross_entropy_with_integer_labels(wide, jnp.maximum(targets, 0))
-    total = jnp.where(counted, losses, 0).sum()
-    return total / jnp.maximum(counted.sum(), 1).astype(total.dtype)
+    return jnp.where(targets >= 0, losses, 0).sum()
 
 
 def squared_error(outputs: Float[Array, "*shape"], targets: Float[Array, "*shape"]) -> Array:
@@ -101,6 +183,7 @@ def evaluate(
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     *,
     key: PRNGKeyArray | None = None,
+    place: Callable[[Any], Array] = jnp.asarray,
 ) -> dict[str, float]:
     """The mean loss of a model over batches, and the means of what the loss logs.
 
@@ -113,6 +196,7 @@ def evaluate(
     - `batches`: pairs (inputs, targets), such as `data.validation_batches()`; classes of -1
       count for nothing.
     - `loss`, `key`: as in [`jaxflow.training.fit`][].
+    - `place`: puts an array of a batch on a device, or divides it among several.
 
     **Returns:** `{"loss": ..., "num_evaluations": ...}` and the costs along the flow. The loss is
     nan where a solve failed, and where there is no batch.
@@ -123,7 +207,7 @@ def evaluate(
     weight = 0
     for inputs, targets in batches:
         size = _counted(np.asarray(targets))
-        out = _valued(loss, model, jnp.asarray(inputs), jnp.asarray(targets), key)
+        out = _valued(loss, model, place(inputs), place(targets), key)
         value, ok, metrics = jax.device_get((out.value, out.ok, out.metrics))
         for name, number in {"loss": value if ok else math.nan, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + size * float(number)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from .._folder import claim, json_object, sealed, sync, write_bytes, write_settings
 from . import checkpoints
+from .processes import gathered, is_first
 
 KIND = "train"
 CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
@@ -28,6 +29,7 @@ CHECKPOINTS, LOG = "checkpoints", "metrics.jsonl"
 # What of a config may differ where a run goes on; the text and the images have to hold the same.
 CHANGEABLE = frozenset(
     {"steps", "learning_rate", "patience", "budget", "evaluation_batches", "checkpoint_every"}
+    | {"minutes", "evaluate_on_interrupt", "tensorboard"}
     | {"text", "images", "labels", "cache", "jaxflow"}
 )
 
@@ -35,8 +37,8 @@ CHANGEABLE = frozenset(
 class Place(NamedTuple):
     """Where a training is.
 
-    The number of steps, evaluations of the field, the best loss and evaluations since; and what is
-    to be logged of a step whose evaluation a signal cut off.
+    The number of steps, evaluations of the field, the best loss and evaluations since; what is to
+    be logged of a step whose evaluation a signal cut off; and the seconds that it took.
     """
 
     step: int = 0
@@ -44,10 +46,13 @@ class Place(NamedTuple):
     best: float = math.inf
     since: int = 0
     pending: dict[str, float] | None = None
+    seconds: float = 0.0
 
-    def after(self, evaluations: float, numbers: dict[str, float]) -> "Place":
-        spent = self.spent + int(evaluations)
-        return self._replace(step=self.step + 1, spent=spent, pending=numbers)
+    def after(self, evaluations: float, seconds: float) -> "Place":
+        """A step on."""
+        return self._replace(
+            step=self.step + 1, spent=self.spent + int(evaluations), seconds=seconds
+        )
 
     def evaluated(self, loss: float) -> "Place":
         better = loss < self.best
@@ -61,7 +66,7 @@ def opened(run: str | Path | None, *, resume: bool) -> Iterator[Path | None]:
     **Raises:** ValueError as [`claim`][jaxflow._folder.claim] does, and where there is no run to
     resume, or one already that is not to be resumed.
     """
-    if run is None:
+    if run is None or not is_first():
         yield None
         return
     if resume and not Path(run).is_dir():
@@ -119,7 +124,10 @@ class Record:
 
     def _restored(self, state, last: Path, good: dict[Path, dict]) -> tuple[Any, Any, Place]:
         sealed_cursor = good[last]["cursor"]
-        cursor: dict[str, Any] = {name: sealed_cursor[name] for name in Place._fields}
+        # One of an older version counted no seconds.
+        cursor = Place._field_defaults | {
+            name: sealed_cursor[name] for name in Place._fields if name in sealed_cursor
+        }
         best = checkpoints.smallest(good, "loss")
         params = None if best is None else checkpoints.restore(best, state)[0].params
         state, _ = checkpoints.restore(last, state)
@@ -133,10 +141,14 @@ class Record:
         self.history.append({"step": step} | numbers)
         self.log_file.append(self.history[-1])
 
-    def save(self, state: Any, place: Place, loss: float | None = None, *, failed: bool = False):
-        if self.folder is None:
-            return
+    def save(
+        self, state: Any, place: Place, loss: float | None = None, *, failed: bool = False
+    ) -> bool:
+        """Writes a checkpoint, and says whether there is a folder for it."""
         self.saved, self.loss = place.step, loss
+        state = gathered(state)
+        if self.folder is None:
+            return False
         # JSON knows no infinity.
         best = None if math.isinf(place.best) else place.best
         cursor = {"best": best, "failed": failed, "log": self.log_file.mark()}
@@ -149,6 +161,7 @@ class Record:
             metrics=None if loss is None else {"loss": loss},
             keep=self.keep,
         )
+        return True
 
     def fail(self, state: Any, place: Place):
         """Keeps the parameters of a failed step for a look, and the checkpoint before them."""

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 
 from .. import models
-from . import checkpoints
+from . import checkpoints, parameters
 from .record import CHECKPOINTS
 from .tokenizers import tokenizer_from_dict
 
@@ -16,7 +16,7 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
 
     **Arguments:**
 
-    - `path`: the run folder.
+    - `path`: the run folder, or a file that [`jaxflow.training.export`][] wrote.
     - `like`: a model of the same structure. `None` builds it from the configuration of the run,
       for one that the command line made, or whose `fit` was given `config={"model": ...}` as
       [`jaxflow.models.build`][] takes it.
@@ -30,6 +30,8 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
     """
     if which not in ("best", "latest"):
         raise ValueError(f'which must be "best" or "latest", got {which!r}.')
+    if Path(path).suffix == parameters.ENDING and not Path(path).is_dir():
+        return parameters.read(path, like)
     checkpoint = _checkpoint(path, which)
     if like is None:
         config = _about(checkpoint)["config"]
@@ -41,6 +43,31 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
     params, static = eqx.partition(like, eqx.is_inexact_array)
     state, _ = checkpoints.restore(checkpoint, _Params(params), partial=True)
     return eqx.combine(state.params, static)
+
+
+def export(
+    run: str | Path | models.AbstractModel, file: str | Path, *, which: str = "best"
+) -> None:
+    """Writes the parameters of a run, or of a model, to a safetensors file for any library.
+
+    The name of an array is the path of its attribute in the model, such as `embedding`,
+    `norm.gain` or `field.curve.coefficients.fields.0.field.query`, and its shape that of the
+    docstring of its class, with the layers first. [`jaxflow.training.load`][] reads the file back,
+    of a run that says how its model is built without `like`; PyTorch by `safetensors.torch`.
+
+    **Arguments:**
+
+    - `run`: the run folder, or a model. `which`: as in [`jaxflow.training.load`][].
+    - `file`: a path that ends in .safetensors. A file that is there is replaced when the new one is
+      whole.
+
+    **Raises:** ValueError where there is no such run or folder for the file, or the checkpoint is
+    damaged; ImportError without the safetensors library.
+    """
+    if isinstance(run, models.AbstractModel):
+        return parameters.write(run, file, None)
+    config = _about(_checkpoint(run, which))["config"].get("model")
+    parameters.write(load(run, which=which), file, config)
 
 
 def tokenizer(path: str | Path) -> Any:

@@ -4,8 +4,8 @@
     theta, s <- optimiser(theta, s, g)
 
 A step that is not finite, in its loss, its gradient or what the optimiser makes of it, changes
-nothing: the update is dropped inside the compiled step, so the last good parameters are at hand
-when the loop stops to say what went wrong.
+nothing, and nor do those after it: the update is dropped inside the compiled step, so the last good
+parameters are at hand when the loop, which hears of it a step later, stops to say what went wrong.
 """
 
 import math
@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..flow import FlowError
 from ..models import AbstractModel
+from .devices import Placement
 from .losses import AbstractLoss, evaluate
 
 
 class TrainingError(RuntimeError):
-    """A step that is not finite, or a solve that failed; the message says where."""
+    """A step that is not finite, a solve or a callback that failed; the message says where."""
 
 
 class State(eqx.Module):
@@ -43,6 +44,7 @@ class Step(eqx.Module):
     static: Any
     optimiser: optax.GradientTransformation = eqx.field(static=True)
     loss: AbstractLoss
+    placement: Placement = eqx.field(static=True, default=Placement())
 
     def model(self, state: State) -> Any:
         return eqx.combine(state.params, self.static)
@@ -75,18 +77,28 @@ class Step(eqx.Module):
 
 
 @eqx.filter_jit(donate="all-except-first")
-def update(given: tuple[Step, Any, Any], state: State):
-    """Makes a step, given (step, batch, number): (state, ok, metrics).
+def update(given: tuple[Step, Any, Any, Any], state: State):
+    """Makes a step, given (step, batch, number, before): (state, ok, metrics).
 
-    The state's memory goes to the new one, which is as it was where the step is not ok.
+    `before`: whether the steps before were ok; where one was not, neither is this one. The state's
+    memory goes to the new one, which is as it was where the step is not ok.
     """
-    step, batch, number = given
+    step, batch, number, before = given
     gradient, value, ok, metrics = step.gradient(state, batch, number)
     norm = optax.tree.norm(gradient)
     moved = step.moved(state, gradient)
-    ok = ok & jnp.isfinite(value) & jnp.isfinite(norm) & _still_finite(state, moved)
+    ok = before & ok & jnp.isfinite(value) & jnp.isfinite(norm) & _still_finite(state, moved)
     new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), moved, state)
-    return new, ok, {"loss": value, "gradient_norm": norm} | metrics
+    new = step.placement.kept(new)
+    own = {"loss": value, "gradient_norm": norm, "update_to_weight": _ratio(state, moved)}
+    return new, ok, own | metrics
+
+
+def _ratio(old: State, new: State) -> Float[Array, ""]:
+    """|theta_new - theta| / |theta|, of all parameters; 0 where all of them are."""
+    size = optax.tree.norm(old.params)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, new.params, old.params))
+    return jnp.where(size > 0, moved / jnp.where(size > 0, size, 1), 0)
 
 
 def _still_finite(old: State, new: State) -> Bool[Array, ""]:
@@ -106,7 +118,8 @@ def evaluated(
     **Raises:** TrainingError if the loss of a batch is not finite.
     """
     model = step.model(state)
-    means = lambda batches: evaluate(model, batches, step.loss, key=state.key)
+    place = step.placement.batch
+    means = lambda batches: evaluate(model, batches, step.loss, key=state.key, place=place)
     found = means(batches())
     if math.isfinite(found["loss"]):
         return {f"validation_{name}": value for name, value in found.items()}
@@ -146,6 +159,6 @@ def diagnosis(step: Step, state: State, batch, number: int) -> str:
 def _infinite(tree: Any) -> str:
     """The name of the first array that is not finite; "" where all are."""
     for path, leaf in jtu.tree_leaves_with_path(tree):
-        if eqx.is_inexact_array(leaf) and not np.isfinite(np.asarray(leaf)).all():
+        if eqx.is_inexact_array(leaf) and not jnp.isfinite(leaf).all():
             return jtu.keystr(path)
     return ""

@@ -1,6 +1,8 @@
-"""Text to tokens and back: bytes, characters, byte pairs.
+"""Text to tokens and back: bytes, characters, byte pairs, a tokenizer.json of Hugging Face.
 
     decode(encode(text)) = text,    0 <= token < vocab_size
+
+(a tokenizer.json need not give back what it was given, such as capitals).
 
 `fit(text)` gives the tokenizer of a text and leaves a fitted one as it is; `to_dict()` is JSON, so
 that a run's config decodes what its model writes, without the data.
@@ -10,14 +12,15 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt
 
-from .._files import first_outside
+from .._files import first_outside, regular
 from .._rules import count
 
 # Published vocabularies have up to 262,144 symbols.
@@ -173,9 +176,87 @@ class BPE:
         return {"type": "bpe", "size": self.size, "model": self.model}
 
 
-Tokenizer = Bytes | Chars | BPE
-_TOKENIZERS = {"bytes": Bytes, "chars": Chars, "bpe": BPE}
-_ENTRIES = {"bytes": {}, "chars": {"alphabet": str}, "bpe": {"size": int, "model": str}}
+@dataclass(frozen=True)
+class TokenizerFile:
+    """The tokenizer of a tokenizer.json, as pretrained models have: `TokenizerFile.read(path)`.
+
+    Tokens that it would add around a text, cut off or fill up with are left out. `model` is the
+    content of the file.
+
+    **Raises:** ValueError for content that the `tokenizers` library does not read; ImportError
+    without that library.
+    """
+
+    model: str
+
+    def __post_init__(self):
+        _ = self._backend
+
+    @classmethod
+    def read(cls, path: str | Path) -> "TokenizerFile":
+        """The tokenizer of a file; ValueError, naming it, for one that is none."""
+        try:
+            return cls(regular(Path(path)).read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+
+    @functools.cached_property
+    def _backend(self) -> Any:
+        _check_string(self.model)
+        backend = _foreign("the tokenizer", lambda: _library().Tokenizer.from_str(self.model))
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token."""
+        largest = max(self._backend.get_vocab().values(), default=-1)
+        if not 0 <= largest < LARGEST:
+            raise ValueError(f"a vocabulary has 1 ... {LARGEST} tokens, got {largest + 1}.")
+        return largest + 1
+
+    def fit(self, text: Iterable[str]) -> "TokenizerFile":
+        """This tokenizer, which is fitted already."""
+        return self
+
+    def encode(self, text: str) -> UInt[np.ndarray, " tokens"]:
+        """The tokens of the text; ValueError for a text that the tokenizer has none for."""
+        _utf8(text)
+        encoded = _foreign("the text", lambda: self._backend.encode(text, add_special_tokens=False))
+        return np.array(encoded.ids, np.uint32)
+
+    def decode(self, tokens: Any) -> str:
+        """The text, special tokens included.
+
+        **Raises:** ValueError for a token outside 0 ... vocab_size - 1, TypeError for floats.
+        """
+        tokens = _checked(tokens, self.vocab_size).tolist()
+        return self._backend.decode(tokens, skip_special_tokens=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
+        return {"type": "file", "model": self.model}
+
+
+def _foreign(what: str, work: Callable[[], Any]) -> Any:
+    """What the library gives; its errors, of which some are no Exception, are ValueErrors."""
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit, ImportError, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} is refused by the tokenizers library: {error}.") from None
+
+
+Tokenizer = Bytes | Chars | BPE | TokenizerFile
+_TOKENIZERS = {"bytes": Bytes, "chars": Chars, "bpe": BPE, "file": TokenizerFile}
+_ENTRIES = {
+    "bytes": {},
+    "chars": {"alphabet": str},
+    "bpe": {"size": int, "model": str},
+    "file": {"model": str},
+}
 
 
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
@@ -284,4 +365,4 @@ def _library() -> Any:
     try:
         return importlib.import_module("tokenizers")
     except ImportError as error:
-        raise ImportError('BPE needs tokenizers: pip install "jaxflow[train]".') from error
+        raise ImportError('byte pairs need tokenizers: pip install "jaxflow[train]".') from error

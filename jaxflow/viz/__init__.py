@@ -15,6 +15,7 @@
     phase_diagram(diagram)         the probability of clustering over (t, beta)
     curves({name: (ts, values)})   one curve a run
     training_curve(history)        training and validation loss against the step
+    inspection_page(found, words)  one HTML page of what a model does to a text
 
 Every panel takes and returns a matplotlib `Axes`. Tokens in more than three dimensions are
 projected on principal directions: leading eigenvectors of E[x x^T] at the last time. The axis of
@@ -32,6 +33,7 @@ from .figures import (
     training_curve,
 )
 from .film import film
+from .inspection import inspection_page
 from .page import sphere
 from .run import System
 from .tokens import hulls, points, trajectories
@@ -45,6 +47,7 @@ __all__ = [
     "film",
     "hulls",
     "inner_product_histogram",
+    "inspection_page",
     "merge_tree",
     "phase_diagram",
     "points",
