@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import diffrax
@@ -58,7 +58,7 @@ class Depth(eqx.Module):
         if (self.steps is None) == (self.tolerance is None):
             raise ValueError("a depth has either `steps` or a `tolerance`; give one of them.")
         if self.steps is not None:
-            if isinstance(self.steps, Sequence | range):
+            if isinstance(self.steps, tuple | list | range):
                 raise TypeError(
                     f"a depth has one number of steps, got {self.steps!r}. To draw it anew for "
                     "each step of training, pass fit(depths=jaxflow.training.Elastic(range(2, 13)))"

@@ -8,7 +8,8 @@ it would have drawn. Each depth is a program of its own, compiled when it is fir
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,8 +33,8 @@ class Elastic:
     **Arguments:**
 
     - `depths`: among which each step draws, all as likely: numbers of equal steps, with the solver
-      and the T of the model's own depth, or a [`jaxflow.models.Depth`][], of any solver. At most 32
-      different ones, as each is a program to compile.
+      and the T of the model's own depth, or a [`jaxflow.models.Depth`][], of any solver. At most
+      32, as each is a program to compile.
     - `jitter`: from 0 to less than 1; a step then is (1 - jitter) to (1 + jitter) times as long as
       an equal one, at random, for models whose parameters do not jump in time. It is no further
       program.
@@ -58,17 +59,14 @@ class Elastic:
     ```
     """
 
-    depths: Iterable[int | Depth]
+    depths: Sequence[int | Depth]
     jitter: float = 0.0
-    evaluate: Iterable[int | Depth] | None = None
+    evaluate: Sequence[int | Depth] | None = None
 
     def __post_init__(self):
         depths = _checked("depths", self.depths)
-        if not 1 <= len(set(depths)) <= MOST:
-            raise ValueError(
-                f"an elastic training draws among 1 to {MOST} different depths, each of which is a "
-                f"program to compile; got {len(set(depths))}. Leave some out, as range(2, 65, 4)."
-            )
+        if not depths:
+            raise ValueError("an elastic training draws among one depth at least, got none.")
         ends = depths[:1] + depths[-1:]
         evaluate = ends if self.evaluate is None else _checked("evaluate", self.evaluate)
         rule = "at least 0 and less than 1"
@@ -77,10 +75,15 @@ class Elastic:
             object.__setattr__(self, name, value)
 
 
-def _checked(name: str, depths: Iterable[int | Depth]) -> tuple[int | Depth, ...]:
-    if not isinstance(depths, Iterable) or isinstance(depths, str):
+def _checked(name: str, depths: Any) -> tuple[int | Depth, ...]:
+    if not isinstance(depths, Sequence) or isinstance(depths, str):
         raise TypeError(
             f"{name} must be numbers of steps or depths, such as range(2, 13); got {depths!r}."
+        )
+    if len(depths) > MOST:
+        raise ValueError(
+            f"{name} must be at most {MOST}, each of which is a program to compile; got "
+            f"{len(depths)}. Leave some out, as range(2, 65, 4) does."
         )
     return tuple(d if isinstance(d, Depth) else count(f"each of {name}", d) for d in depths)
 

@@ -23,9 +23,9 @@ from . import callbacks as called
 from . import checkpoints, record
 from .ahead import Ahead
 from .callbacks import Callback, call
-from .depths import Elastic, steps_of
+from .depths import Elastic, Steps, steps_of
 from .devices import Devices, Placement, placement
-from .losses import AbstractLoss, FlowLoss, cross_entropy
+from .losses import AbstractLoss, FlowLoss, cross_entropy, valued
 from .optimisers import adamw
 from .processes import gathered, is_first, of_first
 from .record import Place, Record
@@ -216,6 +216,8 @@ def fit(
     placing.check_batch(first[0].shape[1])
     for drawn in at_depths.drawn:
         _check_step(drawn, state, first, budget)
+    if depths is not None:
+        _check_evaluations(at_depths, state, first)
     signals = Signals(evaluating=evaluate_on_interrupt)
     with record.opened(run, resume=resume) as folder, signals:
         kept = Record(folder, keep, about)
@@ -512,6 +514,14 @@ def _check_step(step: Step, state: State, batch, budget: int | None):
             "a budget counts evaluations of the field, and the loss logs no num_evaluations "
             "(implicit methods do not report them): pass budget=None, or an explicit method."
         )
+
+
+def _check_evaluations(at_depths: Steps, state: State, batch):
+    """Traces the evaluations at depths that no step of training has."""
+    inputs, targets = (array[0] for array in batch)
+    for step in (at_depths.own, *at_depths.evaluated.values()):
+        model = step.model(state)
+        eqx.filter_eval_shape(valued, step.loss, model, inputs, targets, state.key)
 
 
 # ------------------------------------------------------------------ the outside world

@@ -237,7 +237,7 @@ def evaluate(
     weight = 0
     for inputs, targets in batches:
         size = _counted(np.asarray(targets))
-        out = _valued(loss, model, place(inputs), place(targets), key)
+        out = valued(loss, model, place(inputs), place(targets), key)
         value, ok, metrics = jax.device_get((out.value, out.ok, out.metrics))
         for name, number in {"loss": value if ok else math.nan, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + size * float(number)
@@ -251,7 +251,8 @@ def _counted(targets: np.ndarray) -> int:
 
 
 @eqx.filter_jit
-def _valued(loss, model, inputs, targets, key):
+def valued(loss, model, inputs, targets, key) -> Valued:
+    """The loss on a batch, compiled."""
     return loss(model, inputs, targets, key)
 
 
