@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import KEY, Line, Points, fit, losses, network, same
+from test_training import KEY, Line, Points, arrays, fit, losses, network, same
 
 import jaxflow as jf
 from jaxflow import training
@@ -85,6 +85,25 @@ def test_a_grid_is_where_the_steps_end():
     assert Depth(t1=2.0, steps=3).halved() == Depth(t1=2.0, steps=6)
     with pytest.raises(ValueError, match="none can be halved"):
         Depth(t1=1.0, tolerance=0.1, solver=diffrax.Tsit5()).halved()
+
+
+# ------------------------------------------------------------------ from layers to a curve
+
+
+def test_layers_become_a_smooth_curve():
+    """As many coefficients as layers: the same outputs. One: the mean of the layers."""
+    layers = network()
+    x = jnp.asarray(Points().batch(0)[0])
+    whole = layers.smoothed(2)
+    assert isinstance(whole.field.curve, jf.Legendre)
+    np.testing.assert_allclose(whole(x), layers(x), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(whole.with_depth(layers.depth.with_steps(3))(x)).all()
+    (mean,) = arrays(layers.smoothed(1).field)[0]
+    np.testing.assert_allclose(mean, arrays(layers.field)[0].mean(axis=0), rtol=1e-5)
+    with pytest.raises(ValueError, match="2 steps determine as many coefficients, got 3"):
+        layers.smoothed(3)
+    with pytest.raises(ValueError, match="adaptive steps"):
+        layers.with_depth(Depth(2.0, None, 0.1, diffrax.Tsit5())).smoothed(2)
 
 
 # ------------------------------------------------------------------ the loop

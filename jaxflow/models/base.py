@@ -16,8 +16,8 @@ from .._memory import check_fits
 from .._rules import constant, count, instance, positive
 from .._solution import FlowSolution, Sides
 from .._types import ArrayLike, ScalarLike, error_where
-from ..fields import AbstractCurve, AbstractField, TimeDependent
-from ..fields.time import jumps
+from ..fields import AbstractCurve, AbstractField, Legendre, TimeDependent
+from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
 from ..solvers import Grid, LieTrotter, default_adjoint
@@ -207,6 +207,28 @@ class AbstractModel(eqx.Module):
         """The same model with its parameters along another curve of its blocks, such as layers that
         [`jaxflow.fields.time.sample`][] takes from its own."""
         return eqx.tree_at(lambda model: model.field, self, TimeDependent(curve))
+
+    def smoothed(self, coefficients: int):
+        """The same model with its parameters along a smooth curve of so many Legendre polynomials,
+        nearest by least squares to its own where its steps begin.
+
+        There Euler's method reads them, so that with as many coefficients as layers, and one step
+        a layer, the outputs are what they were, and the curve may be trained on from there at
+        other steps. Of many layers take few coefficients, at most 2 sqrt(layers) or so: polynomials
+        through many equidistant points oscillate between them.
+
+        **Raises:** `ValueError` or `TypeError` for more coefficients than steps, for adaptive
+        steps, and for a model whose parameters are no curve in time.
+        """
+        instance("the field of the model", self.field, TimeDependent, "one of a LanguageModel")
+        times, t1 = self.depth.times[:-1], self.depth.t1
+        if count("coefficients", coefficients) > len(times):
+            raise ValueError(
+                f"{len(times)} steps determine as many coefficients, got {coefficients}."
+            )
+        curve = cast(TimeDependent, self.field).curve
+        like = Legendre([curve.at(0.0)] * coefficients, 0.0, t1)
+        return self.with_curve(fit(curve, like, t1=t1, at=times))
 
     def solve(self, inputs: ArrayLike, observe: Observables | None = None) -> FlowSolution:
         """The flow of the embedded inputs; its `final` measure is what `read_out` takes.
