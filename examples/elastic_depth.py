@@ -8,6 +8,15 @@ step, and so with a cost of what the outputs change when each step of the solver
 each with Lie-Trotter splitting of Euler's method, which is a transformer's residual stream and of
 order 1, and with Strang splitting of order 2. Each model is then evaluated at depths, solvers and
 tolerances that it was not trained at; runs/elastic_depth.png draws the loss against evaluations.
+
+Of one seed on the tiny Shakespeare, at the defaults, the validation loss was
+
+    evaluations                   2      3      4      6      8      12     Tsit5 to 0.001
+    trained at 4                  2.490  2.436  2.435  2.482  2.556  2.719  3.210
+    trained at 2, 3, 4 and 6      2.461  2.459  2.465  2.479  2.495  2.545  2.944
+
+so that depths drawn at random flatten the loss, beyond the trained ones too, and are still no flow
+that an adaptive solver of the unsplit field could use.
 """
 
 import sys
@@ -65,6 +74,8 @@ def main(
             evaluation_batches=batches,
             progress=False,
         )
+        if fitted.reason != "done":
+            sys.exit(fitted.reason)
         seconds = fitted.history[-1]["seconds"]
         spent = fitted.history[-1]["total_evaluations"] / steps
         print(f"\n{name}: {spent:.1f} evaluations a step of training, {seconds:.0f} s")

@@ -44,17 +44,9 @@ class Elastic:
     **Raises:** `ValueError` or `TypeError` for what makes no depths.
 
     ```python
-    >>> model = jaxflow.models.ResidualNetwork(64, 10, 4, 1, width=4, key=jax.random.key(0))
-    >>> fitted = jaxflow.training.fit(
-    ...     model,
-    ...     jaxflow.training.image_data(batch_size=8),
-    ...     depths=jaxflow.training.Elastic(range(1, 3)),
-    ...     steps=2,
-    ...     evaluation_batches=1,
-    ...     progress=False,
-    ... )
-    >>> [name for name in fitted.history[-1] if "loss@" in name]
-    ['validation_loss@2']
+    >>> elastic = jaxflow.training.Elastic(range(2, 7, 2), jitter=0.5)
+    >>> elastic.depths, elastic.evaluate
+    ((2, 4, 6), (2, 6))
 
     ```
     """

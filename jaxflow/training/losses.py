@@ -63,6 +63,8 @@ class FlowLoss(AbstractLoss):
       [`jaxflow.models.LanguageModel`][] are its normalised tokens, before the vocabulary. The
       solves take three times the evaluations, which are all counted; the mean is logged as
       "consistency", and the depth must have fixed steps.
+
+    **Raises:** `ValueError` or `TypeError` for a consistency that is no weight.
     """
 
     outputs: Callable
