@@ -1,5 +1,7 @@
 """Depths that are drawn anew for each step of training, and steps that are cut or moved."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -21,8 +23,8 @@ OWN = Depth(t1=2.0, steps=1)
 SEED = seed_of(jax.random.key(3))
 
 
-def steps(elastic, **options):
-    model = network(curve=smooth, depth=OWN, **options)
+def steps(elastic) -> Any:
+    model = network(curve=smooth, depth=OWN)
     return steps_of(Step(model, optax.sgd(0.1), training.FlowLoss(training.cross_entropy)), elastic)
 
 
@@ -125,7 +127,7 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(tmp_path):
     assert losses(rest) == losses(whole)
     same(rest.model, whole.model)
     # A batch takes n evaluations, and 2 n where each step is cut into two.
-    drawn = steps_of(Step(model, optimiser, loss), elastic)
+    drawn: Any = steps_of(Step(model, optimiser, loss), elastic)
     counts = [drawn.at(seed_of(KEY), number).depth.steps for number in range(6)]
     assert [row["num_evaluations"] for row in whole.history] == [3 * n for n in counts]
     assert set(counts) == {1, 2}
