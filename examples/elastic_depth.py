@@ -53,10 +53,9 @@ def main(
     steps: int = 400,
     dim: int = 64,
     trainings: list[str] | None = None,
-    batches: int = 10,
 ) -> dict:
     data = text_data(path, tokenizer=Chars(), context=64, batch_size=12)
-    held_out = list(data.validation_batches(batches))
+    held_out = list(data.validation_batches(10))
     losses: dict[str, dict[str, tuple[float, float]]] = {}
     for name in trainings or TRAININGS:
         depth, depths, consistency = TRAININGS[name]
@@ -72,8 +71,7 @@ def main(
             evaluate_every=steps,
             evaluation_batches=1,
         )
-        spent = fitted.history[-1]["total_evaluations"] / steps
-        print(f"\n{name}: {spent:.1f} evaluations a step of training")
+        print(f"\n{name}: {fitted.history[-1]['total_evaluations'] / steps:.1f} evaluations a step")
         losses[name] = {}
         for label, at in DEPTHS.items():
             found = evaluate(fitted.model.with_depth(at), held_out)
@@ -92,8 +90,10 @@ def draw(losses: dict):
     axes = jf.viz.curves(pairs, xlabel="evaluations of the field", ylabel="validation loss")
     for line in axes.lines:
         line.set_marker("o")
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     Path("runs").mkdir(exist_ok=True)
-    axes.figure.savefig("runs/elastic_depth.png", dpi=150)
+    figure.savefig("runs/elastic_depth.png", dpi=150)
 
 
 if __name__ == "__main__":
