@@ -14,8 +14,7 @@ Of one seed on the tiny Shakespeare, at the defaults, the validation loss was
     trained at 4                  2.490  2.436  2.435  2.482  2.556  2.719  3.210
     trained at 2, 3, 4 and 6      2.461  2.459  2.465  2.479  2.495  2.545  2.944
 
-so that depths drawn at random flatten the loss, beyond the trained ones too, and are still no flow
-that an adaptive solver of the unsplit field could use.
+Drawn depths flatten the loss, beyond those drawn too; adaptive steps cannot use either model.
 """
 
 import sys
