@@ -8,6 +8,7 @@ Frozen(solver)       in each step a field made of pieces is the piece of that st
 LieTrotter(solver)   step_K o ... o step_1, over the parts of a sum of fields
 Strang(solver)       half steps of 1, ..., K-1, a step of K, half steps of K-1, ..., 1
 PiecewiseSteps       fixed steps that end at the breakpoints of a field
+Grid                 steps that end at times which a program makes
 step_times           given steps that end at the jumps of a field
 """
 
@@ -484,6 +485,26 @@ class PiecewiseSteps(diffrax.AbstractStepSizeController):
         count = jnp.ceil((end - start) / dt0 * (1 - 4 * jnp.finfo(t.dtype).eps))
         done = jnp.round((t - start) / (end - start) * count) + 1
         return jnp.where(done >= count, end, start + (end - start) * (done / count))
+
+
+class Grid(diffrax.AbstractStepSizeController):
+    """Fixed steps that end at `ts`, which may be made inside of the program.
+
+    `diffrax.StepTo` without its checks, which are callbacks to the host for such times: they must
+    increase from t0 to t1, and hold the jumps of the field.
+    """
+
+    ts: Array
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return self.ts[1].astype(jnp.result_type(t0)), jnp.array(1)
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, state):
+        end = self.ts[jnp.minimum(state + 1, len(self.ts) - 1)].astype(jnp.result_type(t1))
+        return True, t1, end, False, state + 1, diffrax.RESULTS.successful
 
 
 def step_times(ts: np.ndarray, jumps: tuple[float, ...]) -> np.ndarray:

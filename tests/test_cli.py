@@ -21,8 +21,10 @@ import jaxflow as jf
 from jaxflow.cli import app, learning, main, simulate
 from jaxflow.cli import train as training_command
 from jaxflow.cli.sample import encoded
+from jaxflow.cli.settings import Counts, counts
 from jaxflow.cli.simulation import Simulation
 from jaxflow.cli.systems import OBSERVABLES, initial_measure, make_field, whole_patches
+from jaxflow.training.depths import MOST
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
@@ -384,6 +386,25 @@ def test_a_signal_ends_training_with_a_checkpoint(tmp_path, prose, monkeypatch, 
     saved = [path.name[-1] for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert max(saved) == "2" and not (tmp_path / "run" / "loss.png").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_depths_of_a_training(tmp_path, prose, monkeypatch):
+    """As `fit` receives them; the model's own, of its evaluations, is that of --solver-steps."""
+    asked = {}
+
+    def fit(model, data, **options):
+        asked.update(options, depth=model.depth)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(jf.training, "fit", fit)
+    flags = [*FLAGS, "--text", prose, "--elastic", "2:12:5", "--jitter", 0.25, "--consistency", 2]
+    result = run("train", "lm", *flags, "--out", tmp_path / "run")
+    assert result.exit_code == 2 and "that is all" in result.output
+    assert asked["depths"] == jf.training.Elastic((2, 7, 12), 0.25)
+    assert asked["loss"].consistency == 2.0 and asked["depth"].steps == 2
+    assert [list(counts(text)) for text in ("2:4", "4:12:4")] == [[2, 3, 4], [4, 8, 12]]
+    # What the flag allows is what a training takes.
+    assert Counts().allows(f"1:{MOST}") and not Counts().allows(f"1:{MOST + 1}")
 
 
 @pytest.mark.slow

@@ -220,3 +220,16 @@ def test_noise(run, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)  # a tilt of 0.02 decays
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "runs" / "noise.png").exists()
+
+
+@pytest.mark.slow
+def test_elastic_depth(run):
+    pytest.importorskip("matplotlib")
+    (losses,) = run("elastic_depth", None, 2, 8, ["Lie-Trotter 2-6"]).values()
+    assert all(np.isfinite(loss) for _, loss in losses.values())
+    # Attention twice by the midpoint method is what a Strang step takes.
+    each = {"Lie-Trotter": 1, "Strang": 4, "Heun": 2}
+    for label, (evaluations, _) in losses.items():
+        solver, size = label.split()
+        assert evaluations == each[solver] * int(size) if solver in each else evaluations > 12
+    assert pathlib.Path("runs/elastic_depth.png").read_bytes().startswith(b"\x89PNG")

@@ -13,10 +13,12 @@ from .settings import (
     POSITIVE,
     SEED,
     SHARE,
+    Counts,
     Input,
     InputFile,
     InputFolder,
     Range,
+    counts,
     flag,
     flag_name,
     from_json,
@@ -62,6 +64,8 @@ TAKEN = {
 }
 
 CHECKPOINTS = "Steps between checkpoints (default: between evaluations)."
+ELASTIC = "Solver steps drawn for each step of training, as 2:12; evaluations keep --solver-steps."
+JITTER = "Lengths of --elastic's steps vary at random by this share."
 ON = "Go on with this run and its settings; --steps and few others may change."
 
 
@@ -74,6 +78,9 @@ class AbstractTraining:
     curve: Curve = flag(Curve.layers, "How parameters move in time.")
     solver: Solver = flag(Solver["lie-trotter"], "One-step method.")
     solver_steps: int | None = flag(None, "Steps of the solver (one a layer).", COUNT)
+    elastic: str | None = flag(None, ELASTIC, Counts())
+    jitter: float = flag(0.0, JITTER, Range(0, 0.99))
+    consistency: float = flag(0.0, "Weight of what halved steps change.", NOT_NEGATIVE)
     tolerance: float | None = flag(None, "Adaptive steps with this tolerance.", SHARE)
     t1: float | None = flag(None, "Depth T (the number of layers).", POSITIVE)
     batch: int = flag(64, "Samples a step.", COUNT)
@@ -125,6 +132,26 @@ class AbstractTraining:
                 f"--solver-steps must be a multiple of --layers, as each layer takes whole steps; "
                 f"got {self.solver_steps} and {self.layers}."
             )
+        self.check_elastic()
+
+    def check_elastic(self):
+        """Raises ValueError for settings of drawn depths that do not go together."""
+        if self.consistency and self.tolerance is not None:
+            raise ValueError("--consistency cuts fixed steps into two: leave out --tolerance.")
+        if self.elastic is None:
+            if self.jitter:
+                raise ValueError("--jitter moves the steps of --elastic: give both.")
+            return
+        if self.curve is not Curve.layers:
+            return
+        if self.jitter:
+            raise ValueError("--jitter moves steps, which layers do not let: take another --curve.")
+        if any(steps % self.layers for steps in counts(self.elastic)):
+            raise ValueError(
+                "--elastic must be multiples of --layers, as each layer takes whole steps; got "
+                f"{self.elastic} and {self.layers}. Take another --curve, or "
+                f"{self.layers}:{3 * self.layers}:{self.layers}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +187,8 @@ class LanguageTraining(AbstractTransformer):
     `jaxflow train lm --text shakespeare.txt --preset nanogpt-cpu --out runs/shakespeare`
 
     `jaxflow train lm --curve smooth --solver heun --solver-steps 4`
+
+    `jaxflow train lm --curve smooth --elastic 2:6`
 
     `jaxflow train lm --block llama --kv-heads 2`
 

@@ -106,6 +106,27 @@ COUNT, PAIR = Range(1, LARGEST), Range(2, LARGEST)
 SHARE = Range(0, 1, open=True)
 SEED = Range(0, 2**32 - 1)  # JAX keeps 32 bits of a seed, so that others would be the same again
 
+
+class Counts:
+    """Whole numbers as FIRST:LAST or FIRST:LAST:EVERY."""
+
+    def __str__(self):
+        return "FIRST:LAST or FIRST:LAST:EVERY, at most 32 whole numbers from 1 on, such as 2:12"
+
+    def allows(self, value: str) -> bool:
+        try:
+            found = counts(value)
+        except (ValueError, TypeError):  # no whole numbers, or not two or three of them
+            return False
+        return 1 <= found.start < found.stop <= LARGEST and found.step >= 1 and len(found) <= 32
+
+
+def counts(value: str) -> range:
+    """The numbers of such a text, LAST among them."""
+    first, last, *every = map(int, value.split(":"))
+    return range(first, last + 1, *every)
+
+
 # ------------------------------------------------------------------ declarations
 
 

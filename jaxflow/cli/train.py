@@ -32,7 +32,7 @@ from .learning import (
     ResidualTraining,
     task_of,
 )
-from .settings import to_json
+from .settings import counts, to_json
 from .simulate import write_figure
 
 COPIES = 8  # of the parameters: gradients, moments, updates, the best ones
@@ -168,7 +168,8 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         data,
         steps=s.steps,
         optimiser=optimiser,
-        loss=training.FlowLoss(training.cross_entropy, asked),
+        loss=training.FlowLoss(training.cross_entropy, asked, consistency=s.consistency),
+        depths=None if s.elastic is None else training.Elastic(counts(s.elastic), s.jitter),
         key=jax.random.key(s.seed),
         accumulate=s.accumulate,
         devices=training.FullySharded(s.devices) if s.sharded else s.devices,

@@ -38,23 +38,28 @@ def fit(
     t0: float = 0.0,
     t1: float,
     samples: int = 1024,
+    at: ArrayLike | None = None,
 ) -> Any:
     """The curve of the kind of `like` that is nearest to another one on [t0, t1], by least squares.
+
+        minimise  sum_i |sum_k w_k(t_i) theta_k - curve(t_i)|^2   over theta_k
 
     **Arguments:**
 
     - `curve`: what to approximate.
     - `like`: a linear curve over fields of the same structure; its coefficients are replaced.
     - `t0`, `t1`: the interval, t0 < t1; `samples`: the number of its midpoints that are compared.
+    - `at`: the times t_i that are compared in their place, such as those at which a method reads
+      the parameters.
 
     **Returns:** a curve like `like`.
 
-    **Raises:** `ValueError` for fields of another structure, or an empty interval; `TypeError` for
-    a `like` that is not linear in its coefficients.
+    **Raises:** `ValueError` for fields of another structure, an empty interval, or times that do
+    not increase; `TypeError` for a `like` that is not linear in its coefficients.
     """
     _check_curve("curve", curve)
     instance("like", like, AbstractLinearCurve, "jaxflow.Legendre(fields, t0, t1)")
-    times = _midpoints(t0, t1, samples)
+    times = _midpoints(t0, t1, samples) if at is None else jnp.asarray(increasing(at), float)
     solve = jnp.linalg.pinv(jax.vmap(like.weights)(times))
 
     def add(total, sample):

@@ -1,6 +1,7 @@
 """What models share: their depth, and embed -> flow -> read out."""
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -9,17 +10,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._memory import check_fits
 from .._rules import constant, count, instance, positive
 from .._solution import FlowSolution, Sides
-from .._types import ArrayLike, error_where
-from ..fields import AbstractCurve, AbstractField, TimeDependent
-from ..fields.time import jumps
+from .._types import ArrayLike, ScalarLike, error_where
+from ..fields import AbstractCurve, AbstractField, Legendre, TimeDependent
+from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
-from ..solvers import LieTrotter, default_adjoint
+from ..solvers import Grid, LieTrotter, default_adjoint
 
 
 class Depth(eqx.Module):
@@ -36,6 +37,7 @@ class Depth(eqx.Module):
     - `adjoint`: any diffrax adjoint; `None` is [`jaxflow.solvers.default_adjoint`][] of the steps.
     - `max_steps`: of an adaptive solve: the budget of function evaluations is this times the
       stages of the method.
+    - `grid`: the ends of the steps where they are not equal, which `jittered` draws.
 
     **Raises:** `ValueError` or `TypeError` for numbers that are no depth, both or neither of
     `steps` and `tolerance`, and a tolerance for a method of fixed steps.
@@ -50,11 +52,18 @@ class Depth(eqx.Module):
     solver: diffrax.AbstractSolver = LieTrotter()
     adjoint: diffrax.AbstractAdjoint | None = None
     max_steps: int = eqx.field(static=True, default=256)
+    grid: Float[Array, " steps_and_1"] | None = None
 
     def __check_init__(self):
         if (self.steps is None) == (self.tolerance is None):
             raise ValueError("a depth has either `steps` or a `tolerance`; give one of them.")
         if self.steps is not None:
+            if isinstance(self.steps, tuple | list | range):
+                raise TypeError(
+                    f"a depth has one number of steps, got {self.steps!r}. To draw it anew for "
+                    "each step of training, pass fit(depths=jaxflow.training.Elastic(range(2, 13)))"
+                    "; the model's own depth is that of its evaluations."
+                )
             count("steps", self.steps)
             check_fits(32 * self.steps, f"the times of {self.steps} steps", "Take fewer steps.")
         if self.tolerance is not None:
@@ -84,7 +93,41 @@ class Depth(eqx.Module):
         """The ends of the steps, shape `(steps + 1,)`, where they are fixed."""
         if self.steps is None:
             raise ValueError("adaptive steps are not known beforehand.")
+        if self.grid is not None:
+            return np.asarray(self.grid)
         return np.linspace(0.0, self.t1, self.steps + 1)
+
+    def with_steps(self, steps: int) -> "Depth":
+        """The same depth with another number of equal steps."""
+        return dataclasses.replace(self, steps=steps, tolerance=None, grid=None)
+
+    def halved(self) -> "Depth":
+        """The same depth with each step cut into two.
+
+        **Raises:** `ValueError` where steps are adaptive.
+        """
+        if self.steps is None:
+            raise ValueError("adaptive steps are not known beforehand, so none can be halved.")
+        finer = self.with_steps(2 * self.steps)
+        if self.grid is None:
+            return finer
+        middles = (self.grid[1:] + self.grid[:-1]) / 2
+        between = jnp.stack([self.grid[:-1], middles], axis=1).reshape(-1)
+        return dataclasses.replace(finer, grid=jnp.append(between, self.grid[-1]))
+
+    def jittered(self, jitter: ScalarLike, key: PRNGKeyArray) -> "Depth":
+        """The same depth with the ends of its steps moved at random.
+
+            t_k = (k + jitter u_k) T / N,   u_k uniform on [-1/2, 1/2),   t_0 = 0,   t_N = T
+
+        so that a step is (1 - jitter) to (1 + jitter) times as long as T / N.
+
+        **Raises:** `ValueError` where steps are adaptive.
+        """
+        times = jnp.asarray(self.times, float)
+        moves = jax.random.uniform(key, (len(times) - 2,), minval=-0.5, maxval=0.5)
+        moved = times[1:-1] + jitter * (self.t1 / (len(times) - 1)) * moves
+        return dataclasses.replace(self, grid=times.at[1:-1].set(moved))
 
     def flow(
         self,
@@ -100,7 +143,9 @@ class Depth(eqx.Module):
         each step.
         `throw`: raise if it fails, as in [`jaxflow.flow`][].
         """
-        if self.steps is not None:
+        if self.grid is not None:
+            controller, max_steps = Grid(self.grid), len(self.grid) - 1
+        elif self.steps is not None:
             with jax.ensure_compile_time_eval():  # The flow checks the times, also under jit.
                 controller, max_steps = diffrax.StepTo(jnp.asarray(self.times)), self.steps
         else:
@@ -162,6 +207,28 @@ class AbstractModel(eqx.Module):
         """The same model with its parameters along another curve of its blocks, such as layers that
         [`jaxflow.fields.time.sample`][] takes from its own."""
         return eqx.tree_at(lambda model: model.field, self, TimeDependent(curve))
+
+    def smoothed(self, coefficients: int):
+        """The same model with its parameters along a smooth curve of so many Legendre polynomials,
+        nearest by least squares to its own where its steps begin.
+
+        There Euler's method reads them, so that with as many coefficients as layers, and one step
+        a layer, the outputs are what they were, and the curve may be trained on from there at
+        other steps. Of many layers take few coefficients, at most 2 sqrt(layers) or so: polynomials
+        through many equidistant points oscillate between them.
+
+        **Raises:** `ValueError` or `TypeError` for more coefficients than steps, for adaptive
+        steps, and for a model whose parameters are no curve in time.
+        """
+        instance("the field of the model", self.field, TimeDependent, "one of a LanguageModel")
+        times, t1 = self.depth.times[:-1], self.depth.t1
+        if count("coefficients", coefficients) > len(times):
+            raise ValueError(
+                f"{len(times)} steps determine as many coefficients, got {coefficients}."
+            )
+        curve = cast(TimeDependent, self.field).curve
+        like = Legendre([curve.at(0.0)] * coefficients, 0.0, t1)
+        return self.with_curve(fit(curve, like, t1=t1, at=times))
 
     def solve(self, inputs: ArrayLike, observe: Observables | None = None) -> FlowSolution:
         """The flow of the embedded inputs; its `final` measure is what `read_out` takes.

@@ -6,6 +6,7 @@ fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 from .callbacks import tensorboard
 from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
+from .depths import Elastic
 from .devices import FullySharded
 from .loop import Data, Fitted, fit
 from .losses import (
@@ -30,6 +31,7 @@ __all__ = [
     "Bytes",
     "Chars",
     "Data",
+    "Elastic",
     "Fitted",
     "FlowLoss",
     "FullySharded",

@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .depths import Steps, seed_of
 from .step import State, Step, update
 
 
 class Made(NamedTuple):
-    """A step: its number from 0, its batch, whether it is ok, and what it measured."""
+    """A step, as it was drawn: its number from 0, its batch, whether it is ok, and what it
+    measured."""
 
+    step: Step
     number: int
     batch: Any
     ok: Any
@@ -34,10 +37,11 @@ class Ahead:
     - `batches`: the batch of a step, on its devices.
     """
 
-    def __init__(self, step: Step, batches: Callable[[int], Any], state: State, number: int):
-        self.step, self.batches, self.state = step, batches, state
+    def __init__(self, steps: Steps, batches: Callable[[int], Any], state: State, number: int):
+        self.steps, self.batches, self.state = steps, batches, state
+        self.seed = seed_of(state.key)
         self.next = number
-        self._ok = step.placement.state(jnp.array(True))
+        self._ok = steps.own.placement.state(jnp.array(True))
         self._underway: deque[Made] = deque()
 
     def __bool__(self) -> bool:
@@ -46,10 +50,11 @@ class Ahead:
 
     def launch(self):
         """Starts the next step, without waiting for it."""
+        step = self.steps.at(self.seed, self.next)
         batch, number = self.batches(self.next), np.int32(self.next)
-        given = self.step, batch, number, self._ok
+        given = step, batch, number, self._ok
         self.state, self._ok, metrics = update(given, self.state)
-        self._underway.append(Made(self.next, batch, self._ok, metrics))
+        self._underway.append(Made(step, self.next, batch, self._ok, metrics))
         self.next += 1
 
     def fetch(self) -> Made:

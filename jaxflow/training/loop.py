@@ -18,13 +18,14 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from .._rules import constant, count, positive
-from ..models import AbstractModel
+from ..models import AbstractModel, Depth
 from . import callbacks as called
 from . import checkpoints, record
 from .ahead import Ahead
 from .callbacks import Callback, call
+from .depths import Elastic, Steps, steps_of
 from .devices import Devices, Placement, placement
-from .losses import AbstractLoss, FlowLoss, cross_entropy
+from .losses import AbstractLoss, FlowLoss, cross_entropy, valued
 from .optimisers import adamw
 from .processes import gathered, is_first, of_first
 from .record import Place, Record
@@ -71,6 +72,7 @@ def fit(
     optimiser: optax.GradientTransformation | None = None,
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     key: PRNGKeyArray | None = None,
+    depths: Elastic | None = None,
     accumulate: int = 1,
     devices: Devices = None,
     evaluate_every: int = 250,
@@ -104,6 +106,8 @@ def fit(
     - `loss`: (outputs, targets) -> number, or an [`jaxflow.training.AbstractLoss`][], such as
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
+    - `depths`: draw the depth of each step anew, as [`jaxflow.training.Elastic`][] says; `None` is
+      the model's own. The loss is then also evaluated at other depths, as "validation_loss@12".
     - `accumulate`: batches whose gradients are averaged into one step.
     - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
       [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
@@ -205,11 +209,15 @@ def fit(
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     placing = placement(devices)
     step = Step(static, optimiser, loss, placing)
+    at_depths = steps_of(step, depths)
     # The step gives its state's memory to the next one, and the caller keeps the model.
     state = placing.state(jax.tree.map(jnp.copy, State(params, optimiser.init(params), key)))
     first = _batches(data, 0, accumulate, placing)
     placing.check_batch(first[0].shape[1])
-    _check_step(step, state, first, budget)
+    for drawn in at_depths.drawn:
+        _check_step(drawn, state, first, budget)
+    if depths is not None:
+        _check_evaluations(at_depths, state, first)
     signals = Signals(evaluating=evaluate_on_interrupt)
     with record.opened(run, resume=resume) as folder, signals:
         kept = Record(folder, keep, about)
@@ -217,9 +225,9 @@ def fit(
         if resumed is None:
             kept.begin()
         state, best, place = resumed or (state, None, Place())
-        cost = _cost(model, params, first[0][0])
+        cost = _cost(model, params, first[0][0], at_depths.depths)
         ahead = Ahead(
-            step, lambda number: _batches(data, number, accumulate, placing), state, place.step
+            at_depths, lambda number: _batches(data, number, accumulate, placing), state, place.step
         )
         trace = Trace(None if profile is None else Path(profile), place.step)
         clock = Clock(place.seconds, minutes)
@@ -354,7 +362,7 @@ class _Loop:
             state = self.ahead.stop()
             self.record.fail(state, self.place)
             failed = f"step {made.number + 1} failed (loss {made.metrics['loss']:.6g}): "
-            raise TrainingError(failed + diagnosis(self.ahead.step, state, made.batch, made.number))
+            raise TrainingError(failed + diagnosis(made.step, state, made.batch, made.number))
         self.place = self.place.after(
             made.metrics.get("num_evaluations", 0.0) * self.schedule.accumulate, self.clock.seconds
         )
@@ -379,13 +387,22 @@ class _Loop:
             return itertools.takewhile(lambda _: not self.signals.cut, found)
 
         try:
-            found = evaluated(self.ahead.step, self.ahead.state, self.place.step, batches)
+            found = self.measured(batches)
         except TrainingError:
             self.record.fail(self.ahead.state, self.place._replace(pending=None))
             raise
         if self.signals.cut:
             return None
         self.validated = self.place.step
+        return found
+
+    def measured(self, batches: Callable[[], Iterator]) -> dict[str, float]:
+        """The validation losses at the model's own depth, and the loss alone at others."""
+        at = lambda step: evaluated(step, self.ahead.state, self.place.step, batches)
+        found = at(self.ahead.steps.own)
+        for name, step in self.ahead.steps.evaluated.items():
+            if "validation_loss" in (there := at(step)):
+                found[f"validation_loss@{name}"] = there["validation_loss"]
         return found
 
     def note(self, found: dict[str, float]):
@@ -414,7 +431,7 @@ class _Loop:
         """Calls the callbacks, with a copy of the model, as the next step takes its memory."""
         if self.callbacks:
             state = jax.tree.map(jnp.copy, self.ahead.state)
-            call(self.callbacks, self.place.step, self.numbers, self.ahead.step.model(state))
+            call(self.callbacks, self.place.step, self.numbers, self.ahead.steps.own.model(state))
         self.clock.lap()
 
     def keep(self) -> bool:
@@ -499,14 +516,25 @@ def _check_step(step: Step, state: State, batch, budget: int | None):
         )
 
 
+def _check_evaluations(at_depths: Steps, state: State, batch):
+    """Traces the evaluations at depths that no step of training has."""
+    inputs, targets = (array[0] for array in batch)
+    for step in (at_depths.own, *at_depths.evaluated.values()):
+        model = step.model(state)
+        eqx.filter_eval_shape(valued, step.loss, model, inputs, targets, state.key)
+
+
 # ------------------------------------------------------------------ the outside world
 
 
-def _cost(model, params, inputs) -> str:
+def _cost(model, params, inputs, depths: Sequence[Depth]) -> str:
     """What training takes, before it starts."""
     count = sum(a.size for a in jax.tree.leaves(params))
     text = f"{count:,} parameters: {16 * count / 1e6:.3g} MB with gradients and Adam's moments"
     if isinstance(model, AbstractModel):
         mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(inputs))
-        text += f"; states kept for the gradient: {model.depth.memory(mu0) / 1e6:.3g} MB"
+        memory = max(depth.memory(mu0) for depth in depths or [model.depth])
+        text += f"; states kept for the gradient: {memory / 1e6:.3g} MB"
+    if depths:
+        text += f"; {len(depths)} depths, each compiled when it is first drawn"
     return text

@@ -1,6 +1,7 @@
 """What training makes small: a loss of the outputs, and costs along the flow.
 
 L = mean loss(outputs, targets) + sum_c weight_c int_0^T c(t, mu_t) dt
+    + w mean |outputs - outputs with half the step|^2
 """
 
 import abc
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .._rules import count
+from .._rules import constant, count
 from .._types import accumulation_dtype
 from ..fields import AbstractField
 from ..models import LanguageModel
@@ -46,7 +47,7 @@ class AbstractLoss(eqx.Module):
 
 
 class FlowLoss(AbstractLoss):
-    """L = loss(outputs, targets) + sum_c weight_c int_0^T c(t, mu_t) dt.
+    """L = loss(outputs, targets) + sum_c weight_c int_0^T c(t, mu_t) dt + w mean |o_h - o_{h/2}|^2.
 
     **Arguments:**
 
@@ -56,32 +57,63 @@ class FlowLoss(AbstractLoss):
       arXiv 2002.02798). Its integral over the steps of the solve, a mean over the batch, is
       logged under its name, and the loss without costs as "outputs_loss". Each costs an
       evaluation of the field a step.
+    - `consistency`: w, the weight of what the outputs o_h change when each step of the solver is
+      cut into two, which Richardson takes for the error of the solve: a model that makes it small
+      has a flow that other solvers find as well. The outputs of a
+      [`jaxflow.models.LanguageModel`][] are its normalised tokens, before the vocabulary. The
+      solves take three times the evaluations, which are all counted; the mean is logged as
+      "consistency", and the depth must have fixed steps.
+
+    **Raises:** `ValueError` or `TypeError` for a consistency that is no weight.
     """
 
     outputs: Callable
     costs: dict[str, tuple[float, Cost]]
+    consistency: float
 
-    def __init__(self, outputs: Callable, costs: Mapping[str, tuple[float, Cost]] | None = None):
+    def __init__(
+        self,
+        outputs: Callable,
+        costs: Mapping[str, tuple[float, Cost]] | None = None,
+        *,
+        consistency: float = 0.0,
+    ):
         self.outputs = outputs
         self.costs = dict(costs or {})
+        rule = "finite and at least 0"
+        self.consistency = constant("consistency", consistency, rule, lambda w: w >= 0)
 
     def __call__(self, model, inputs, targets, key):
         observe = {name: cost(model.field) for name, (_, cost) in self.costs.items()}
         solved = model.solve(inputs, observe)
         value = self._of_outputs(model, solved.final, targets)
         metrics = {"num_evaluations": solved.stats["num_evaluations"]}
-        if self.costs:
+        ok = solved.ok
+        if self.costs or self.consistency:
             metrics["outputs_loss"] = value
         for name, (weight, _) in self.costs.items():
             metrics[name] = solved.integral(name).mean()
             value = value + weight * metrics[name]
-        return Valued(value, solved.ok, {k: v for k, v in metrics.items() if v is not None})
+        if self.consistency:
+            halved = model.with_depth(model.depth.halved()).solve(inputs)
+            change = _compared(model, halved.final) - _compared(model, solved.final)
+            metrics["consistency"] = (change**2).mean()
+            if metrics["num_evaluations"] is not None:  # implicit methods count none
+                metrics["num_evaluations"] += halved.stats["num_evaluations"]
+            value, ok = value + self.consistency * metrics["consistency"], ok & halved.ok
+        return Valued(value, ok, {k: v for k, v in metrics.items() if v is not None})
 
     def _of_outputs(self, model, mu, targets):
         if self.outputs is cross_entropy and isinstance(model, LanguageModel):
             hidden, matrix = model.hidden(mu), model.unembedding
             return chunked_cross_entropy(hidden, matrix, targets, dtype=model.dtype)
         return self.outputs(model.read_out(mu), targets)
+
+
+def _compared(model, mu):
+    """The outputs; those of a language model before there are as many as words."""
+    outputs = model.hidden(mu) if isinstance(model, LanguageModel) else model.read_out(mu)
+    return outputs.astype(accumulation_dtype(outputs.dtype))
 
 
 def cross_entropy(logits: Float[Array, "*batch classes"], targets: Int[Array, "*batch"]) -> Array:
@@ -207,7 +239,7 @@ def evaluate(
     weight = 0
     for inputs, targets in batches:
         size = _counted(np.asarray(targets))
-        out = _valued(loss, model, place(inputs), place(targets), key)
+        out = valued(loss, model, place(inputs), place(targets), key)
         value, ok, metrics = jax.device_get((out.value, out.ok, out.metrics))
         for name, number in {"loss": value if ok else math.nan, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + size * float(number)
@@ -221,7 +253,8 @@ def _counted(targets: np.ndarray) -> int:
 
 
 @eqx.filter_jit
-def _valued(loss, model, inputs, targets, key):
+def valued(loss, model, inputs, targets, key) -> Valued:
+    """The loss on a batch, compiled."""
     return loss(model, inputs, targets, key)
 
 

@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..flow import FlowError
-from ..models import AbstractModel
+from ..models import AbstractModel, Depth
 from .devices import Placement
 from .losses import AbstractLoss, evaluate
 
@@ -45,9 +45,11 @@ class Step(eqx.Module):
     optimiser: optax.GradientTransformation = eqx.field(static=True)
     loss: AbstractLoss
     placement: Placement = eqx.field(static=True, default=Placement())
+    depth: Depth | None = None  # in place of the model's own
+    jitter: float = eqx.field(static=True, default=0.0)  # of the ends of the solver's steps
 
     def model(self, state: State) -> Any:
-        return eqx.combine(state.params, self.static)
+        return self._with(state.params)
 
     def gradient(self, state: State, batch, step):
         """Means over the batches along the first axis: (gradient, loss, ok, metrics)."""
@@ -72,8 +74,16 @@ class Step(eqx.Module):
             return State(optax.apply_updates(state.params, updates), optimiser, state.key)
 
     def _value(self, params, inputs, targets, key):
-        out = self.loss(eqx.combine(params, self.static), inputs, targets, key)
+        model = self._with(params)
+        if self.jitter:
+            moves, key = jax.random.split(key)
+            model = model.with_depth(model.depth.jittered(self.jitter, moves))
+        out = self.loss(model, inputs, targets, key)
         return out.value, (out.ok, out.metrics)
+
+    def _with(self, params) -> Any:
+        model = eqx.combine(params, self.static)
+        return model if self.depth is None else model.with_depth(self.depth)
 
 
 @eqx.filter_jit(donate="all-except-first")
