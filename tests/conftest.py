@@ -42,7 +42,6 @@ import gc
 import inspect
 import re
 import signal
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,11 +118,11 @@ def compiles():
 @pytest.fixture
 def optimised():
     """For programs that take longer to run than to compile."""
-    config: Any = jax.config
-    before = config.jax_disable_most_optimizations
-    config.update("jax_disable_most_optimizations", False)
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
     yield
-    config.update("jax_disable_most_optimizations", before)
+    jax.config.update(name, before)
 
 
 @pytest.fixture

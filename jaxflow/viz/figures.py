@@ -140,11 +140,12 @@ def cluster_staircase(
     marker = "." if len(ts) < len(run.ts) else None
     axes.step(ts, counts, where="post", color=COLOURS[0], marker=marker)
     ticks = [k for k in ROUND if k <= 2 * counts.max()]
+    # The limits first: a logarithmic scale finds none where no count is positive.
+    axes.set(ylabel="number of clusters", ylim=(0.8, 1.25 * max(1, counts.max())))
     axes.set_yscale("log")
     axes.set_yticks(ticks, map(str, ticks))
     axes.minorticks_off()
     time_axis(axes, run.log_time)
-    axes.set(ylabel="number of clusters", ylim=(0.8, 1.25 * max(1, counts.max())))
     return axes
 
 
