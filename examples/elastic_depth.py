@@ -48,16 +48,13 @@ DEPTHS = {
 
 
 def main(
-    path: str | None = None,
-    steps: int = 400,
-    dim: int = 64,
-    trainings: list[str] | None = None,
+    path: str | None = None, steps=400, dim=64, trainings=tuple(TRAININGS), depths=tuple(DEPTHS)
 ) -> dict:
     data = text_data(path, tokenizer=Chars(), context=64, batch_size=12)
     held_out = list(data.validation_batches(10))
     losses: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in trainings or TRAININGS:
-        depth, depths, consistency = TRAININGS[name]
+    for name in trainings:
+        depth, drawn, consistency = TRAININGS[name]
         model = LanguageModel(
             data.vocab_size, dim, 4, 4, 64, curve=smooth, depth=depth, key=jax.random.key(0)
         )
@@ -66,14 +63,14 @@ def main(
             data,
             steps=steps,
             loss=FlowLoss(cross_entropy, consistency=consistency),
-            depths=depths,
+            depths=drawn,
             evaluate_every=steps,
             evaluation_batches=1,
         )
         print(f"\n{name}: {fitted.history[-1]['total_evaluations'] / steps:.1f} evaluations a step")
         losses[name] = {}
-        for label, at in DEPTHS.items():
-            found = evaluate(fitted.model.with_depth(at), held_out)
+        for label in depths:
+            found = evaluate(fitted.model.with_depth(DEPTHS[label]), held_out)
             losses[name][label] = found["num_evaluations"], found["loss"]
             print(f"  {label:14} {found['num_evaluations']:6.1f} evaluations, {found['loss']:.3f}")
     draw(losses)

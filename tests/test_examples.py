@@ -225,7 +225,9 @@ def test_noise(run, tmp_path):
 @pytest.mark.slow
 def test_elastic_depth(run):
     pytest.importorskip("matplotlib")
-    (losses,) = run("elastic_depth", None, 2, 8, ["Lie-Trotter 2-6"]).values()
+    depths = ["Lie-Trotter 2", "Strang 1", "Heun 4", "Tsit5 0.1"]
+    (losses,) = run("elastic_depth", None, 2, 8, ["Lie-Trotter 2-6"], depths).values()
+    assert list(losses) == depths
     assert all(np.isfinite(loss) for _, loss in losses.values())
     # Attention twice by the midpoint method is what a Strang step takes.
     each = {"Lie-Trotter": 1, "Strang": 4, "Heun": 2}
