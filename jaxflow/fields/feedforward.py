@@ -5,6 +5,7 @@ GatedFeedForward   X(x) = P_x ( W2 (sigma(W1 x) * W3 x) )
 LinearDrift        X(x) = P_x ( A x )
 """
 
+import abc
 from collections.abc import Callable
 
 import equinox as eqx
@@ -19,7 +20,24 @@ from ..geometry import AbstractGeometry, Euclidean
 from .base import AbstractCausalField, apply
 
 
-class FeedForward(AbstractCausalField):
+class AbstractTokenwiseField(AbstractCausalField):
+    """X(x), which sees no other token: only `velocity` is to be written."""
+
+    @abc.abstractmethod
+    def velocity(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """X at each of n tokens."""
+
+    def keys_values(self, t, y, start=0):
+        return None
+
+    def attend(self, t, x, keys_values, index):
+        return self.velocity(x)
+
+    def __call__(self, t, x, mu):
+        return self.velocity(x)
+
+
+class FeedForward(AbstractTokenwiseField):
     """The two-layer perceptron of a residual network or neural ODE (E 2017; Chen et al. 2018).
 
         X(x) = P_x ( W2 sigma(W1 x + b1) + b2 )
@@ -63,22 +81,13 @@ class FeedForward(AbstractCausalField):
         self.activation = function("activation", activation)
         self.geometry = instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
 
-    def keys_values(self, t, y, start=0):
-        return None
-
-    def attend(self, t, x, keys_values, index):
-        return self._velocity(x)
-
-    def __call__(self, t, x, mu):
-        return self._velocity(x)
-
-    def _velocity(self, x):
+    def velocity(self, x):
         affine = lambda w, x, b: apply(w, x) + b.astype(x.dtype)[None]
         hidden = self.activation(affine(self.weight_in, x, self.bias_in))
         return self.geometry.project(x, affine(self.weight_out, hidden, self.bias_out))
 
 
-class GatedFeedForward(AbstractCausalField):
+class GatedFeedForward(AbstractTokenwiseField):
     """The gated perceptron of Llama and its kind (Shazeer, arXiv 2002.05202), SwiGLU with SiLU.
 
         X(x) = P_x ( W2 (sigma(W1 x) * W3 x) ),    * entry by entry
@@ -120,21 +129,12 @@ class GatedFeedForward(AbstractCausalField):
         self.activation = function("activation", activation)
         self.geometry = instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
 
-    def keys_values(self, t, y, start=0):
-        return None
-
-    def attend(self, t, x, keys_values, index):
-        return self._velocity(x)
-
-    def __call__(self, t, x, mu):
-        return self._velocity(x)
-
-    def _velocity(self, x):
+    def velocity(self, x):
         hidden = self.activation(apply(self.weight_in, x)) * apply(self.weight_gated, x)
         return self.geometry.project(x, apply(self.weight_out, hidden))
 
 
-class LinearDrift(AbstractCausalField):
+class LinearDrift(AbstractTokenwiseField):
     """X(x) = P_x ( A x ).
 
     `SelfAttention(interaction=Hardmax(), geometry=Euclidean()) + LinearDrift(-1.0)` has the leaders
@@ -158,16 +158,7 @@ class LinearDrift(AbstractCausalField):
         self.matrix = matrix
         self.geometry = instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
 
-    def keys_values(self, t, y, start=0):
-        return None
-
-    def attend(self, t, x, keys_values, index):
-        return self._velocity(x)
-
-    def __call__(self, t, x, mu):
-        return self._velocity(x)
-
-    def _velocity(self, x):
+    def velocity(self, x):
         multiple = self.matrix.ndim == 0
         moved = self.matrix.astype(x.dtype) * x if multiple else apply(self.matrix, x)
         return self.geometry.project(x, moved)
