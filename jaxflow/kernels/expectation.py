@@ -348,7 +348,7 @@ def _log_weights(b: jax.Array, dtype) -> Float[Array, " n"]:
 def _scale(scale, dtype) -> float | jax.Array:
     """A number as a float, anything else as an array."""
     if isinstance(scale, int | float | np.integer | np.floating) and not isinstance(scale, bool):
-        _check_finite(np.asarray(scale).item(), dtype)
+        _check_finite(scale, dtype)
         return float(scale)
     if not isinstance(scale, jax.Array | np.ndarray):
         raise TypeError(f"scale must be a real number or a scalar array, got {scale!r}.")
@@ -361,14 +361,14 @@ def _scale(scale, dtype) -> float | jax.Array:
             "jax.vmap."
         )
     if is_concrete(scale):
-        # On the host, also while a program is traced.
-        _check_finite(np.asarray(scale).item(), dtype)
+        _check_finite(scale, dtype)
     return array
 
 
-def _check_finite(scale: int | float, dtype):
-    # By comparison: an integer may be too large for a float.
-    if not abs(scale) <= float(jnp.finfo(dtype).max):
+def _check_finite(scale, dtype):
+    # On the host, also while a program is traced, and as a number of Python's: the bound is beyond
+    # the scale's own dtype, and an integer may be too large for a float.
+    if not abs(np.asarray(scale).item()) <= float(jnp.finfo(dtype).max):
         raise ValueError(
             f"scale (the inverse temperature) must be finite, got {scale!s:.24} in {dtype}. "
             "The limit of infinite scale is the interaction jaxflow.Hardmax()."
