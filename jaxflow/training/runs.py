@@ -37,7 +37,8 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
         config = _about(checkpoint)["config"]
         if "model" not in config:
             raise ValueError(
-                f"{path} does not say how its model is built: pass like=, a model of its structure."
+                f"{path} does not say how its model is built: pass like=, a model of its "
+                "structure, to jaxflow.training.load; what that returns can be exported."
             )
         like = models.build(config["model"])
     params, static = eqx.partition(like, eqx.is_inexact_array)
