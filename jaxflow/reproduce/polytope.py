@@ -1,4 +1,4 @@
-"""Tokens of R^d under V = I and V = -I (arXiv 2305.05465).
+"""Tokens of R^d under V = I, V = -I and random V (arXiv 2305.05465).
 
 V = I, z = e^{-t} x: hulls of z are nested, and the attention matrix tends to a Boolean one; on the
 line to one of rank 2 at most. The limits of z are the leaders among the vertices of a polytope.
@@ -6,6 +6,10 @@ line to one of rank 2 at most. The limits of z are the leaders among the vertice
 V = -I: tokens go to 0. Attention is then linear, X(x) = -(m + S x), m falls like e^{-t}, and
 S' = -2 S^2 gives 2 t S(t) -> I for any law of full rank: derived here. What is left out of the
 expansion is a share of order 1/t of S.
+
+Random V whose eigenvalue of largest real part is simple and positive, made 1 here: with w its left
+eigenvector, <w, z_i> of z = e^{-tV} x tends to one of three values at most, that is z_i to one of
+three parallel hyperplanes.
 """
 
 import jax
@@ -18,7 +22,8 @@ from ..measure import Measure, gaussian
 from ..observables import attention_matrix
 from .base import Outcome, Result, Row, Seconds, exact, panels
 
-T1, LATE = 6.0, 2000.0
+T1, LATE, FAR = 6.0, 2000.0, 12.0
+RANDOM = (0, 2)  # seeds of V in R^3, one with complex eigenvalues beside the leading one
 
 
 def run(quick: bool) -> Outcome:
@@ -67,7 +72,29 @@ def run(quick: bool) -> Outcome:
             "4 / t",
         )
     )
-    return Outcome(rows, draw(z, boolean["plane"], late, scaled))
+    heights = {seed: along_leading(seed) for seed in RANDOM}
+    rows += [
+        Row(
+            f"farthest <w, z> from three values at t = {FAR:g}, random V ({seed})",
+            float(np.abs(found[-1, :, None] - [found[-1].min(), 0, found[-1].max()]).min(1).max()),
+            0.0,
+            10 * np.exp(-FAR),
+            "10 e^{-t}, as the leading eigenvalue is 1",
+        )
+        for seed, found in heights.items()
+    ]
+    return Outcome(rows, draw(z, boolean["plane"], late, scaled, heights[RANDOM[0]]))
+
+
+def along_leading(seed: int) -> np.ndarray:
+    """<w, z_i(t)> at 49 times, (49, 16): as w^T e^{-tV} = e^{-t} w^T, that is e^{-t} <w, x_i>."""
+    value = np.random.default_rng(seed).normal(size=(3, 3))
+    rates, left = np.linalg.eig(value.T)
+    leading = int(np.argmax(rates.real))
+    field = SelfAttention(value=value / rates[leading].real, geometry=Euclidean())
+    ts = np.linspace(0, FAR, 49)
+    x = exact(field, gaussian(16, 3, key=jax.random.key(1)), ts).measures.points
+    return np.exp(-ts)[:, None] * (np.asarray(x) @ left[:, leading].real)
 
 
 def growth(z: np.ndarray) -> float:
@@ -78,8 +105,8 @@ def growth(z: np.ndarray) -> float:
     return float(np.maximum(np.diff(support, axis=0), 0).max())
 
 
-def draw(z, matrix, late, scaled):
-    figure, (left, middle, right) = panels(3)
+def draw(z, matrix, late, scaled, heights):
+    figure, (left, middle, right, last) = panels(4)
     left.plot(*z.transpose(2, 0, 1), color="#B0B0B0", lw=0.8)
     left.plot(*z[0].T, "o", ms=4, label="$t$ = 0")
     left.plot(*z[-1].T, "*", ms=10, label=f"$t$ = {T1:g}")
@@ -92,13 +119,15 @@ def draw(z, matrix, late, scaled):
     right.axhline(1, color="C1", ls="--", label="theory, $t \\to \\infty$")
     right.set(xlabel="$t$", ylabel="eigenvalues of $2 t S(t)$", title="V = -I")
     right.legend()
+    last.plot(np.linspace(0, FAR, len(heights)), heights, "C0", lw=0.8)
+    last.set(xlabel="$t$", ylabel="$\\langle w, z_i \\rangle$", title="random V, $z = e^{-tV} x$")
     return figure
 
 
 RESULT = Result(
     "polytope",
     "2305.05465",
-    "V = I in R^d: nested hulls, Boolean attention, leaders; V = -I: 2 t S(t) -> I",
-    Seconds(15, 15),
+    "V = I in R^d: nested hulls, Boolean attention, leaders; V = -I: 2 t S(t) -> I; random V",
+    Seconds(20, 20),
     run,
 )
