@@ -90,11 +90,11 @@ def along_leading(seed: int) -> np.ndarray:
     """<w, z_i(t)> at 49 times, (49, 16): as w^T e^{-tV} = e^{-t} w^T, that is e^{-t} <w, x_i>."""
     value = np.random.default_rng(seed).normal(size=(3, 3))
     rates, left = np.linalg.eig(value.T)
-    leading = int(np.argmax(rates.real))
-    field = SelfAttention(value=value / rates[leading].real, geometry=Euclidean())
+    leading = int(np.argmax(np.real(rates)))
+    field = SelfAttention(value=value / np.real(rates[leading]), geometry=Euclidean())
     ts = np.linspace(0, FAR, 49)
     x = exact(field, gaussian(16, 3, key=jax.random.key(1)), ts).measures.points
-    return np.exp(-ts)[:, None] * (np.asarray(x) @ left[:, leading].real)
+    return np.exp(-ts)[:, None] * (np.asarray(x) @ np.real(left[:, leading]))
 
 
 def growth(z: np.ndarray) -> float:
