@@ -200,6 +200,8 @@ def _summarise(run: Path, fitted: Fitted, data, seconds: float):
     table("training", rows)
     if isinstance(data, training.Text):
         prompt = np.asarray(data.training[:8], np.int32)
-        text = fitted.best.generate(prompt, 200, temperature=0.8, key=jax.random.key(0))
+        # Beyond the context each token takes a flow of all, and another program.
+        length = max(1, fitted.best.context - len(prompt))
+        text = fitted.best.generate(prompt, length, temperature=0.8, key=jax.random.key(0))
         say("\na sample\n")
         say(data.tokenizer.decode(text))
