@@ -28,7 +28,7 @@ from .base import (
 )
 from .blocked import Blocked
 from .pruned import Pruned
-from .reference import Reference
+from .reference import Reference, too_many
 from .ring import Ring
 
 
@@ -74,7 +74,7 @@ REGISTRY = {
 }
 # The order in which a platform tries them; the last one refuses nothing and wants no proof.
 PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", "blocked")}
-OTHERWISE = ("blocked",)
+OTHERWISE = ("reference", "blocked")
 
 
 def load(name: str, platform: str = "cpu") -> AbstractBackend:
@@ -214,6 +214,8 @@ def candidates(mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> I
     """The backends that a platform tries, up to the one that runs."""
     for name in PREFERENCE.get(platform, OTHERWISE):
         found = _candidate(name, mode, platform, shapes, problem)
+        if name == "reference" and found.refusal is None:
+            found = found._replace(refusal=too_many(shapes))
         yield found
         if found.objection is None:
             return

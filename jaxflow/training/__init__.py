@@ -8,7 +8,7 @@ from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
 from .depths import Elastic
 from .devices import FullySharded
-from .loop import Data, Fitted, fit
+from .loop import Data, Fitted, Terminated, fit
 from .losses import (
     AbstractLoss,
     FlowLoss,
@@ -36,6 +36,7 @@ __all__ = [
     "FlowLoss",
     "FullySharded",
     "Images",
+    "Terminated",
     "Text",
     "TokenizerFile",
     "TrainingError",
