@@ -107,7 +107,7 @@ def test_a_rule_for_reverse_mode_alone(name):
     register_backend(name, rule)
     found = check_backend(name, dtypes=["float32"], trials=TRIALS[:1])
     assert [f.mode for f in found.right] == ["forward", "cotangent"]
-    assert "forward-mode" in found.faults[0].fault and "tangent" in str(found)
+    assert re.search("tangent, .* wrong: .*forward-mode", str(found))
 
 
 def test_a_subclass_and_its_faults(name):
@@ -122,7 +122,7 @@ def test_a_subclass_and_its_faults(name):
         registry.REGISTRY.pop(other)
     assert len(right.right) == 3
     [fault] = wrong.faults
-    assert fault.mode == "forward" and "off by 1.0e-02 of the largest entry" in fault.fault
+    assert fault.mode == "forward" and "off by 1.0e-02 of the largest entry" in str(fault)
     assert str(wrong).startswith(f"{other}: 2 right, 1 wrong of 3")
 
 
@@ -137,7 +137,7 @@ def test_a_subclass_and_its_faults(name):
 def test_a_function_that_returns_something_else(name, fn, message):
     register_backend(name, fn)
     [fault, *_] = check_backend(name, dtypes=["float32"], trials=TRIALS[:1]).faults
-    assert re.search(message, fault.fault)
+    assert re.search(message, str(fault))
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,10 @@ def test_a_name_keeps_its_meaning(name):
 def test_what_a_registered_backend_refuses(name):
     register_backend(name, written_out)
     x = X[0]
-    for options in ({"causal": True}, {"window": 1}):
-        with pytest.raises(NotImplementedError, match="all pairs, registered without masks=True"):
-            jf.softmax_expectation(x, x, x, backend=name, **options)
+    with pytest.raises(NotImplementedError, match="all pairs, registered without masks=True"):
+        jf.softmax_expectation(x, x, x, backend=name, causal=True)
+    with pytest.raises(NotImplementedError, match="all pairs, registered without masks=True"):
+        jf.softmax_expectation(x, x, x, backend=name, window=1)
     with pytest.raises(NotImplementedError, match="masks are for reference and blocked"):
         jf.softmax_expectation(x, x, x, backend=name, mask=jf.masks.Blocks(2))
     with pytest.raises(ValueError, match="the ring goes around a backend whose derivatives"):
