@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,7 @@ def run(
     ] = None,
 ):
     """One suite, or all of them in turn: right answers timed against rivals. (The default.)"""
+    start = time.perf_counter()
     if suite is not None and suite not in SUITES:
         raise typer.BadParameter(f"suite must be one of {', '.join(SUITES)}, got {suite!r}.")
     if threads is not None:
@@ -102,7 +104,7 @@ def run(
     say(command.plan(earlier, ends, only, job.clock.slowdown))
     if (words := machine.warning(machine.load())) is not None:
         say(words)
-    code = job.all(ends)
+    code = job.all(ends, start)
     job.draw()
     if code:
         raise typer.Exit(code)
@@ -131,7 +133,8 @@ def tune_tiles(
     conclude = lambda made: tune.conclude(made["rows"], made["device"], write=write)
     output = command.Output(json_file)
     job = command.Run(options, output, shown, progress, conclude=conclude)
-    if code := job.all({"tune": command.budget("tune", quick, patience)}):
+    ends = {"tune": command.budget("tune", quick, patience)}
+    if code := job.all(ends, time.perf_counter()):
         raise typer.Exit(code)
 
 

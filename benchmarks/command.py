@@ -84,9 +84,8 @@ class Run:
     conclude: Callable[[dict], Iterable[str]] = lambda report: ()  # lines on what was found
     reports: list[dict] = dataclasses.field(default_factory=list)
 
-    def all(self, ends: Mapping[str, float]) -> int:
-        """Each suite until the second that it should end at; the exit code."""
-        start = time.perf_counter()
+    def all(self, ends: Mapping[str, float], start: float) -> int:
+        """Each suite until the second after `start` that it should end at; the exit code."""
         for name, end in ends.items():
             if not self.suite(name, end - (time.perf_counter() - start)):
                 said = f"Interrupted: what was measured is kept{_in(self.output)}."

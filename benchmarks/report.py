@@ -110,8 +110,8 @@ def show(console: Console, report: Mapping):
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
     commit = f"commit {report['commit']}" + " (modified)" * report["modified"]
     say(
-        f"\n{report['suite']}: {report['seconds']:.0f} s on {report['device']}, "
-        f"{report['threads']} threads",
+        f"\n{report['suite']}: {report['seconds']:.0f} s on {report['device']}, of which "
+        f"{report['threads']} may be used",
         f"Python {report['python']}, {versions}; {commit}",
     )
     if rates := report.get("ceilings"):

@@ -264,7 +264,7 @@ def fits(rows: Sequence[dict]) -> list[dict]:
             if (row["shape"], row["rival"], row["mode"]) == (shape, "jaxflow compressed", "forward")
             and "ms" in row
         }
-        if mine:
+        if len(mine) > 1:
             out.append({"shape": shape, "rival": "jaxflow compressed"} | fit(mine, {}))
     return out
 
