@@ -133,7 +133,7 @@ def visible_pairs(
     """The pairs that count of some queries among m and all n keys, or None where all do."""
     columns, pattern = jnp.arange(shape[1]), pairs_of(band, mask)
     if pattern is not None:
-        return pattern.visible(rows, columns, shape)
+        return jnp.asarray(pattern.visible(rows, columns, shape))
     return visible(rows, columns, band)
 
 
