@@ -142,9 +142,15 @@ class Tab:
                 continue
             if event["method"] == "Runtime.exceptionThrown":
                 bad.append(params["exceptionDetails"].get("exception", params)["description"])
-            if event["method"] == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
+            if event["method"] == "Runtime.consoleAPICalled" and params["type"] in (
+                "error",
+                "warning",
+            ):
                 bad.append(str(params["args"]))
-            if event["method"] == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            if event["method"] == "Log.entryAdded" and params["entry"]["level"] in (
+                "error",
+                "warning",
+            ):
                 bad.append(params["entry"]["text"])
         return bad
 

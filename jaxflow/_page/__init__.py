@@ -42,6 +42,7 @@ def assemble(
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{rules}{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
             f"<title>{html.escape(title)}</title>",
             f"<style>\n{style}</style></head><body>",
             body,

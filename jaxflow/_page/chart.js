@@ -41,7 +41,7 @@ function ticks([low, high], log, count) {
  * Curves in a figure, as SVG.
  *
  * host: a figure. about: {name, xLabel, logX, logY, hover}. The chart is drawn by `show(series)`,
- * each {name, colour, x, y, step, dots} with x increasing, and again when the figure's width
+ * each {name, colour, dash, x, y, step, dots} with x increasing, and again when the figure's width
  * changes; `mark(x)` puts a dot with the value on each curve; with hover, the pointer does.
  */
 function chart(host, about) {
@@ -106,6 +106,7 @@ function chart(host, about) {
     });
     const line = element("svg:path", { d: path || "M0 0" });
     line.style.stroke = s.colour;
+    line.style.strokeDasharray = s.dash ?? "none";
     return [line, ...dots];
   }
 

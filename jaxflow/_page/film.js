@@ -5,7 +5,7 @@ const RATE = 20; // saved times a second, at speed 1
 /** Curves beside the tokens. */
 function panels(film) {
   return film.panels.map((panel) => {
-    const host = find("panels").appendChild(element("figure"));
+    const host = byId("panels").appendChild(element("figure"));
     const drawn = chart(host, { name: panel.name, xLabel: "t", logX: film.log_time, logY: panel.log });
     drawn.show([{ name: panel.name, colour: "var(--c0)", x: panel.t, y: panel.y, step: panel.step, dots: panel.dots }]);
     return drawn;
@@ -14,7 +14,7 @@ function panels(film) {
 
 function player(film, points) {
   const picture = scene(film, points), curves = panels(film);
-  const last = film.ts.length - 1, slider = find("time");
+  const last = film.ts.length - 1, slider = byId("time");
   let position = 0, playing = false, before = 0, drawn = -1;
   slider.max = last;
 
@@ -26,7 +26,7 @@ function player(film, points) {
     const told = `t = ${format(film.ts[k])}`;
     slider.value = k;
     slider.setAttribute("aria-valuetext", told);
-    find("now").textContent = told;
+    byId("now").textContent = told;
     curves.forEach((curve) => curve.mark(film.ts[k]));
   }
 
@@ -34,7 +34,7 @@ function player(film, points) {
   function tick(now) {
     if (!playing) return;
     // Not what went by while the page was not shown.
-    position += (Math.min(now - before, 250) / 1000) * RATE * Number(find("speed").value);
+    position += (Math.min(now - before, 250) / 1000) * RATE * Number(byId("speed").value);
     before = now;
     if (position >= last) { position = last; pause(); } else requestAnimationFrame(tick);
     show();
@@ -44,13 +44,13 @@ function player(film, points) {
     if (position >= last) position = 0;
     playing = true;
     before = performance.now();
-    find("play").textContent = "❚❚ Pause";
+    byId("play").textContent = "❚❚ Pause";
     requestAnimationFrame(tick);
   }
 
   function pause() {
     playing = false;
-    find("play").textContent = "▶ Play";
+    byId("play").textContent = "▶ Play";
   }
 
   const toggle = () => (playing ? pause() : play());
@@ -71,9 +71,9 @@ function player(film, points) {
   };
   const step = (by) => go(by > 0 ? Math.floor(position + 1e-6) + by : Math.ceil(position - 1e-6) + by);
 
-  find("play").addEventListener("click", toggle);
-  find("back").addEventListener("click", () => step(-1));
-  find("forward").addEventListener("click", () => step(1));
+  byId("play").addEventListener("click", toggle);
+  byId("back").addEventListener("click", () => step(-1));
+  byId("forward").addEventListener("click", () => step(1));
   slider.addEventListener("input", () => go(Number(slider.value)));
   keys({ toggle, step, go, last, turn, zoom, solid: picture.solid });
   pointer(picture, film, turn, zoom);
@@ -99,13 +99,13 @@ function keys({ toggle, step, go, last, turn, zoom, solid }) {
     event.preventDefault();
     act();
   });
-  find("keys").textContent = "Keys: space plays and pauses, ← and → step, Home and End go to the ends"
+  byId("keys").textContent = "Keys: space plays and pauses, ← and → step, Home and End go to the ends"
     + (solid ? "; drag, or shift with the arrows, turns; the wheel, or + and −, zooms." : ".");
 }
 
 /** Dragging turns, the wheel and two fingers zoom, and the token under the pointer is told. */
 function pointer(picture, film, turn, zoom) {
-  const { canvas } = picture, tip = find("tip"), down = new Map();
+  const { canvas } = picture, tip = byId("tip"), down = new Map();
   canvas.classList.toggle("flat", !picture.solid);
   const apart = () => {
     const [a, b] = [...down.values()];
@@ -147,13 +147,13 @@ function pointer(picture, film, turn, zoom) {
 
 async function start() {
   const film = pageData();
-  find("title").textContent = film.title;
-  find("about").textContent = film.about;
+  byId("title").textContent = film.title;
+  byId("about").textContent = film.about;
   try {
     player(film, await unpack(film));
   } catch (error) {
-    find("failure").textContent = `The film of this page cannot be played, as it is damaged: ${error.message}.`;
-    find("failure").hidden = false;
+    byId("failure").textContent = `The film of this page cannot be played, as it is damaged: ${error.message}.`;
+    byId("failure").hidden = false;
   }
 }
 start();

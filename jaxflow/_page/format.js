@@ -1,9 +1,9 @@
 "use strict";
 
-const find = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 
 /** What the data element of the page holds. */
-const pageData = () => JSON.parse(find("data").textContent);
+const pageData = () => JSON.parse(byId("data").textContent);
 
 /** A number for people, of at most `digits` digits. */
 function format(value, digits = 4) {

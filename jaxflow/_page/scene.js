@@ -71,7 +71,7 @@ function stamp(r, colour, edge, shape) {
 
 /** The picture of the tokens. `draw(position)` paints it, `token(x, y)` is the one under a place. */
 function scene(film, points) {
-  const canvas = find("tokens"), pen = canvas.getContext("2d");
+  const canvas = byId("tokens"), pen = canvas.getContext("2d");
   const { view, solid, project } = camera(film);
   const at = placer(film, points);
   const [n, k] = film.shape;
