@@ -86,7 +86,7 @@ class Browser:
         )  # fmt: skip
         tab.colours(dark)
         tab.call("Page.navigate", url=url)
-        tab.wait(f"document.readyState === 'complete' && location.href !== 'about:blank'")
+        tab.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return tab
 
     def close(self):

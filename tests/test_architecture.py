@@ -167,7 +167,7 @@ def test_public_names_exist():
 
 def test_import_brings_in_no_extra():
     code = (
-        "import sys, jaxflow; extras = {'matplotlib', 'plotly', 'ott', 'orbax', 'tokenizers', "
+        "import sys, jaxflow; extras = {'matplotlib', 'ott', 'orbax', 'tokenizers', "
         "'sklearn', 'torch', 'scipy.optimize'}; print(sorted(extras & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -36,7 +36,11 @@ def assemble(
     hashes = " ".join(f"'sha256-{_sha256(source)}'" for source in sources) or "'none'"
     rules = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}"
     # A < within a string of JSON, so that no text ends the element.
-    held = "" if data is None else f"{_DATA}{json.dumps(data).replace('<', chr(92) + 'u003c')}"
+    held = (
+        ""
+        if data is None
+        else f"{_DATA}{json.dumps(data, allow_nan=False).replace('<', chr(92) + 'u003c')}"
+    )
     return "\n".join(
         [
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',

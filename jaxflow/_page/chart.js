@@ -74,7 +74,7 @@ function chart(host, about) {
     const [y] = along(yEnds, logY, height - bottom, top);
     scale = { x, y, xAt, shown: (a, b) => a !== null && b !== null && (!logX || a > 0) && (!logY || b > 0) };
     const parts = [label(left, 16, about.name, "start", 600)];
-    for (const v of ticks(xEnds, logX, Math.max(2, Math.floor(width / 90)))) {
+    for (const v of ticks(xEnds, logX, Math.max(2, Math.floor(width / 75)))) {
       parts.push(label(x(v), height - bottom + 17, format(v), "middle"), grid(x(v), x(v), top, height - bottom));
     }
     for (const v of ticks(yEnds, logY, 5)) {

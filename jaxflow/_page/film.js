@@ -146,10 +146,10 @@ function pointer(picture, film, turn, zoom) {
 }
 
 async function start() {
-  const film = pageData();
-  byId("title").textContent = film.title;
-  byId("about").textContent = film.about;
   try {
+    const film = pageData();
+    byId("title").textContent = film.title;
+    byId("about").textContent = film.about;
     player(film, await unpack(film));
   } catch (error) {
     byId("failure").textContent = `The film of this page cannot be played, as it is damaged: ${error.message}.`;

@@ -141,7 +141,7 @@ function makeChart(name, over) {
 /** A table, of text alone: a row of cells each, the first of them its head. */
 function fill(table, head, rows) {
   const cells = (row, name, first) => row.map((cell, k) =>
-    k === 0 ? element("th", { scope: first }, cell) : element(name, { class: "value" }, cell));
+    k === 0 ? element("th", { scope: first }, cell) : element(name, {}, cell));
   table.replaceChildren(
     element("thead", {}, element("tr", {}, ...cells(head, "th", "col"))),
     element("tbody", {}, ...rows.map((row) => element("tr", {}, ...cells(row, "td", "row")))),

@@ -105,8 +105,8 @@ class Table:
 
 def _columns(points: list[Point]) -> dict[str, list[float | None]]:
     known = lambda column: [value if math.isfinite(value) else None for value in column]
-    names = "y", "own", *CLOCKS
-    return {name: known(column) for name, column in zip(names, zip(*points), strict=True)}
+    names, columns = ("y", "own", *CLOCKS), zip(*points, strict=True)
+    return {name: known(column) for name, column in zip(names, columns, strict=True)}
 
 
 def _number(value: Any) -> float | None:
