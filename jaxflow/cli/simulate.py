@@ -45,7 +45,6 @@ OUTPUTS = "metrics.jsonl", "summary.*", "flow.html", "merges.*", "film.*"
 def simulate(s: Simulation):
     """Flows the tokens of the settings and writes the run folder."""
     require("matplotlib.figure")  # now, not after the flow
-    require("plotly.graph_objects")
     prepare()
     with jax.enable_x64(s.double):
         mu0, words = initial_measure(s)
@@ -246,11 +245,11 @@ def _write_run(folder: Path, sol: FlowSolution, words, s: Simulation) -> dict[st
     _write_metrics(folder, sol)
     summary = folder / f"summary.{s.format}"
     write_figure(summary, viz.summary(sol, threshold=s.threshold))
-    with _beside(folder / "flow.html") as work:
-        viz.sphere(sol, labels=words, threshold=s.threshold).write_html(work)
+    page = viz.sphere(sol, labels=words, threshold=s.threshold)
+    write_text(folder / "flow.html", page.html)
     files = {
         "figure": str(summary),
-        "page": f"{folder / 'flow.html'} (open it in a browser)",
+        "page": f"{folder / 'flow.html'} ({len(page.html) / 1e6:.1f} MB, open it in a browser)",
     }
     if s.save is not None:
         _save_points(s.save, sol)
