@@ -135,7 +135,9 @@ def fit(
       XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment, before JAX starts: cuDNN's
       gradient of attention else adds up in the order in which its blocks end.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
-      the last stay, two at least, as the step after the last may fail. The best one stays too.
+      the last stay, two at least, as the step after the last may fail. The best one stays too. With
+      `keep=0` there are none, nor need of orbax-checkpoint: such a run cannot go on, and its model
+      is in what is returned alone.
     - `log_every`: steps between lines of metrics.jsonl.
     - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
       own, and another one may differ from it in the entries of
@@ -208,13 +210,13 @@ def fit(
         patience=patience,
         budget=budget,
     )
-    keep = count("keep", keep)
+    keep = count("keep", keep, least=0)
     if minutes is not None:
         minutes = constant("minutes", minutes, "finite and greater than 0", positive)
     callbacks = called.check(callbacks)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
-    if run is not None:
+    if resume or (run is not None and keep):
         checkpoints.require()
     about = _about(data, config, accumulate)
     params, static = eqx.partition(model, eqx.is_inexact_array)
