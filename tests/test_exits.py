@@ -128,7 +128,8 @@ class Counted(jf.fields.AbstractWrapper):
 
 def test_steps_after_the_last_exit_are_not_computed(model):
     """The flow of two prompts, and that of each token added to them but the last."""
-    inside = Counted(model.field.at(0.0).parts[0])
+    counted: Any = Counted
+    inside = counted(model.field.at(0.0).parts[0])
     counting = model.with_curve(jf.Constant(inside))
     for tolerance, steps in {1e9: 1, 0.0: STEPS}.items():
         CALLS.clear()
