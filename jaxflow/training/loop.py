@@ -28,6 +28,7 @@ from .depths import Elastic, Steps, steps_of
 from .devices import Devices, Placement, placement
 from .losses import AbstractLoss, FlowLoss, cross_entropy, valued
 from .optimisers import adamw
+from .parts import frozen, parted
 from .processes import gathered, is_first, of_first
 from .record import Place, Record
 from .step import State, Step, TrainingError, diagnosis, evaluated, update
@@ -84,6 +85,7 @@ def fit(
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     key: PRNGKeyArray | None = None,
     depths: Elastic | None = None,
+    trainable: Any = eqx.is_inexact_array,
     accumulate: int = 1,
     devices: Devices = None,
     evaluate_every: int = 250,
@@ -119,6 +121,9 @@ def fit(
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
     - `depths`: draw the depth of each step anew, as [`jaxflow.training.Elastic`][] says; `None` is
       the model's own. The loss is then also evaluated at other depths, as "validation_loss@12".
+    - `trainable`: what is trained, a filter of Equinox's: a tree of booleans like the model, such
+      as [`jaxflow.fields.adapters`][] of it, or a function of an array. The rest stays as it is,
+      and is not in the checkpoints of a run, which name it by its sha256.
     - `accumulate`: batches whose gradients are averaged into one step.
     - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
       [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
@@ -218,14 +223,14 @@ def fit(
         raise ValueError("resume=True needs the folder of the run: pass run=...")
     if resume or (run is not None and keep):
         checkpoints.require()
-    about = _about(data, config, accumulate)
-    params, static = eqx.partition(model, eqx.is_inexact_array)
+    params, static = parted(model, trainable)
+    about = _about(data, config, accumulate) | frozen(static)
     optimiser = adamw(steps) if optimiser is None else optimiser
     key = jax.random.key(0) if key is None else key
     _check_parts(optimiser, loss, key)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     placing = placement(devices)
-    step = Step(static, optimiser, loss, placing)
+    step = Step(placing.constants(static), optimiser, loss, placing)
     at_depths = steps_of(step, depths)
     # The step gives its state's memory to the next one, and the caller keeps the model.
     state = placing.state(jax.tree.map(jnp.copy, State(params, optimiser.init(params), key)))
@@ -242,7 +247,7 @@ def fit(
         if resumed is None:
             kept.begin()
         state, best, place = resumed or (state, None, Place())
-        cost = _cost(model, params, first[0][0], at_depths.depths)
+        cost = _cost(model, params, static, first[0][0], at_depths.depths)
         ahead = Ahead(
             at_depths, lambda number: _batches(data, number, accumulate, placing), state, place.step
         )
@@ -547,10 +552,12 @@ def _check_evaluations(at_depths: Steps, state: State, batch):
 # ------------------------------------------------------------------ the outside world
 
 
-def _cost(model, params, inputs, depths: Sequence[Depth]) -> str:
+def _cost(model, params, static, inputs, depths: Sequence[Depth]) -> str:
     """What training takes, before it starts."""
     count = sum(a.size for a in jax.tree.leaves(params))
     text = f"{count:,} parameters: {16 * count / 1e6:.3g} MB with gradients and Adam's moments"
+    if others := sum(a.size for a in jax.tree.leaves(eqx.filter(static, eqx.is_inexact_array))):
+        text += f"; {others:,} others stay as they are"
     if isinstance(model, AbstractModel):
         mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(inputs))
         memory = max(depth.memory(mu0) for depth in depths or [model.depth])

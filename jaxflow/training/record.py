@@ -183,6 +183,11 @@ class Record:
                 f"the run was trained on other data: {difference}. Pass the same data, batch size "
                 "and accumulation to resume it."
             )
+        if difference := _difference(before.get("frozen"), now.get("frozen"), (), "its sha256"):
+            raise ValueError(
+                f"{path} trained a part of another model, as what it left alone differs: "
+                f"{difference}. Pass the same model and `trainable` to resume it."
+            )
         if now["config"] is None:
             self.about = now | {"config": before["config"]}
         elif difference := _difference(before["config"], now["config"], CHANGEABLE):
