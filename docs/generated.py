@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gallery
 import typer
 from studies import STUDIES, study
 from tables import TABLES, markdown, suite
@@ -59,6 +60,8 @@ def _names(node: ast.stmt) -> bool:
 GENERATED: dict[str, Callable[[], str]] = {
     "command line": command_line,
     "types": types,
+    "published results": gallery.reproduced,
+    "examples": gallery.examples,
     **{name: partial(suite, name) for name in TABLES},
     **{name: partial(study, name) for name in STUDIES},
 }

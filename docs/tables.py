@@ -131,9 +131,14 @@ def _cells(cells: dict[str, Row], rivals: list[str], form: Callable[[Row], str])
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in [head, *body]]
+    lines = [[_escaped(cell) for cell in line] for line in [head, *body]]
     lines.insert(1, ["---"] * len(head))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+
+
+def _escaped(cell: str) -> str:
+    """A bar would end the cell, but not within code."""
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or r"\|", cell)
 
 
 def origin(report: dict[str, Any], command: str, about: str) -> str:
