@@ -95,7 +95,7 @@ def register_backend(
     `jaxflow.kernels.AbstractBackend` instead computes the three functions of `jaxflow.kernels.base`
     for a whole batch, in the operands' own dtype, and says what it refuses; only such a one can be
     what the ring goes around. Second derivatives are the portable backend's for all backends, and
-    no backend of yours is chosen unasked. [`jaxflow.kernels.check_backend`][] compares it with the
+    no backend of yours is chosen unasked. `jaxflow.kernels.check_backend` compares it with the
     definition.
 
     **Arguments:**
@@ -181,7 +181,7 @@ def entry(name: str) -> Entry:
 def ring_of(name: str) -> tuple[str | None, str | None]:
     """The axis of a ring, and the backend that it goes around; None for what is not said.
 
-    **Raises:** as [`entry`][jaxflow.kernels.registry.entry].
+    **Raises:** as `jaxflow.kernels.registry.entry`.
     """
     _, _, rest = name.partition(":")
     axis, _, around = rest.partition(":")
