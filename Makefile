@@ -6,8 +6,11 @@ STAMP := .venv/installed
 AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py \
 	tests/test_ptx.py -n 2 --dist worksteal
 
+# Material tells at each start that MkDocs has a successor.
+MKDOCS = NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow aot aot-full aot-tpu lint bench clean
+.PHONY: help demo test test-slow aot aot-full aot-tpu lint docs docs-serve bench clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +44,12 @@ lint: $(STAMP)  ## Style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(STAMP)  ## The site, in build/site: open index.html there
+	$(MKDOCS) build --strict
+
+docs-serve: $(STAMP)  ## The same at http://127.0.0.1:8000, built anew at each change
+	$(MKDOCS) serve --watch jaxflow
 
 bench: $(STAMP)  ## The benchmarks on this machine
 	$(BIN)/python -m benchmarks

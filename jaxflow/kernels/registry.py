@@ -103,7 +103,7 @@ def entry(name: str) -> Entry:
 def ring_of(name: str) -> tuple[str | None, str | None]:
     """The axis of a ring, and the backend that it goes around; None for what is not said.
 
-    **Raises:** as [`entry`][jaxflow.kernels.registry.entry].
+    **Raises:** as `jaxflow.kernels.registry.entry`.
     """
     _, _, rest = name.partition(":")
     axis, _, around = rest.partition(":")

@@ -34,7 +34,7 @@ class Depth(eqx.Module):
     - `solver`: any diffrax solver. The default is Lie-Trotter splitting with Euler's method, a
       transformer's residual stream; adaptive steps need an embedded error, such as
       `diffrax.Tsit5()`.
-    - `adjoint`: any diffrax adjoint; `None` is [`jaxflow.solvers.default_adjoint`][] of the steps.
+    - `adjoint`: any diffrax adjoint; `None` is `jaxflow.solvers.default_adjoint` of the steps.
     - `max_steps`: of an adaptive solve: the budget of function evaluations is this times the
       stages of the method.
     - `grid`: the ends of the steps where they are not equal, which `jittered` draws.
@@ -141,7 +141,7 @@ class Depth(eqx.Module):
 
         The solution has the measure at t1 as its `final` one; with `observe`, what is observed at
         each step.
-        `throw`: raise if it fails, as in [`jaxflow.flow`][].
+        `throw`: raise if it fails, as in `jaxflow.flow`.
         """
         if self.grid is not None:
             controller, max_steps = Grid(self.grid), len(self.grid) - 1
@@ -205,7 +205,7 @@ class AbstractModel(eqx.Module):
 
     def with_curve(self, curve: AbstractCurve):
         """The same model with its parameters along another curve of its blocks, such as layers that
-        [`jaxflow.fields.time.sample`][] takes from its own."""
+        `jaxflow.fields.time.sample` takes from its own."""
         return eqx.tree_at(lambda model: model.field, self, TimeDependent(curve))
 
     def smoothed(self, coefficients: int):
@@ -234,8 +234,8 @@ class AbstractModel(eqx.Module):
         """The flow of the embedded inputs; its `final` measure is what `read_out` takes.
 
         `observe` is evaluated at each step, and on both sides of it where parameters of the field
-        jump: `observed` then holds [`jaxflow.flow.Sides`][]. Look at `ok`: a solve that fails
-        raises nothing.
+        jump: `observed` then holds two arrays, `before` and `after`. Look at `ok`: a solve that
+        fails raises nothing.
         """
         watched = dict(instance("observe", observe or {}, Mapping, "{name: fn}"))
         if jumps(self.field):

@@ -97,20 +97,20 @@ def fit(
 
     **Arguments:**
 
-    - `model`: a [`jaxflow.models.AbstractModel`][], or any Equinox module that a loss of your own
+    - `model`: a `jaxflow.models.AbstractModel`, or any Equinox module that a loss of your own
       takes. Its floating-point arrays are trained.
-    - `data`: what [`jaxflow.training.text_data`][] or [`jaxflow.training.image_data`][] return, or
+    - `data`: what `jaxflow.training.text_data` or `jaxflow.training.image_data` return, or
       an object with their `batch`, `validation_batches` and `describe`.
     - `steps`: of the optimiser.
-    - `optimiser`: any Optax optimiser; `None` is [`jaxflow.training.adamw`][] of the steps.
-    - `loss`: (outputs, targets) -> number, or an [`jaxflow.training.AbstractLoss`][], such as
+    - `optimiser`: any Optax optimiser; `None` is `jaxflow.training.adamw` of the steps.
+    - `loss`: (outputs, targets) -> number, or an `jaxflow.training.AbstractLoss`, such as
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
-    - `depths`: draw the depth of each step anew, as [`jaxflow.training.Elastic`][] says; `None` is
+    - `depths`: draw the depth of each step anew, as `jaxflow.training.Elastic` says; `None` is
       the model's own. The loss is then also evaluated at other depths, as "validation_loss@12".
     - `accumulate`: batches whose gradients are averaged into one step.
     - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
-      [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
+      `jaxflow.training.FullySharded`, whose devices share the parameters and the optimiser's
       state as well. The losses are those of one device, to rounding. `None` is one device, with a
       warning that names those that are idle. A run may go on with another number of devices.
     - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
@@ -128,11 +128,11 @@ def fit(
     - `log_every`: steps between lines of metrics.jsonl.
     - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
       own, and another one may differ from it in the entries of
-      `jaxflow.training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
+      `training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
     - `progress`: show a progress bar; where there is no terminal, print a line a log.
     - `callbacks`: functions (step, metrics, model), called after each step that is logged,
       evaluated or saved, with the number of steps done, a dictionary of what was measured, and a
-      copy of the model: see [`jaxflow.training.tensorboard`][], and `jaxflow.training.callbacks`
+      copy of the model: see `jaxflow.training.tensorboard`, and `jaxflow.training.callbacks`
       for Weights & Biases and MLflow.
     - `minutes`: of wall time for this call, compilation included. The step that is underway then
       is evaluated and saved; a run that goes on has so many minutes anew.
@@ -143,7 +143,7 @@ def fit(
     SIGTERM and Ctrl-C end the step, or the evaluation after its batch, save, and return. An
     evaluation that was cut off is made when the run goes on.
 
-    Several processes ([`jaxflow.training.join`][]) call `fit` with the same arguments, and
+    Several processes (`jaxflow.training.join`) call `fit` with the same arguments, and
     `devices` of all of them. The first alone writes; a signal to any of them, and the end of
     `minutes`, count from the next step that is logged.
 
@@ -157,7 +157,7 @@ def fit(
     step, but where a callback, an evaluation or a checkpoint looks at the model, or a budget is to
     be kept.
 
-    **Returns:** a [`jaxflow.training.Fitted`][].
+    **Returns:** a `jaxflow.training.Fitted`.
 
     **Raises:**
 

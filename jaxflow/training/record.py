@@ -63,7 +63,7 @@ class Place(NamedTuple):
 def opened(run: str | Path | None, *, resume: bool) -> Iterator[Path | None]:
     """Holds the run folder, if there is one, while the context lasts.
 
-    **Raises:** ValueError as [`claim`][jaxflow._folder.claim] does, and where there is no run to
+    **Raises:** ValueError as `jaxflow._folder.claim` does, and where there is no run to
     resume, or one already that is not to be resumed.
     """
     if run is None or not is_first():

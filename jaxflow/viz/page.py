@@ -46,7 +46,7 @@ def sphere(
     `sphere(sol).write_html("flow.html")` writes one self-contained page. A token has the colour of
     the cluster where it ends up, or, where one cluster is left, of that at the last time at which
     there were several. Beside it run the number of clusters and, if observed under that
-    name, the energy. The circle or sphere is drawn for flows on [`jaxflow.Sphere`][] alone.
+    name, the energy. The circle or sphere is drawn for flows on `jaxflow.Sphere` alone.
 
     The number of clusters is what the flow observed under the name "clusters" (by the threshold of
     that observable). If it observed none, clusters are counted here, and of n > 7,000 tokens only
@@ -58,14 +58,14 @@ def sphere(
     - `sol`: a flow with `SaveAt(ts=...)`. Times that it did not reach are left out. Where times
       are spaced logarithmically, so are the axes of t.
     - `system`: which one, for a solution of several (an index, or a tuple for several axes).
-    - `threshold`: the least cosine of linked tokens ([`jaxflow.observables.cluster_labels`][]).
+    - `threshold`: the least cosine of linked tokens (`jaxflow.observables.cluster_labels`).
     - `max_points`, `max_frames`: how many tokens and times to draw at most, evenly spaced. Clusters
       are counted among all tokens.
     - `labels`: a word a token, shown under the pointer as it is written.
 
     **Returns:** a plotly `Figure`.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][].
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
     """
     go = require("plotly.graph_objects")
     run = read_run(sol, system, max_frames)
