@@ -1,6 +1,10 @@
-"""The parts of pages that are made of results and of the program, so that nobody types a number."""
+"""What pages have made for them: `<!-- generated: NAME -->` becomes what NAME here returns."""
+
+from collections.abc import Callable
+from functools import partial
 
 import typer
+from tables import TABLES, table
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
@@ -8,10 +12,13 @@ from jaxflow.cli import app
 
 
 def command_line() -> str:
-    """All commands and options, below one heading."""
+    """Each command with its options; Typer's own list of commands cuts their lines short."""
     command = get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="jaxflow")
-    return text.removeprefix("# `jaxflow`")
+    return text[text.index("## ") :]
 
 
-GENERATED = {"command_line": command_line}
+GENERATED: dict[str, Callable[[], str]] = {
+    "command line": command_line,
+    **{name: partial(table, name) for name in TABLES},
+}
