@@ -36,6 +36,13 @@ def test_code_runs_as_printed(page):
     documentation.run(page)
 
 
+@pytest.mark.parametrize("file", sorted((DOCS / "extend").glob("*.py")), ids=name_of)
+def test_parts_of_ones_own_are_short_and_proved(file):
+    text = file.read_text()
+    assert len(text.splitlines()) < 30 and text.splitlines()[-1].startswith("assert ")
+    assert f'--8<-- "docs/extend/{file.name}"' in file.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize("where", COMMANDS)
 def test_commands_exist(where):
     documentation.check(COMMANDS[where])
