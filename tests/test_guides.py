@@ -16,6 +16,7 @@ sys.path.append(str(DOCS))  # as MkDocs does for its hooks
 import errors  # noqa: E402
 
 PAGES = sorted(DOCS.rglob("*.md"))
+CODE = [page for page in PAGES if any(b.language == "python" for b in documentation.blocks(page))]
 COMMANDS = {where: words for page in PAGES for where, words in documentation.commands(page)}
 name_of = lambda path: str(path.relative_to(DOCS))
 
@@ -31,7 +32,7 @@ def plain(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", CODE, ids=name_of)
 def test_code_runs_as_printed(page):
     documentation.run(page)
 
