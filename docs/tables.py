@@ -1,7 +1,7 @@
 """Tables of measured results, out of benchmarks/results/*.json: nobody types a number.
 
-A table is of one suite: a line a case, a column a rival, the fastest of a line in bold. There is one
-table for each device that has results, and a sentence where none has.
+A table is of one suite: a line a case, a column a rival, the fastest of a line in bold. There is
+one for each device that has results, and a sentence where none has.
 """
 
 import json
@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 Row = dict[str, Any]
+
+MEMORY = ("peak_mib", "{:,.0f} MiB")
+ERROR = ("error", "error {:.0e}")
 
 # Cases in words, by the names that they have in the results.
 CASES = {
@@ -25,7 +28,7 @@ CASES = {
     r"flow-(\d+)-(\d+)": "a flow of {} tokens, d = {}",
     r"operation-(\d+)-(\d+)": "the operation, {} tokens, d = {}",
     r"training-(\d+)-(\d+)-(\d+)": "{} texts of {} tokens, dimension {}",
-    r"phase-(\d+)-(\d+)-(\d+) beta (\S+)": "phase diagram: {} tokens, d = {}, {} systems, beta = {}",
+    r"phase-(\d+)-(\d+)-(\d+) beta (\S+)": "{} tokens, d = {}, {} systems, beta = {}",
     r"compressed S\^(\d) beta (\S+)": "tokens on S^{}, beta = {}",
     r"pruned (\w+) d (\d+) spread (\S+) beta (\S+)": "{} in d = {}, blobs of spread {}, beta = {}",
     r"pruned (\w+) d (\d+) beta (\S+)": "{} in d = {}, beta = {}",
@@ -33,9 +36,8 @@ CASES = {
 
 
 class Table(NamedTuple):
-    """Which rows of a suite are shown, and what of each."""
+    """What is shown of a row, and of which rows."""
 
-    suite: str
     cell: Callable[[Row], str]
     shown: Callable[[Row], bool] = lambda row: True
 
@@ -62,25 +64,28 @@ def _named(prefix: str) -> Callable[[Row], bool]:
     return lambda row: row["shape"].startswith(prefix)
 
 
+# By suite: its tables, each a part of its rows.
 TABLES = {
-    "solvers": Table("solvers", _with(("steps", "{:,} steps"))),
-    "accuracy": Table("flow", _with(("setting", "{}"), ("evaluations", "{} evaluations"))),
-    "derivatives": Table("derivatives", _with(("peak_mib", "{:,.0f} MiB"))),
-    "backends": Table("kernels", _with(), lambda row: row["mode"] != "memory"),
-    "growth": Table("scaling", _with(("peak_mib", "{:,.0f} MiB"))),
-    "compressed": Table("scale", _with(("error", "error {:.0e}")), _named("compressed")),
-    "pruned": Table("scale", _with(("error", "error {:.0e}")), _named("pruned")),
-    "training": Table("training", _with(("peak_mib", "{:,.0f} MiB"))),
-    "observables": Table("observables", _with(("setting", "{}"))),
+    "solvers": [Table(_with(("steps", "{:,} steps")))],
+    "flow": [Table(_with(("setting", "{}"), ("evaluations", "{} evaluations")))],
+    "derivatives": [Table(_with(MEMORY))],
+    "kernels": [Table(_with(), lambda row: row["mode"] != "memory")],
+    "scaling": [Table(_with(MEMORY))],
+    "scale": [Table(_with(ERROR), _named("compressed")), Table(_with(ERROR), _named("pruned"))],
+    "training": [Table(_with(MEMORY))],
+    "observables": [Table(_with(("setting", "{}")))],
 }
 
 
-def table(name: str) -> str:
-    """The table in Markdown, once for each device."""
-    chosen = TABLES[name]
-    found = [_of(report, chosen) for report in _reports() if report["suite"] == chosen.suite]
-    missing = f"*Not measured yet: `python -m benchmarks {chosen.suite}` does it.*\n"
-    return "\n".join(found) or missing
+def suite(name: str) -> str:
+    """The tables of a suite in Markdown, once for each device."""
+    reports = [report for report in _reports() if report["suite"] == name]
+    found = [_of(report, chosen) for report in reports for chosen in TABLES[name]]
+    return "\n".join(found) or missing(f"python -m benchmarks {name}")
+
+
+def missing(command: str) -> str:
+    return f"*Not measured yet: `{command}` does it.*\n"
 
 
 def _reports() -> Iterator[dict[str, Any]]:
@@ -94,9 +99,12 @@ def _of(report: dict[str, Any], chosen: Table) -> str:
     lines: dict[str, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault(_case(row), {})[row["rival"]] = row
-    head = ["", *rivals]
     body = [[case, *_cells(cells, rivals, chosen.cell)] for case, cells in lines.items()]
-    return f"{_markdown([head, ['---'] * len(head), *body])}\n\n{_origin(report)}\n"
+    left = f" Left out for want of time: {', '.join(report['skipped'])}." * bool(report["skipped"])
+    about = f"The fastest of a line is bold.{left}"
+    return markdown(["", *rivals], body) + origin(
+        report, f"python -m benchmarks {report['suite']}", about
+    )
 
 
 def _case(row: Row) -> str:
@@ -122,17 +130,20 @@ def _cells(cells: dict[str, Row], rivals: list[str], form: Callable[[Row], str])
     return [f"**{written[r]}**" if r == best else written.get(r, "") for r in rivals]
 
 
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |"
-                     for line in lines)  # fmt: skip
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [[_escaped(cell) for cell in line] for line in [head, *body]]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
 
 
-def _origin(report: dict[str, Any]) -> str:
-    """On what this was measured, by which command, and what was left out."""
+def _escaped(cell: str) -> str:
+    """A bar would end the cell, but not within code."""
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or r"\|", cell)
+
+
+def origin(report: dict[str, Any], command: str, about: str) -> str:
+    """What a table shows, on what it was measured, and by which command."""
     versions = report["versions"]
     with_ = ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch") if name in versions)
-    left = f" Left out for want of time: {', '.join(report['skipped'])}." * bool(report["skipped"])
-    return (
-        f"*The fastest of a line is bold. {report['device']}, {with_}, commit {report['commit']}; "
-        f"`python -m benchmarks {report['suite']}`.{left}*"
-    )
+    place = f"{report['device']}, {with_}, commit {report['commit']}"
+    return f"{about} {place}; `{command}`.\n{{ .origin }}\n"

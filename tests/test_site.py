@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, needs nothing from elsewhere, and no link of it is dead."""
+"""The site: it builds without a warning, loads nothing from elsewhere, and no link is dead."""
 
 import html.parser
 import importlib
@@ -160,7 +160,23 @@ def test_a_table_is_made_of_results(tmp_path, monkeypatch):
     (tmp_path / "one.json").write_text(json.dumps([report]))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     line = r"| 16 tokens on the circle, beta = 4 | **20.5 ms (1,415 steps)** | 1.63 s (12 steps) "
-    made = tables.table("solvers")
+    made = tables.suite("solvers")
     assert line + r"| too \| slow |" in made and "a device, jax 1.2, commit abc" in made
     assert "two beta 1" in made
-    assert "python -m benchmarks flow" in tables.table("accuracy")  # none there
+    assert "python -m benchmarks flow" in tables.suite("flow")  # none there
+
+
+def test_a_study_shows_mean_and_spread(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    studies = importlib.import_module("studies")
+    numbers = {"best": {"mean": 1.88, "spread": 0.01}, "losses": {"2": {"mean": 2, "spread": None}}}
+    record = {
+        "question": "which loss?", "device": "a device", "versions": {"jax": "1.2"},
+        "commit": "abc", "rows": [{"case": "plain", "n": 3, "seeds": [0, 1, 2]} | numbers],
+    }  # fmt: skip
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "characters.json").write_text(json.dumps(record))
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    made = studies.study("characters")
+    assert "| plain | 3 | 1.88 \u00b1 0.01 | 2 |" in made and "| best | losses 2 |" in made
+    assert "benchmarks.studies digits" in studies.study("digits")
