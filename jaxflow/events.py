@@ -89,7 +89,7 @@ def until_below(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
 def until_above(observable: Callable[[Any, Measure], Any], level: ScalarLike) -> diffrax.Event:
     """Stops at the first time at which observable(t, mu) > level, in every system.
 
-    **Arguments:** as in [`jaxflow.events.until_below`][].
+    **Arguments:** as in `jaxflow.events.until_below`.
 
     **Raises:** `ValueError` for a level that is no scalar.
     """
@@ -107,7 +107,7 @@ def until_clustered(
 
     **Arguments:** `count`; `threshold`, the least cosine of linked tokens, or `radius`, their
     largest distance; `min_mass`, the share of all mass from which on a component is a cluster: of
-    very many tokens a few stragglers then do not count ([`jaxflow.observables.cluster_labels`][]).
+    very many tokens a few stragglers then do not count (`jaxflow.observables.cluster_labels`).
 
     **Raises:** `ValueError` or `TypeError` for a count below 1, a share outside of [0, 1] and what
     links no tokens.
@@ -188,23 +188,23 @@ def merges(
 
     The flow itself is not changed, so that this is the one for any field, masks and motion in time
     included, and for any distance, far ones too. Where tokens that have met stay together and
-    clusters last long, [`jaxflow.coarsen`][] finds the same tree in one solve and in far fewer
+    clusters last long, `jaxflow.coarsen` finds the same tree in one solve and in far fewer
     steps, for a small distance.
 
     Two clusters merge when a token of the one and a token of the other first have a cosine of
     `threshold`; clusters that have merged count as one from then on. The time is found by
     bisection, and the flow goes on from there: one solve and n^2 products of tokens a merge. For
-    more than some thousand tokens take [`jaxflow.observables.merge_tree`][], whose times are those
+    more than some thousand tokens take `jaxflow.observables.merge_tree`, whose times are those
     that a solution saved.
 
     **Arguments:** `threshold`; `progress(t, clusters)`, called after each merge; the others as in
-    [`jaxflow.flow`][], for one system, outside `jit`.
+    `jaxflow.flow`, for one system, outside `jit`.
 
-    **Returns:** a [`jaxflow.observables.MergeTree`][] with `links`, the two tokens that met; it is
+    **Returns:** a `jaxflow.observables.MergeTree` with `links`, the two tokens that met; it is
     complete if one cluster is left at t1. Where a solve fails on the way, the tree holds the
     mergers before, its `failure` says what happened, and a warning does, too.
 
-    **Raises:** `ValueError` for several systems, and what [`jaxflow.flow`][] raises for bad input.
+    **Raises:** `ValueError` for several systems, and what `jaxflow.flow` raises for bad input.
 
     ```python
     >>> mu0 = jaxflow.measure.simplex(4, 4)  # four tokens at right angles meet at one time

@@ -132,7 +132,7 @@ class AbstractCausalField(AbstractField):
 
 def can_be_continued(field: AbstractField) -> bool:
     """Whether a causal flow of the field can be continued token by token: whether it, and every
-    field inside it, is an [`jaxflow.fields.AbstractCausalField`][]."""
+    field inside it, is an `jaxflow.fields.AbstractCausalField`."""
     if isinstance(field, AbstractCompositeField):
         return all(can_be_continued(inner) for inner in field.inside(0.0))
     return isinstance(field, AbstractCausalField)

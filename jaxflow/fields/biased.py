@@ -57,10 +57,10 @@ class ALiBi(AbstractInteraction):
 
     (Press, Smith and Lewis, arXiv 2108.12409.) It is for causal fields: of the distance only j
     depends on the key. (Rotary embeddings, the other encoding of positions, are the `rotary` of
-    [`jaxflow.MultiHeadAttention`][].)
+    `jaxflow.MultiHeadAttention`.)
 
     **Arguments:** `slope`: a number, or one a head, shape `(H,)`, for
-    [`jaxflow.MultiHeadAttention`][]; [`jaxflow.fields.alibi_slopes`][] are the published ones.
+    `jaxflow.MultiHeadAttention`; `jaxflow.fields.alibi_slopes` are the published ones.
 
     **Raises:** `ValueError` or `TypeError` for what is neither; a field that is not causal refuses
     it.

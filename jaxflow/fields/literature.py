@@ -123,14 +123,14 @@ def weighted_attention(
         X[mu](x) = P_x ( D E_{mu_x}[y] ),    mu_x by the scores beta <x, D y>
 
     With `Unnormalised()` it is the gradient flow of E[mu] = 1/(2 beta) int int e^{beta <x, D y>},
-    [`jaxflow.observables.InteractionEnergy`][] with `key=D`, and dE/dt = E|x'|^2; with `Softmax()`
+    `jaxflow.observables.InteractionEnergy` with `key=D`, and dE/dt = E|x'|^2; with `Softmax()`
     the same in another metric. A token at an eigenvector of D alone stays where it is.
 
-    **Arguments:** `matrix`: D, shape `(d, d)`; the others as in [`jaxflow.SelfAttention`][].
+    **Arguments:** `matrix`: D, shape `(d, d)`; the others as in `jaxflow.SelfAttention`.
 
-    **Returns:** a [`jaxflow.SelfAttention`][] with `key` and `value` D.
+    **Returns:** a `jaxflow.SelfAttention` with `key` and `value` D.
 
-    **Raises:** `ValueError` where D is not symmetric, and as [`jaxflow.SelfAttention`][].
+    **Raises:** `ValueError` where D is not symmetric, and as `jaxflow.SelfAttention`.
     """
     field = SelfAttention(
         key=matrix, value=matrix, beta=beta, interaction=interaction, geometry=geometry

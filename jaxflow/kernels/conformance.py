@@ -53,7 +53,7 @@ class Finding(NamedTuple):
 
 
 class Conformance(NamedTuple):
-    """What [`jaxflow.kernels.check_backend`][] found; printed, a line a finding."""
+    """What `jaxflow.kernels.check_backend` found; printed, a line a finding."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -86,7 +86,7 @@ def check_backend(
     **Arguments:**
 
     - `name`: as in `backend=name`: one of this package, or one that
-      [`jaxflow.kernels.register_backend`][] was given.
+      `jaxflow.kernels.register_backend` was given.
     - `dtypes`: of queries, keys and values: "float32", "bfloat16" or "float16". The largest
       difference may be 1e-4 of the largest entry in float32, and ten roundings in 16 bits.
     - `trials`: the cases.

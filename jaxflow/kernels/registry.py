@@ -30,7 +30,7 @@ from .base import (
 )
 from .blocked import Blocked
 from .pruned import Pruned
-from .reference import Reference
+from .reference import Reference, too_many
 from .ring import Ring
 from .unbatched import Unbatched
 
@@ -76,7 +76,7 @@ BACKENDS = REGISTRY.keys()  # as they are at any time: what users register joins
 INTERPRETED = {"pallas_gpu": _pallas_gpu, "pallas_tpu": _pallas_tpu}
 # The order in which a platform tries them; the last one refuses nothing and wants no proof.
 PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", "blocked")}
-OTHERWISE = ("blocked",)
+OTHERWISE = ("reference", "blocked")
 
 
 def register_backend(
@@ -95,7 +95,7 @@ def register_backend(
     `jaxflow.kernels.AbstractBackend` instead computes the three functions of `jaxflow.kernels.base`
     for a whole batch, in the operands' own dtype, and says what it refuses; only such a one can be
     what the ring goes around. Second derivatives are the portable backend's for all backends, and
-    no backend of yours is chosen unasked. [`jaxflow.kernels.check_backend`][] compares it with the
+    no backend of yours is chosen unasked. `jaxflow.kernels.check_backend` compares it with the
     definition.
 
     **Arguments:**
@@ -181,7 +181,7 @@ def entry(name: str) -> Entry:
 def ring_of(name: str) -> tuple[str | None, str | None]:
     """The axis of a ring, and the backend that it goes around; None for what is not said.
 
-    **Raises:** as [`entry`][jaxflow.kernels.registry.entry].
+    **Raises:** as `jaxflow.kernels.registry.entry`.
     """
     _, _, rest = name.partition(":")
     axis, _, around = rest.partition(":")
@@ -302,6 +302,8 @@ def candidates(mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> I
     """The backends that a platform tries, up to the one that runs."""
     for name in PREFERENCE.get(platform, OTHERWISE):
         found = _candidate(name, mode, platform, shapes, problem)
+        if name == "reference" and found.refusal is None:
+            found = found._replace(refusal=too_many(shapes))
         yield found
         if found.objection is None:
             return

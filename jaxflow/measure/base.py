@@ -26,7 +26,7 @@ class Measure(eqx.Module):
       `(*batch, n)`. `-inf` is a token without mass (padding). `None` is the uniform weight 1/n.
 
     - `signs`: `None`, or 1 and -1, `(*batch, n)`, for weights exp(log_weights) signs that are not
-      all positive: what [`jaxflow.measure.compress`][] gives. Fields of attention take such a
+      all positive: what `jaxflow.measure.compress` gives. Fields of attention take such a
       measure, and what needs positive weights, such as a count of clusters, refuses it.
 
     Indexing, iteration and `len` run over the leading axis: `sol.measures[-1]`.

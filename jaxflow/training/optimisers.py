@@ -28,10 +28,10 @@ def adamw(
     - `steps`: of the whole training. `warmup`: the steps in which the rate grows, at most a tenth
       of them.
     - `learning_rate`: the largest. `final`: the last one, as a part of it.
-    - `weight_decay`: of matrices alone, see [`jaxflow.training.matrices`][].
+    - `weight_decay`: of matrices alone, see `jaxflow.training.matrices`.
     - `clip`: the largest norm of the whole gradient; `None` for no limit. `b1`, `b2`: Adam's.
 
-    **Returns:** an Optax optimiser, for [`jaxflow.training.fit`][].
+    **Returns:** an Optax optimiser, for `jaxflow.training.fit`.
 
     **Raises:** TypeError for a number of steps that is not whole, ValueError for any number that is
     not finite or not in its range.
