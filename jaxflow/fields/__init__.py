@@ -120,3 +120,7 @@ __all__ = [
     "weighted_attention",
     "weighted_sums",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
