@@ -43,6 +43,21 @@ from .fields.base import same_geometry, unprojected
 from .fields.time import frozen, jumps
 from .geometry import AbstractGeometry, Euclidean
 
+__all__ = [
+    "AbstractFieldSolver",
+    "AbstractSplitting",
+    "Geodesic",
+    "LieTrotter",
+    "NormalisedEuler",
+    "RK4",
+    "Strang",
+    "default_adjoint",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
     """A diffrax solver around another one, for `jaxflow.flow`, whose `args` hold the field.
