@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gallery
 import typer
+from errors import errors
 from studies import STUDIES, study
 from tables import TABLES, markdown, suite
 from typer.cli import get_docs_for_click
@@ -60,6 +61,7 @@ def _names(node: ast.stmt) -> bool:
 GENERATED: dict[str, Callable[[], str]] = {
     "command line": command_line,
     "types": types,
+    "errors": errors,
     "published results": gallery.reproduced,
     "examples": gallery.examples,
     **{name: partial(suite, name) for name in TABLES},

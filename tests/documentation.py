@@ -19,7 +19,7 @@ from jaxflow.cli import app
 
 ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INCLUDE = re.compile(r'^--8<-- "(.+)"\n', re.MULTILINE)
+_INCLUDE = re.compile(r"^--8<--\n(.+)\n--8<--\n", re.MULTILINE)
 _SETTING = re.compile(r"[A-Z_]+=\S+")
 
 

@@ -1,10 +1,12 @@
 """Run by test_devices.py in each process of a training: FOLDER STEPS DEVICES [resume].
 
-Prints the losses of its steps as JSON, from the first process."""
+Prints the losses of its steps as JSON, from the first process; after SIGTERM each process says at
+which step it ended."""
 
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,7 +37,8 @@ class Slow:
 if __name__ == "__main__":
     training.join()
     model = jf.models.ResidualNetwork(64, 10, 8, 2, width=8, key=jax.random.key(0))
-    fitted = training.fit(
+    fit = partial(
+        training.fit,
         model,
         Slow(),
         steps=int(STEPS),
@@ -49,5 +52,10 @@ if __name__ == "__main__":
         resume=bool(RESUME),
         progress=False,
     )
+    try:
+        fitted = fit()
+    except training.Terminated as stopped:
+        print(stopped.fitted.reason, stopped.fitted.step)
+        raise
     if training.is_first():
         print(json.dumps([row["loss"] for row in fitted.history]))

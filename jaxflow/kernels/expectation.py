@@ -150,7 +150,9 @@ def select_backend(
     can, "blocked" for all else, and a warning says so once. A kernel that failed the check never
     runs, also by name; one that was not checked runs by name. The environment variable
     JAXFLOW_KERNELS=all (default: proved) takes all kernels, proved or not: also for programs that
-    are lowered for a device that is not at hand.
+    are lowered for a device that is not at hand. Elsewhere, as on a CPU, "reference" runs where the
+    pairs of queries and keys are few, 96 x 96 of a system and 2^20 of a batch, and "blocked" else:
+    `jaxflow.kernels.explain_backend` says which, and why.
 
     **Arguments:** as `jaxflow.softmax_expectation` (only shapes and dtypes matter; leading
     axes are a batch), and
@@ -172,6 +174,7 @@ def select_backend(
 
     x = jnp.zeros((512, 3))
     assert jf.select_backend(x, x, x, platform="cpu") == "blocked"
+    assert jf.select_backend(x[:64], x[:64], x[:64], platform="cpu") == "reference"
     ```
     """
     shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)

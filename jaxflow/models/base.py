@@ -16,7 +16,7 @@ from .._memory import check_fits
 from .._rules import constant, count, instance, positive
 from .._solution import FlowSolution, Sides
 from .._types import ArrayLike, ScalarLike, error_where
-from ..fields import AbstractCurve, AbstractField, Legendre, TimeDependent
+from ..fields import AbstractCurve, AbstractField, Legendre, LowRank, TimeDependent
 from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
@@ -220,15 +220,40 @@ class AbstractModel(eqx.Module):
         **Raises:** `ValueError` or `TypeError` for more coefficients than steps, for adaptive
         steps, and for a model whose parameters are no curve in time.
         """
-        instance("the field of the model", self.field, TimeDependent, "one of a LanguageModel")
-        times, t1 = self.depth.times[:-1], self.depth.t1
+        curve, times, t1 = self._curve, self.depth.times[:-1], self.depth.t1
         if count("coefficients", coefficients) > len(times):
             raise ValueError(
                 f"{len(times)} steps determine as many coefficients, got {coefficients}."
             )
-        curve = cast(TimeDependent, self.field).curve
         like = Legendre([curve.at(0.0)] * coefficients, 0.0, t1)
         return self.with_curve(fit(curve, like, t1=t1, at=times))
+
+    def adapted(self, rank: int, *, key: PRNGKeyArray):
+        """The same model with a low-rank change of each matrix of its curve, nothing at the start,
+        to be trained alone:
+
+        `fit(model, data, steps=500, trainable=jaxflow.fields.adapters(model))`
+
+        **Arguments:** `rank` and `key`, as of `jaxflow.fields.LowRank`.
+
+        **Raises:** as that, and `TypeError` for a model whose parameters are no curve in time.
+        """
+        return self.with_curve(LowRank(self._curve, rank, key=key))
+
+    def merged(self):
+        """The same model with its low-rank changes added to what they change: the curve that it
+        had before it was adapted, with other numbers, and the same outputs to rounding.
+
+        **Raises:** `TypeError` for a model that is not adapted.
+        """
+        example = "that of model.adapted(rank, key=...)"
+        adapted = instance("the curve to merge", self._curve, LowRank, example)
+        return self.with_curve(adapted.merged())
+
+    @property
+    def _curve(self) -> AbstractCurve:
+        instance("the field of the model", self.field, TimeDependent, "one of a LanguageModel")
+        return cast(TimeDependent, self.field).curve
 
     def solve(self, inputs: ArrayLike, observe: Observables | None = None) -> FlowSolution:
         """The flow of the embedded inputs; its `final` measure is what `read_out` takes.

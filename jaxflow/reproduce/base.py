@@ -1,7 +1,7 @@
 """The contract of a result: what is measured, what is expected, and a figure of both.
 
     RESULT = Result("staircase", "2410.06833", "Five tokens at beta = 4 ...", Seconds(9, 9), run)
-    run(quick) -> Outcome(rows, figure, schemes)
+    run(quick) -> Outcome(rows, draw, schemes)
 
 A row passes where |measured - expected| <= tolerance. Expected values are closed forms, quadratures
 or numbers of the literature, and each tolerance says what it allows for. All is in float64.
@@ -48,10 +48,11 @@ class Scheme(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a result found: rows, a figure of matplotlib, and what the published step gives."""
+    """What a result found: rows, what draws a figure of matplotlib, which need not be there, and
+    what the published step gives."""
 
     rows: Sequence[Row]
-    figure: Any
+    draw: Callable[[], Any]
     schemes: Sequence[Scheme] = ()
 
 

@@ -16,11 +16,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .._rules import constant, count
+from .._rules import constant, count, instance
 from .._types import accumulation_dtype
 from ..fields import AbstractField
-from ..models import LanguageModel
+from ..models import AbstractExit, LanguageModel
 from ..models.ends import project
+from ..models.exits import check_exit
+from ..models.exits import solve as exited
+from ..models.generation import can_be_cached
 from .data import IGNORED
 
 CHUNK = 2**24  # logits at a time
@@ -108,6 +111,33 @@ class FlowLoss(AbstractLoss):
             hidden, matrix = model.hidden(mu), model.unembedding
             return chunked_cross_entropy(hidden, matrix, targets, dtype=model.dtype)
         return self.outputs(model.read_out(mu), targets)
+
+
+class ExitLoss(AbstractLoss):
+    """The cross-entropy of a language model each token of which exits early, as at generation.
+
+    "num_evaluations" is then the mean over the tokens of what each takes when it is generated; the
+    loss is measured with all of them at once, which skips nothing.
+
+        evaluate(model, batches, ExitLoss(jaxflow.models.DistributionExit(0.01)))
+
+    **Arguments:** `exit`: when, as in `jaxflow.models.LanguageModel``.generate_early`.
+
+    **Raises:** `TypeError` for what is no exit.
+    """
+
+    exit: AbstractExit
+
+    def __check_init__(self):
+        instance("exit", self.exit, AbstractExit, "jaxflow.models.DistributionExit(0.01)")
+
+    def __call__(self, model, inputs, targets, key):
+        example = "jaxflow.models.LanguageModel(...)"
+        check_exit(self.exit, can_be_cached(instance("model", model, LanguageModel, example)))
+        final, evaluations = exited(model, inputs, self.exit)
+        value = cross_entropy(model.read_out(final), targets)
+        mean = evaluations.astype(value.dtype).mean()
+        return Valued(value, jnp.isfinite(value), {"num_evaluations": mean})
 
 
 def _compared(model, mu):

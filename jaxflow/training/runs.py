@@ -7,11 +7,18 @@ import equinox as eqx
 
 from .. import models
 from . import checkpoints, parameters
+from .parts import check_frozen, parted
 from .record import CHECKPOINTS
 from .tokenizers import tokenizer_from_dict
 
 
-def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
+def load(
+    path: str | Path,
+    like: Any = None,
+    *,
+    which: str = "best",
+    trainable: Any = eqx.is_inexact_array,
+) -> Any:
     """The model of a run.
 
     **Arguments:**
@@ -22,6 +29,9 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
       `jaxflow.models.build` takes it.
     - `which`: "best", by validation loss, or "latest". Where nothing was evaluated the best is the
       latest.
+
+    - `trainable`: as `fit` was given it, of a run that trained a part of the model; `like` then has
+      the rest, with its own numbers.
 
     **Returns:** the model with the parameters of the checkpoint.
 
@@ -41,7 +51,8 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
                 "structure, to jaxflow.training.load; what that returns can be exported."
             )
         like = models.build(config["model"])
-    params, static = eqx.partition(like, eqx.is_inexact_array)
+    params, static = parted(like, trainable)
+    check_frozen(static, _about(checkpoint), path)
     state, _ = checkpoints.restore(checkpoint, _Params(params), partial=True)
     return eqx.combine(state.params, static)
 
