@@ -35,25 +35,30 @@ def _result(record: dict[str, Any]) -> str:
     off = markdown(["By the published step, h = 0.1", "it gives", "exact"], steps) if steps else ""
     about = f"{line[0].upper()}{line[1:]} ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))."
     numbers = markdown(["", "measured", "expected"], rows)
-    return _section(name, about, f"jaxflow reproduce {name} --quick", name, f"{numbers}{off}")
+    command = f"jaxflow reproduce {name} --quick"
+    return _section(name, about, command, f"{name}.png", f"{numbers}{off}")
 
 
 def examples() -> str:
-    """Examples that draw, with what their docstrings expect."""
-    return "\n".join(_example(name) for name in EXAMPLES)
+    """Examples whose picture is there, with what their docstrings expect."""
+    return "\n".join(_example(name) for name in EXAMPLES if (FOLDER / _drawn(name)).exists())
 
 
 def _example(name: str) -> str:
     text = ast.get_docstring(ast.parse((SCRIPTS / f"{name}.py").read_text())) or ""
     first, *rest = text.split("\n\n")
     title = name.replace("_", " ")
-    return _section(title, first, f"python examples/{name}.py", name, "\n\n".join(rest))
+    return _section(title, first, f"python examples/{name}.py", _drawn(name), "\n\n".join(rest))
+
+
+def _drawn(name: str) -> str:
+    return f"examples/{name}.png"
 
 
 def _section(title: str, about: str, command: str, picture: str, rest: str) -> str:
     return (
         f"### {title}\n\n{about}\n\n```sh\n{command}\n```\n\n"
-        f"![{title}](gallery/{picture}.png)\n\n{rest}\n"
+        f"![{title}](gallery/{picture})\n\n{rest}\n"
     )
 
 

@@ -96,6 +96,15 @@ def until_below(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
     (t, mu); `level`, which may be traced.
 
     **Raises:** `ValueError` for a level that is no scalar.
+
+    ```python
+    >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
+    >>> near = jaxflow.events.until_below(lambda t, mu: jaxflow.observables.diameter(mu), 0.1)
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=10.0, event=near)
+    >>> bool(sol.ts[-1] < 10.0)
+    True
+
+    ```
     """
     return _event(Crossing(by_code(observable), _level(level), 1.0))
 
@@ -106,6 +115,14 @@ def until_above(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
     **Arguments:** as in `jaxflow.events.until_below`.
 
     **Raises:** `ValueError` for a level that is no scalar.
+
+    ```python
+    >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
+    >>> together = lambda t, mu: jaxflow.observables.order_parameter(mu)
+    >>> event = jaxflow.events.until_above(together, 0.99)
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(), mu0, t1=10.0, event=event)  # doctest: +SKIP
+
+    ```
     """
     return _event(Crossing(by_code(observable), _level(level), -1.0))
 
@@ -158,6 +175,13 @@ def until_steady(speed: ScalarLike = 1e-6) -> diffrax.Event:
     speed tells it from a steady state no better than the eye does.
 
     **Raises:** `ValueError` where the speed is not positive.
+
+    ```python
+    >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
+    >>> event = jaxflow.events.until_steady(1e-3)
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(), mu0, t1=50.0, event=event)  # doctest: +SKIP
+
+    ```
     """
     if is_concrete(speed) and not speed > 0:
         raise ValueError(f"the speed of a steady state must be positive, got {speed}.")
@@ -172,6 +196,12 @@ def log_times(
     For `SaveAt(ts=log_times(...))`: each decade of time is seen equally well.
 
     **Raises:** `ValueError` where `first` is not between 0 and t1 - t0, and for fewer than 2 times.
+
+    ```python
+    >>> jaxflow.events.log_times(1.0, 1000.0, 4).round().tolist()
+    [0.0, 1.0, 10.0, 100.0, 1000.0]
+
+    ```
     """
     if not 0 < first < t1 - t0:
         raise ValueError(f"log_times needs 0 < first < t1 - t0; got {first} and {t1 - t0}.")

@@ -107,6 +107,12 @@ def alibi_slopes(heads: int) -> Float[Array, " H"]:
     """2^{-8 h / H} for the heads h = 1, ..., H (arXiv 2108.12409, for H a power of 2).
 
     **Raises:** `ValueError` or `TypeError` for no number of heads.
+
+    ```python
+    >>> jaxflow.fields.alibi_slopes(4).tolist()
+    [0.25, 0.0625, 0.015625, 0.00390625]
+
+    ```
     """
     heads = count("heads", heads)
     return 2.0 ** (-8 * jnp.arange(1, heads + 1).astype(float) / heads)

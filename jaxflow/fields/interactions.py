@@ -133,6 +133,15 @@ def weighted_sums(
 
     **Raises:** `NotImplementedError` for masks that are no patterns of indices; `ValueError` for
     weights that have signs.
+
+    ```python
+    >>> x = jnp.eye(2)
+    >>> tokens = jaxflow.fields.Tokens(x, x, log_weights=None)
+    >>> weight = lambda q, k: jnp.square(q @ k)  # of one query and one key
+    >>> jaxflow.fields.weighted_sums(x, tokens, 2.0 * x, weight).tolist()  # w_j = 1/2
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    ```
     """
     positive_weights(tokens, "weighted")
     dtype = accumulation_dtype(q.dtype)

@@ -131,6 +131,14 @@ def weighted_attention(
     **Returns:** a `jaxflow.SelfAttention` with `key` and `value` D.
 
     **Raises:** `ValueError` where D is not symmetric, and as `jaxflow.SelfAttention`.
+
+    ```python
+    >>> field = jaxflow.fields.weighted_attention(jnp.diag(jnp.array([2.0, 1.0])))
+    >>> mu = jaxflow.measure.from_angles([0.0, 0.0])  # the eigenvector of the largest eigenvalue
+    >>> jnp.abs(field(0.0, mu.points, mu)).max().tolist()
+    0.0
+
+    ```
     """
     field = SelfAttention(
         key=matrix, value=matrix, beta=beta, interaction=interaction, geometry=geometry

@@ -198,6 +198,13 @@ def describe_backend(
     """The backend that runs, and in brackets its kernels: "pallas_gpu (particles)".
 
     Arguments and errors are those of `jaxflow.kernels.select_backend`.
+
+    ```python
+    >>> x = jnp.zeros((64, 3))
+    >>> jaxflow.kernels.describe_backend(x, x, x, platform="cpu")
+    'blocked (blocks of rows in XLA)'
+
+    ```
     """
     shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
     name = _select(shapes, problem, backend, platform, mode)
@@ -221,6 +228,13 @@ def explain_backend(
     with its kernel and a `verdict`: why it runs, or why not.
 
     Arguments and errors are those of `jaxflow.kernels.select_backend`.
+
+    ```python
+    >>> x = jnp.zeros((64, 3))
+    >>> [c.name for c in jaxflow.kernels.explain_backend(x, x, x, platform="cpu")]
+    ['blocked']
+
+    ```
     """
     shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
     return list(candidates(_mode(mode), _platform(platform), shapes, problem))

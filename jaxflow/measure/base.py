@@ -204,6 +204,11 @@ def check_measure(name: str, value: Any, *, signed: bool = False):
     """A measure, as functions of a measure ask for one; with signs only where they say so.
 
     **Raises:** `TypeError` for anything else.
+
+    ```python
+    >>> jaxflow.measure.check_measure("mu", jaxflow.measure.circle(3))  # and no more
+
+    ```
     """
     if isinstance(value, Measure) and value.signs is not None and not signed:
         raise TypeError(
