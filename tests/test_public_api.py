@@ -1,4 +1,4 @@
-"""What users rely on does not change unannounced: names, signatures, flags, and what dir() shows."""
+"""What users rely on changes with notice: names, signatures, flags, and what dir() shows."""
 
 import builtins
 import difflib
