@@ -43,6 +43,21 @@ from .fields.base import same_geometry, unprojected
 from .fields.time import frozen, jumps
 from .geometry import AbstractGeometry, Euclidean
 
+__all__ = [
+    "AbstractFieldSolver",
+    "AbstractSplitting",
+    "Geodesic",
+    "LieTrotter",
+    "NormalisedEuler",
+    "RK4",
+    "Strang",
+    "default_adjoint",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
     """A diffrax solver around another one, for `jaxflow.flow`, whose `args` hold the field.
@@ -211,7 +226,7 @@ class NormalisedEuler(AbstractComposition):
     h X / (1 + h a), where a is near 1 inside a cluster. At h = 0.1 that makes long times about 10 %
     longer. Euler's step with X, `diffrax.Euler()`, is some 2 % early instead.
 
-    On an [`jaxflow.Ellipsoid`][] the step is LayerNorm(y + h F): Post-LN.
+    On an `jaxflow.Ellipsoid` the step is LayerNorm(y + h F): Post-LN.
 
     ```python
     >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
@@ -291,7 +306,7 @@ class Geodesic(diffrax.AbstractAdaptiveSolver, diffrax.AbstractStratonovichSolve
     error estimate carry over and each stage lies on the manifold: a Runge-Kutta-Munthe-Kaas
     method of a homogeneous space (Munthe-Kaas 1999; Iserles et al., Lie-group methods, 2000). On
     R^d it is the method itself. `Geodesic(diffrax.Heun())` has order 2, `Geodesic()` order 4. With
-    [`jaxflow.Noise`][] its increment in the tangent space at y_k is part of u: without a drift the
+    `jaxflow.Noise` its increment in the tangent space at y_k is part of u: without a drift the
     tokens then walk along geodesics, and the weak order is 1.
 
     **Arguments:** `solver`, any explicit Runge-Kutta method of diffrax's, or `RK4()`.

@@ -33,12 +33,11 @@ def found():
 
 
 @pytest.mark.parametrize("band", ["plain", "causal", "by size"])
-@pytest.mark.parametrize("mode", ["forward", "tangent", "cotangent"])
-def test_batches_are_divided_without_communication(found, band, mode):
-    case = found[band][mode]
-    assert case["collectives"] == {}
-    assert case["spec"][:2] == [["a"], ["b"]]
-    assert case["error"] < 1e-5
+def test_batches_are_divided_without_communication(found, band):
+    for case in found[band].values():
+        assert case["collectives"] == {}
+        assert case["spec"][:2] == [["a"], ["b"]]
+        assert case["error"] < 1e-5
 
 
 @pytest.mark.parametrize("how", ["queries", "queries by size"])

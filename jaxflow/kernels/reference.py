@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..masks import AbstractPattern, TopK
 from .base import (
@@ -124,12 +124,8 @@ def definition(
     """(mean, log_partition) of one system, or of its rows from `first` on, of so many queries."""
     dtype = b.dtype
     s = inner_products(scale * q.astype(dtype), k.astype(dtype))
-    rows, columns = first + jnp.arange(q.shape[0]), jnp.arange(k.shape[0])
-    pattern = pairs_of(band, mask)
-    if pattern is not None:
-        seen = pattern.visible(rows, columns, (queries or q.shape[0], k.shape[0]))
-    else:
-        seen = visible(rows, columns, band)
+    shape = queries or q.shape[0], k.shape[0]
+    seen = visible_pairs(band, mask, shape, first + jnp.arange(q.shape[0]))
     if seen is not None:
         s = jnp.where(seen, s, -jnp.inf)
     if isinstance(mask, TopK):
@@ -146,7 +142,20 @@ def definition(
     return mean.astype(v.dtype), log_partition
 
 
-def _over_batch(one: Callable[..., Results], operands: Operands) -> Results:
+def visible_pairs(
+    band: Band,
+    mask: AbstractPattern | TopK | None,
+    shape: tuple[int, int],
+    rows: Int[Array, " rows"],
+) -> Bool[Array, "rows n"] | None:
+    """The pairs that count of some queries among m and all n keys, or None where all do."""
+    columns, pattern = jnp.arange(shape[1]), pairs_of(band, mask)
+    if pattern is not None:
+        return jnp.asarray(pattern.visible(rows, columns, shape))
+    return visible(rows, columns, band)
+
+
+def over_batch(one: Callable[..., Results], operands: Operands) -> Results:
     for _ in operands.scale.shape:
         one = jax.vmap(one)
     return one(operands)
@@ -156,4 +165,4 @@ def _whole(q, k, v, b, scale, problem: Problem) -> Results:
     return definition(q, k, v, b, scale, band=problem.band, mask=problem.mask)
 
 
-WHOLE = Derived(_whole, _over_batch)
+WHOLE = Derived(_whole, over_batch)

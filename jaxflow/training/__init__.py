@@ -11,6 +11,7 @@ from .devices import FullySharded
 from .loop import Data, Fitted, Terminated, fit
 from .losses import (
     AbstractLoss,
+    ExitLoss,
     FlowLoss,
     Valued,
     accuracy,
@@ -32,6 +33,7 @@ __all__ = [
     "Chars",
     "Data",
     "Elastic",
+    "ExitLoss",
     "Fitted",
     "FlowLoss",
     "FullySharded",
@@ -64,3 +66,7 @@ __all__ = [
     "tokenizer",
     "tokenizer_from_dict",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,10 +31,10 @@ def adamw(
       of them.
     - `learning_rate`: the largest. `final`: the last one, as a part of it. Neither another number
       of steps nor another rate is a new compilation of a step.
-    - `weight_decay`: of matrices alone, see [`jaxflow.training.matrices`][].
+    - `weight_decay`: of matrices alone, see `jaxflow.training.matrices`.
     - `clip`: the largest norm of the whole gradient; `None` for no limit. `b1`, `b2`: Adam's.
 
-    **Returns:** an Optax optimiser, for [`jaxflow.training.fit`][].
+    **Returns:** an Optax optimiser, for `jaxflow.training.fit`.
 
     **Raises:** TypeError for a number of steps that is not whole, ValueError for any number that is
     not finite or not in its range.
