@@ -50,6 +50,7 @@ __all__ = [
     "LieTrotter",
     "NormalisedEuler",
     "RK4",
+    "ScanAdjoint",
     "Strang",
     "default_adjoint",
 ]
