@@ -49,7 +49,7 @@ def claim(
 
     A folder that was made here, and in which nothing was written before the context failed, is
     removed again. The thread that holds a folder may claim it again, such as a command that calls
-    [`jaxflow.training.fit`][]: that changes and checks nothing.
+    `jaxflow.training.fit`: that changes and checks nothing.
 
     **Arguments:**
 

@@ -74,7 +74,7 @@ def embedded(page: str) -> Any:
 
 
 def film(title: str, data: Any) -> str:
-    """The page that plays tokens; `data` are those of [`jaxflow.viz.sphere`][]."""
+    """The page that plays tokens; `data` are those of `jaxflow.viz.sphere`."""
     return assemble(
         title,
         asset("film.html"),

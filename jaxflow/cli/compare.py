@@ -9,6 +9,7 @@ from .._folder import CONFIG, json_object, read_json, read_settings, short_names
 from ..viz.style import require
 from .choices import At
 from .console import say, table
+from .optional import available, figures
 from .reading import Comparison
 from .simulate import write_figure
 
@@ -18,8 +19,8 @@ Run = dict[str, Any]
 
 
 def compare(s: Comparison):
-    """Prints the settings that differ and the values, and draws the curves."""
-    require("matplotlib.figure")
+    """Prints the settings that differ and the values, and draws the curves where it can."""
+    drawn = available(figures, str(s.out))
     folder = next(parent for parent in s.out.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise ValueError(f"--out must be in a folder, and {folder} is a file.")
@@ -30,8 +31,9 @@ def compare(s: Comparison):
     table("last value", [("metric", *read), *_results(read, shared)])
     title = f"at the largest common {_axis(read).replace('_', ' ')}"
     table(title, [("metric", _axis(read), *read), *_common(read, shared)])
-    _draw(read, shared, s.out)
-    say(f"Figure: {s.out}")
+    if drawn:
+        _draw(read, shared, s.out)
+        say(f"Figure: {s.out}")
 
 
 def _read(folder: Path) -> Run:

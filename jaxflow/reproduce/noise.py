@@ -7,6 +7,8 @@ kappa_c = beta / I_1(beta): the threshold for d = 2, derived here. At beta = 0 t
 exp(kappa r cos theta) with r = I_1(kappa r) / I_0(kappa r), which is 0 up to kappa = 2.
 """
 
+from functools import partial
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def run(quick: bool) -> Outcome:
             "fluctuations of n^{-1/2}, twice",
         )
     )
-    return Outcome(rows, draw(found))
+    return Outcome(rows, partial(draw, found))
 
 
 def critical(beta: float) -> float:

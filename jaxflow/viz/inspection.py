@@ -50,7 +50,7 @@ def inspection_page(
 ) -> str:
     """One HTML page, which needs no other file.
 
-    **Arguments:** `found`, by [`jaxflow.models.inspect`][]; `labels`, the text of each token;
+    **Arguments:** `found`, by `jaxflow.models.inspect`; `labels`, the text of each token;
     `about`, lines {name: text} below the title.
 
     **Raises:** `ValueError` or `TypeError` where these are no such things; `ImportError` without

@@ -60,7 +60,7 @@ def sphere(
     from disk. A token has the colour of the cluster where it ends up, or, where one cluster is
     left, of that at the last time at which there were several. Beside it run the number of clusters
     and, if observed under that name, the energy. The circle or sphere is drawn for flows on
-    [`jaxflow.Sphere`][] alone.
+    `jaxflow.Sphere` alone.
 
     The page plays 20 saved times a second, and moves tokens in a straight line from one to the
     next. Space plays and pauses, the arrows step; dragging, or Shift with the arrows, turns.
@@ -76,14 +76,14 @@ def sphere(
     - `sol`: a flow with `SaveAt(ts=...)`. Times that it did not reach are left out. Where times
       are spaced logarithmically, so are the axes of t.
     - `system`: which one, for a solution of several (an index, or a tuple for several axes).
-    - `threshold`: the least cosine of linked tokens ([`jaxflow.observables.cluster_labels`][]).
+    - `threshold`: the least cosine of linked tokens (`jaxflow.observables.cluster_labels`).
     - `max_points`, `max_frames`: how many tokens and times to draw at most, evenly spaced. Clusters
       are counted among all tokens.
     - `labels`: a word a token, shown under the pointer as it is written.
 
-    **Returns:** a [`jaxflow.viz.Page`][].
+    **Returns:** a `jaxflow.viz.Page`.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][].
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
     """
     run = read_run(sol, system, max_frames)
     (clusters, when), directions = run.colouring(threshold), run.directions()
