@@ -247,6 +247,9 @@ def test_no_path_leads_out_of_a_run(tmp_path, outside):
         [state] = json.loads(ask.get("state"))
         assert "link out of the run" in state["error"] and state["film"] is None
         assert SECRET not in ask.get("metrics/0") + ask.get("film/0")
+        (run / "metrics.jsonl").unlink()
+        (run / "metrics.jsonl").symlink_to("metrics.jsonl")
+        assert json.loads(ask.get("state"))[0]["error"] is not None
         # Within the run, a link is as good as a file.
         (run / "kept.jsonl").write_bytes(line({"step": 1, "loss": 2.0}))
         (run / "metrics.jsonl").unlink()
