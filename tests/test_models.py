@@ -187,6 +187,17 @@ def test_language_models_are_causal(options):
 
 
 @pytest.mark.usefixtures("x64")
+def test_tokens_may_start_normalised():
+    """x(0) = N_0(E[token] + position), in NumPy; and nothing of it in a model without."""
+    model = language_model(normalised=True)
+    found = np.asarray(model.embed(TOKENS).points)
+    z = np.asarray(model.embedding)[TOKENS] + np.asarray(model.positions)[:6]
+    z = (z - z.mean(axis=-1, keepdims=True)) / np.sqrt(z.var(axis=-1, keepdims=True) + 1e-5)
+    expected = z * np.asarray(model.entry.gain) + np.asarray(model.entry.bias)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert language_model().entry is None
+
+
 def test_the_default_is_the_transformer():
     """x += attention(LN x); x += feedforward(LN x), layer by layer; logits = E LN(x)."""
     model = filled(lambda: LanguageModel(11, 8, 2, 2, 12, key=KEY))
