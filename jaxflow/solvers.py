@@ -570,6 +570,8 @@ class ScanAdjoint(diffrax.AbstractAdjoint):
     - `keep`: whether all that a step computes is kept for its gradient, the scores of attention
       too. Otherwise its state alone is, and the step is made again: 4 instead of 3 times the work
       of a step.
+
+    **Raises:** `ValueError` in a solve whose steps are not known.
     """
 
     keep: bool = eqx.field(static=True, default=False)
@@ -579,6 +581,14 @@ class ScanAdjoint(diffrax.AbstractAdjoint):
     ):
         # What these are for, a fixed number of explicit steps does not have.
         del throw, passed_solver_state, passed_controller_state
+        controller = given["stepsize_controller"]
+        known = isinstance(controller, diffrax.StepTo | Grid) and given["event"] is None
+        if not known or len(controller.ts) - 1 != max_steps:
+            raise ValueError(
+                "ScanAdjoint makes max_steps steps whatever happens, so it takes StepTo(ts) with "
+                f"max_steps = len(ts) - 1 and no event; got {type(controller).__name__} and "
+                f"max_steps={max_steps}. Use diffrax.RecursiveCheckpointAdjoint() for others."
+            )
         return self._loop(
             init_state=init_state,
             max_steps=max_steps,

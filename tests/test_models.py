@@ -394,6 +394,8 @@ def test_fixed_steps_are_differentiated_by_one_scan():
     along = jax.jit(lambda params: jax.jvp(functools.partial(loss, None), (params,), (params,))[1])
     products = jax.tree.map(lambda a, g: (a * g).sum(), params, expected)
     assert along(params) == pytest.approx(float(sum(jax.tree.leaves(products))), rel=1e-5)
+    with pytest.raises(ValueError, match="takes StepTo.* got PIDController and max_steps=4096"):
+        jf.flow(jf.LinearDrift(1.0), jf.Measure(x), t1=1.0, adjoint=solvers.ScanAdjoint())
 
 
 @pytest.mark.slow
