@@ -6,7 +6,6 @@ which step it ended."""
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -36,8 +35,7 @@ class Slow:
 if __name__ == "__main__":
     training.join()
     model = jf.models.ResidualNetwork(64, 10, 8, 2, width=8, key=jax.random.key(0))
-    fit = partial(
-        training.fit,
+    fitted = training.fit(
         model,
         Slow(),
         steps=int(STEPS),
@@ -51,10 +49,8 @@ if __name__ == "__main__":
         resume=bool(RESUME),
         progress=False,
     )
-    try:
-        fitted = fit()
-    except training.Terminated as stopped:
-        print(stopped.fitted.reason, stopped.fitted.step)
-        raise
+    if fitted.reason == "SIGTERM":
+        print(fitted.reason, fitted.step)
+        raise SystemExit(143)
     if training.is_first():
         print(json.dumps([row["loss"] for row in fitted.history]))

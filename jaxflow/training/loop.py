@@ -6,7 +6,6 @@ Everything that a user passes is checked, and the step traced, before the run fo
 import dataclasses
 import itertools
 import json
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -64,16 +63,6 @@ class Fitted:
     reason: str
     history: list[dict[str, Any]]
     validation_loss: float
-
-
-class Terminated(SystemExit):
-    """SIGTERM ended a training: a script that does not catch this ends, with the status 143.
-
-    - `fitted`: what the training reached, a `jaxflow.training.Fitted`.
-    """
-
-    def __init__(self, fitted: Fitted):
-        self.fitted, self.code = fitted, 128 + signal.SIGTERM
 
 
 def fit(
@@ -158,11 +147,10 @@ def fit(
     - `profile`: a folder for a trace of five steps by `jax.profiler`, which TensorBoard and
       https://ui.perfetto.dev show.
 
-    SIGTERM and Ctrl-C end the step, or the evaluation after its batch, and save. An evaluation that
-    was cut off is made when the run goes on. After Ctrl-C `fit` returns, to who is there to look at
-    the model. SIGTERM, by which SLURM and Kubernetes say that the process is killed soon, raises
-    `jaxflow.training.Terminated`, so that a script ends instead of starting its next training;
-    where it has a handler of its own for SIGTERM, `fit` returns.
+    SIGTERM and Ctrl-C end the step, or the evaluation after its batch, save, and return. An
+    evaluation that was cut off is made when the run goes on. A script that would start something
+    else asks first: `if fitted.reason == "SIGTERM": raise SystemExit(143)`, as SLURM and Kubernetes
+    kill what has not ended some seconds later.
 
     Several processes (`jaxflow.training.join`) call `fit` with the same arguments, and
     `devices` of all of them. The first alone writes; a signal to any of them, and the end of
@@ -182,7 +170,6 @@ def fit(
 
     **Raises:**
 
-    - `Terminated`, a SystemExit with the status 143, after SIGTERM.
     - ValueError or TypeError for arguments that cannot be trained with, before anything is written.
     - ValueError if the folder holds a run that is not to be resumed, is used by another process, or
       if what is to be resumed is damaged, naming the file, or was trained on other data or with
@@ -261,7 +248,7 @@ def fit(
         reason = signals.caught or reason  # one that came with the last step counts too
     params = ahead.state.params
     whole = lambda params: eqx.combine(placing.returned(params), static)
-    fitted = Fitted(
+    return Fitted(
         whole(params),
         whole(params if loop.best is None else loop.best),
         loop.place.step,
@@ -269,9 +256,6 @@ def fit(
         kept.history,
         loop.place.best,
     )
-    if reason == "SIGTERM" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        raise Terminated(fitted)
-    return fitted
 
 
 # ------------------------------------------------------------------ the loop
