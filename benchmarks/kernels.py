@@ -202,7 +202,7 @@ def contest(
             measure(shape, mode, new, options)
             timed[shape, mode] = new
         watch.rows += new
-    for _ in watch.each(["ceilings again"] if timed else []):
+    for _ in watch.each(["ceilings"] if timed else []):  # the machine may have changed
         found.append(ceilings())
     rates = functools.reduce(better, found) if found else {}
     for (shape, mode), some in timed.items():

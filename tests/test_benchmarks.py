@@ -149,9 +149,9 @@ def test_a_slow_machine_is_learnt_of():
     clock = pace.Pace()
     clock.learn(pace.TRUST_S, 9 * pace.TRUST_S)
     assert clock.slowdown == 5
-    watch = pace.Watch(60.0, costs={"known": 2.0}, pace=clock, typical_s=25.0)
+    watch = pace.Watch(60.0, costs={"known": 2.0}, pace=clock, typical_s=30.0)
     assert list(watch.each(["known", "unknown"])) == ["known"]
-    assert watch.skipped == {"unknown": "about 62 s, and 60 of 60 s are left"}
+    assert watch.skipped == {"unknown": "about 71 s, and 60 of 60 s are left"}
 
 
 def test_suites_share_the_time():
