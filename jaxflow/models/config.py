@@ -69,7 +69,14 @@ def depth(
     tolerance: float | None = None,
     solver: str = "lie-trotter",
 ) -> Depth:
-    """A `jaxflow.models.Depth` whose solver is named."""
+    """A `jaxflow.models.Depth` whose solver is named.
+
+    ```python
+    >>> jaxflow.models.depth(t1=4.0, steps=8, solver="heun").steps
+    8
+
+    ```
+    """
     return Depth(t1=t1, steps=steps, tolerance=tolerance, solver=_named("solver", solver, SOLVERS))
 
 

@@ -35,6 +35,13 @@ def inner_products(mu: Measure) -> Float[Array, "*batch n n"]:
 
     **Raises:** `TypeError` where mu is no measure; `MemoryError` where the matrix does not fit:
     `pair_correlations` does without it.
+
+    ```python
+    >>> mu = jaxflow.Measure([[1.0, 0.0], [0.0, 1.0]])
+    >>> jaxflow.observables.inner_products(mu).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    ```
     """
     check_measure("mu", mu)
     check_fits(
@@ -72,6 +79,14 @@ def pair_correlations(
     finite.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
+
+    ```python
+    >>> mu = jaxflow.measure.from_angles([0.0, 0.0, jnp.pi])  # one pair of three is together
+    >>> density = jaxflow.observables.pair_correlations(mu, [-1.0, 0.0, 1.0])
+    >>> density.round(3).tolist()
+    [0.6670000553131104, 0.3330000042915344]
+
+    ```
     """
     return _pair_density(mu, edges, queries, PRODUCTS)
 
@@ -84,6 +99,13 @@ def pair_distances(
     As `jaxflow.observables.pair_correlations`, with edges in the units of the points.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
+
+    ```python
+    >>> mu = jaxflow.Measure([[0.0], [1.0], [5.0]])
+    >>> jaxflow.observables.pair_distances(mu, [0.0, 2.0, 6.0]).round(3).tolist()
+    [0.16700001060962677, 0.16700001060962677]
+
+    ```
     """
     return _pair_density(mu, edges, queries, DISTANCES)
 
