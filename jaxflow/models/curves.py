@@ -88,7 +88,16 @@ def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
 
 def fourier(blocks: list[AbstractField], t1: float) -> Fourier:
     """An odd number L of Fourier coefficients, of period 2 T so that the ends differ; at the start
-    of training constant in time: the first block."""
+    of training constant in time: the first block.
+
+    ```python
+    >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0, 3.0)]
+    >>> curve = jaxflow.models.fourier(blocks, 2.0)  # the first block, before it is trained
+    >>> curve.at(0.5).beta.tolist()
+    1.0
+
+    ```
+    """
     return Fourier(_first_alone(blocks), 2 * t1)
 
 

@@ -82,6 +82,13 @@ def hull_vertices(mu: Measure) -> Int[Array, "*batch vertices"]:
     order; repeated to a length of 2 n.
 
     **Raises:** `ValueError` where d is not 2, `TypeError` where mu is no measure.
+
+    ```python
+    >>> mu = jaxflow.Measure([[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> sorted(set(jaxflow.observables.hull_vertices(mu).tolist()))  # not the one inside
+    [0, 1, 2, 3]
+
+    ```
     """
     _check_plane("hull_vertices", mu)
     return one_by_one(_hull, mu)
