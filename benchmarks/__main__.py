@@ -100,11 +100,13 @@ def run(
     output = command.Output(json_file, csv_file)
     earlier = pace.earlier(quick, jax.default_backend())
     job = command.Run(options, output, shown, progress, earlier)
-    ends = pace.shares(budgets, command.total(budgets, quick, minutes))
-    say(command.plan(earlier, ends, only, job.clock.slowdown))
+    total_s = command.total(budgets, quick, minutes)
+    say(command.plan(earlier, budgets, total_s, job.clock.slowdown))
     if (words := machine.warning(machine.load())) is not None:
         say(words)
-    code = job.all(ends, start)
+    if quick or minutes is not None:
+        job.end_after(total_s - (time.perf_counter() - start))
+    code = job.all(budgets, (1 - command.RESERVE) * total_s, start)
     job.draw()
     if code:
         raise typer.Exit(code)
@@ -133,8 +135,8 @@ def tune_tiles(
     conclude = lambda made: tune.conclude(made["rows"], made["device"], write=write)
     output = command.Output(json_file)
     job = command.Run(options, output, shown, progress, conclude=conclude)
-    ends = {"tune": command.budget("tune", quick, patience)}
-    if code := job.all(ends, time.perf_counter()):
+    budget_s = command.budget("tune", quick, patience)
+    if code := job.all({"tune": budget_s}, budget_s, time.perf_counter()):
         raise typer.Exit(code)
 
 

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import json
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +19,8 @@ from .device import provenance
 from .timing import Options
 
 CPU_FACTOR = 4.5  # a CPU gets so many times the seconds of a full suite
-QUICK_S = 450.0  # of all suites: half a minute is left for a case that takes longer than expected
+QUICK_S = 470.0  # of all suites
+RESERVE = 0.06  # of the time, for cases that take longer than expected
 INTERRUPTED = 130  # the exit code
 
 Say = Callable[[str], Any]
@@ -54,20 +58,15 @@ def total(budgets: Mapping[str, float], quick: bool, minutes: float | None) -> f
     return min(whole, QUICK_S) if quick and len(budgets) > 1 else whole
 
 
-def plan(earlier: Mapping[str, dict], ends: Mapping[str, float], only: str, slowdown: float) -> str:
-    """What the run will cost, as far as an earlier one tells, and at most."""
-    begins, lines = 0.0, []
-    for name, end in ends.items():
-        known = pace.cost(earlier.get(name), only)
-        about = "unknown" if known is None else f"about {known * slowdown:.0f} s"
-        lines.append(f"{name} {about}, at most {end - begins:.0f} s")
-        begins = end
-    costs = [pace.cost(earlier.get(name), only) for name in ends]
-    known = sum(cost for cost in costs if cost is not None) * slowdown
-    about = f"About {known / 60:.1f} min" if all(c is not None for c in costs) else "Cost unknown"
+def plan(
+    earlier: Mapping[str, dict], budgets: Mapping[str, float], total_s: float, slowdown: float
+) -> str:
+    """What the run will cost, and at most."""
+    costs = {name: slowdown * pace.cost(earlier.get(name), s) for name, s in budgets.items()}
+    each = ", ".join(f"{name} {cost:.0f} s" for name, cost in costs.items())
     return (
-        f"{about}, at most {begins / 60:.1f} min: what does not fit is skipped and named. "
-        f"Ctrl-C keeps what was measured.\n  " + "; ".join(lines)
+        f"About {sum(costs.values()) / 60:.1f} min ({each}), at most {total_s / 60:.1f} min: what "
+        "does not fit is skipped and named. Ctrl-C keeps what was measured."
     )
 
 
@@ -83,20 +82,19 @@ class Run:
     clock: pace.Pace = dataclasses.field(default_factory=pace.of_machine)
     conclude: Callable[[dict], Iterable[str]] = lambda report: ()  # lines on what was found
     reports: list[dict] = dataclasses.field(default_factory=list)
+    current: tuple[str, pace.Watch] | None = None
 
-    def all(self, ends: Mapping[str, float], start: float) -> int:
-        """Each suite until the second after `start` that it should end at; the exit code."""
-        for name, end in ends.items():
-            if not self.suite(name, end - (time.perf_counter() - start)):
-                said = f"Interrupted: what was measured is kept{_in(self.output)}."
-                self.progress.print(said, markup=False, soft_wrap=True)
+    def all(self, budgets: Mapping[str, float], total_s: float, start: float) -> int:
+        """Each suite within its share of what is left of `total_s` from `start` on; the exit
+        code."""
+        for name, budget_s in budgets.items():
+            left = total_s - (time.perf_counter() - start)
+            if not self.suite(name, pace.share(budgets, name, left), budget_s):
+                self._say(f"Interrupted: what was measured is kept{_in(self.output)}.")
                 return INTERRUPTED
-        if bad := report.failures(self.reports):
-            self.progress.print("jaxflow is wrong or failed:", *bad, sep="\n  ", markup=False)
-            return 1
-        return 0
+        return self.code()
 
-    def suite(self, name: str, budget_s: float) -> bool:
+    def suite(self, name: str, budget_s: float, typical_s: float) -> bool:
         """One suite; False where it was interrupted, with what it had found."""
         module = importlib.import_module(f"benchmarks.{name}")
         lines: Sequence[str] = ()
@@ -112,22 +110,53 @@ class Run:
         with self.progress.status(name) as status:
             log = lambda text: status.update(f"{name}: {text}")
             known = pace.costs(self.earlier.get(name))
-            watch = pace.Watch(budget_s, log, keep, known, self.clock)
+            watch = pace.Watch(budget_s, log, keep, known, self.clock, typical_s)
+            self.current = name, watch
             try:
                 found = module.run(self.options, watch)
             except KeyboardInterrupt:
                 whole, found = False, {"rows": watch.rows}
-        self.reports.append(keep(found))  # so that a suite that dies costs no other
-        report.show(self.shown, self.reports[-1])
+        self.current = None
+        self._end(keep(found))  # so that a suite that dies costs no other
         for line in lines:
             self.shown.print(line, markup=False, soft_wrap=True)
         return whole
+
+    def end_after(self, seconds: float):
+        """Ends the process by then, whatever it is at, with what was measured: a program that
+        compiles cannot be interrupted otherwise."""
+        timer = threading.Timer(seconds, self._exit)
+        timer.daemon = True
+        timer.start()
+
+    def code(self) -> int:
+        """That of the process: 1 where jaxflow failed or was wrong."""
+        if bad := report.failures(self.reports):
+            self.progress.print("jaxflow is wrong or failed:", *bad, sep="\n  ", markup=False)
+        return 1 if bad else 0
 
     def draw(self):
         """The pictures of the reports, beside them."""
         if self.output.json_file is not None:
             for line in plots.draw(self.output.json_file):
-                self.progress.print(line, markup=False, soft_wrap=True)
+                self._say(line)
+
+    def _exit(self):
+        if self.current is not None:
+            name, watch = self.current
+            self._end(about(name, watch) | {"rows": watch.rows})
+        self._say(f"The time is over: what was measured is kept{_in(self.output)}.")
+        code = self.code()
+        sys.stdout.flush()
+        os._exit(code)
+
+    def _end(self, made: dict):
+        self.reports.append(made)
+        self.output.write(self.reports)
+        report.show(self.shown, made)
+
+    def _say(self, text: str):
+        self.progress.print(text, markup=False, soft_wrap=True)
 
 
 def about(name: str, watch: pace.Watch) -> dict:

@@ -44,9 +44,9 @@ def of_machine() -> Pace:
 class Watch:
     """Progress, and an end to it: a case that is not expected to end within `budget_s` is skipped.
 
-    `costs` are CPU seconds of cases, by name; a case that is not in it is expected to take what
-    the cases before it took on average. `rows` is what a suite has found so far, and `save` keeps
-    it after each case.
+    `costs` are CPU seconds of cases, by name; of `typical_s`, those of the whole suite, a case that
+    is not among them has its share. `rows` is what a suite has found so far, and `save` keeps it
+    after each case.
     """
 
     def __init__(
@@ -56,9 +56,10 @@ class Watch:
         save: Callable[[dict], Any] = lambda found: None,
         costs: Mapping[str, float] | None = None,
         pace: Pace | None = None,
+        typical_s: float = 0.0,
     ):
         self.budget_s, self.log, self.save = budget_s, log, save
-        self.known, self.pace = costs or {}, pace or Pace()
+        self.known, self.pace, self.typical_s = costs or {}, pace or Pace(), typical_s
         self.start = time.perf_counter()
         self.rows: list[dict] = []
         self.skipped: dict[str, str] = {}  # and why
@@ -72,7 +73,8 @@ class Watch:
         cases = list(cases)
         for i, case in enumerate(cases, 1):
             name, left = label(case), self.budget_s - self.spent
-            if (expected := self.expected(name)) > max(left, 0.0) or left <= 0:
+            expected = self.pace.slowdown * self.known.get(name, self.typical_s / len(cases))
+            if left <= 0 or expected > left:
                 self.skipped[name] = _reason(expected, left, self.budget_s)
                 continue
             about = f", about {expected:.0f} s" if expected else ""
@@ -83,13 +85,6 @@ class Watch:
             yield case
             self._keep(name, time.perf_counter() - begin, cpu_seconds() - cost)
 
-    def expected(self, name: str) -> float:
-        """The seconds that a case will take; 0 where nothing is known."""
-        if name in self.known:
-            return self.known[name] * self.pace.slowdown
-        took = [case["seconds"] for case in self.cases.values()]
-        return sum(took) / len(took) if took else 0.0
-
     def _keep(self, name: str, seconds: float, cost: float):
         self.cases[name] = {"seconds": round(seconds, 2), "cpu_s": round(cost, 2)}
         if name in self.known:
@@ -99,7 +94,7 @@ class Watch:
 
 def _reason(expected: float, left: float, budget_s: float) -> str:
     if left <= 0:
-        return f"the {budget_s:.0f} s are spent"
+        return f"the {max(budget_s, 0):.0f} s of the suite are spent"
     return f"about {expected:.0f} s, and {left:.0f} of {budget_s:.0f} s are left"
 
 
@@ -124,20 +119,20 @@ def costs(report: dict | None) -> dict[str, float]:
     return {name: case["cpu_s"] for name, case in cases.items()}
 
 
-def cost(report: dict | None, only: str = "") -> float | None:
-    """CPU seconds of the cases whose name starts so; its seconds where no case was recorded."""
+def cost(report: dict | None, budget_s: float) -> float:
+    """CPU seconds of a suite: of its cases in an earlier report, a share of the budget for each
+    that was skipped there; the budget where there is no report."""
     if report is None:
-        return None
-    known = costs(report)
-    if known:
-        return sum(seconds for name, seconds in known.items() if name.startswith(only))
-    return None if only else report["seconds"]
+        return budget_s
+    known, skipped = costs(report), report["skipped"]
+    if not known:
+        return report["seconds"]
+    return sum(known.values()) + budget_s * len(skipped) / (len(known) + len(skipped))
 
 
-def shares(budgets: Mapping[str, float], total_s: float) -> dict[str, float]:
-    """The second of the run at which each suite should have ended, in the proportion of budgets."""
-    scale, ends, end = total_s / sum(budgets.values()), {}, 0.0
-    for name, budget in budgets.items():
-        end += scale * budget
-        ends[name] = end
-    return ends
+def share(budgets: Mapping[str, float], name: str, left_s: float) -> float:
+    """The seconds that a suite gets of what is left for it and the suites after it, in the
+    proportion of their budgets."""
+    names = list(budgets)
+    after = sum(budgets[other] for other in names[names.index(name) :])
+    return left_s * budgets[name] / after

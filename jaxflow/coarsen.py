@@ -32,6 +32,16 @@ from .flow import AbstractAround, default_controller, flow_around
 from .geometry import AbstractGeometry, Ellipsoid, Sphere
 from .measure import Measure
 
+__all__ = [
+    "Coarsening",
+    "coarsen",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 PROBES = 16  # tokens at which a field is asked whether it knows their order
 
 

@@ -34,6 +34,20 @@ from .flow import FlowArgs, FlowError, flow, over_systems, particle_velocity
 from .measure import Measure
 from .observables import ClusterCount, MergeTree
 
+__all__ = [
+    "Crossing",
+    "log_times",
+    "merges",
+    "until_above",
+    "until_below",
+    "until_clustered",
+    "until_steady",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Crossing(eqx.Module):
     """The condition of an event: observable(t, mu) - level, of several systems the largest.

@@ -71,6 +71,19 @@ from .solvers import (
     step_times,
 )
 
+__all__ = [
+    "FlowError",
+    "FlowSolution",
+    "default_controller",
+    "flow",
+    "memory_estimate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # diffrax's default root finder, and the one that takes its place.
 _CHORD = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)()
 _NEWTON = diffrax.with_stepsize_controller_tols(optimistix.Newton)()

@@ -24,6 +24,16 @@ from .geometry import Euclidean
 from .measure import Measure
 from .measure import check_measure as check_is_measure
 
+__all__ = [
+    "HardmaxFlow",
+    "hardmax_flow",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 TERMS = 24  # of the series of e^s, |s| <= 1: the rest is below 1e-24
 LOOKS = 8  # times a step at which the leaders are looked at
 

@@ -21,6 +21,15 @@ from .flow import flow
 from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
 
+__all__ = [
+    "LyapunovExponents",
+    "lyapunov_exponents",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class LyapunovExponents(NamedTuple):
     """What `jaxflow.lyapunov_exponents` returns.

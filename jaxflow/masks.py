@@ -47,6 +47,11 @@ __all__ = [
     "big_bird",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Shape = tuple[int, int]  # m queries, n keys
 Indices = Array | np.ndarray  # a list of whole numbers
 

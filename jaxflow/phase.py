@@ -44,6 +44,19 @@ from .measure import Measure, uniform_sphere
 from .observables import AbstractObservable
 from .phase_rows import Rows, short
 
+__all__ = [
+    "PhaseDiagram",
+    "PhaseRow",
+    "crossing",
+    "equiangular_time",
+    "phase_diagram",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # A Gauss-Legendre rule on equal panels: exact to rounding up to beta = 50 n or so.
 PANELS, NODES = 64, 16
 

@@ -20,8 +20,8 @@ _FLAGS = (
     "--hide-scrollbars --remote-debugging-pipe"
 ).split()
 # Chromium reads from descriptor 3 and writes to 4.
-_LAUNCH = """import os, sys
-ours = [os.dup(int(fd)) for fd in sys.argv[1:3]]
+_LAUNCH = """import fcntl, os, sys
+ours = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
 [os.dup2(fd, number) for fd, number in zip(ours, (3, 4))]
 os.execv(sys.argv[3], sys.argv[3:])"""
 
@@ -90,10 +90,12 @@ class Browser:
         return tab
 
     def close(self):
-        self.call("Browser.close")
-        self.process.wait(20)
-        os.close(self.reader)
-        os.close(self.writer)
+        try:
+            self.call("Browser.close")
+        finally:
+            os.close(self.reader)
+            os.close(self.writer)  # which ends a browser, too
+            self.process.wait(30)
 
 
 class Tab:
@@ -113,7 +115,7 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 30):
+    def wait(self, condition: str, seconds: float = 60):
         """Waits until an expression holds."""
         end = time.monotonic() + seconds
         while not self.value(condition):

@@ -87,11 +87,10 @@ def check(words: list[str]):
         case ["jaxflow", *rest]:
             parse(typer.main.get_command(app), rest)
         case ["python", "-m", "benchmarks", *rest]:
-            from benchmarks.__main__ import main
+            from benchmarks.__main__ import app as benchmarks
 
-            benchmarks = typer.Typer(add_completion=False)
-            benchmarks.command()(main)
-            parse(typer.main.get_command(benchmarks), rest)
+            command: Any = typer.main.get_command(benchmarks)
+            parse(command, rest if rest and rest[0] in command.commands else ["run", *rest])
         case ["python", file, *_] if file.endswith(".py"):
             assert (ROOT / file).is_file(), file
         case ["make", *targets]:

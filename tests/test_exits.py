@@ -17,7 +17,6 @@ from jaxflow.models import Depth, DistributionExit, VelocityExit, exits
 STEPS, T = 4, 2.0
 PROMPTS = jnp.asarray(TOKENS[:, :3], jnp.int32)
 MIDDLE = {DistributionExit: 0.2, VelocityExit: 1.2}  # some tokens exit early, some do not
-KINDS = pytest.mark.parametrize("kind", MIDDLE)
 
 solved = eqx.filter_jit(exits.solve)
 
@@ -52,27 +51,36 @@ def by_hand(model, tokens, kind, tolerance):
     return x, counted
 
 
-@KINDS
+@pytest.mark.parametrize("kind", MIDDLE)
 def test_all_tokens_at_once_are_the_steps_by_hand(model, kind):
     """The states, and when each token exits; rounding of some hundred operations."""
     for tolerance in (0.0, MIDDLE[kind], 1e9):
-        final, counted = solved(model, TOKENS[0], kind(tolerance))
-        expected, steps = by_hand(model, jnp.asarray(TOKENS[0]), kind, tolerance)
-        np.testing.assert_allclose(final.points, expected, rtol=1e-12, atol=1e-12)
-        np.testing.assert_array_equal(counted, steps)
+        final, counted = solved(model, TOKENS, kind(tolerance))
+        expected, steps = by_hand(model, jnp.asarray(TOKENS[1]), kind, tolerance)
+        np.testing.assert_allclose(final.points[1], expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(counted[1], steps)
         few, many = int(counted.min()), int(counted.max())
         ends = {0.0: few == many == STEPS, 1e9: few == many == 1}
         assert ends.get(tolerance, few < many)
 
 
-@KINDS
-def test_a_text_goes_on_as_all_its_tokens_at_once_say(model, kind):
+def test_a_larger_tolerance_takes_fewer_evaluations(model):
+    """Of the first token at each tolerance, as nothing is before it; of all in the mean."""
+    counted = jnp.stack(
+        [solved(model, TOKENS, DistributionExit(a))[1] for a in np.linspace(0, 1.1, 12)]
+    )
+    assert (np.diff(counted[:, :, 0], axis=0) <= 0).all()
+    assert (np.diff(counted.sum(axis=(1, 2))) <= 0).all()
+    assert len(set(np.asarray(counted[:, 1, 0]).tolist())) > 2
+
+
+def test_a_text_goes_on_as_all_its_tokens_at_once_say(model):
     """One token after another, past keys and values of tokens that stay: each is the most likely
     one of the distribution that the text up to it has, after so many steps."""
-    tolerance = MIDDLE[kind]
-    found = model.generate_early(PROMPTS, 6, kind(tolerance), temperature=0)
+    exit = DistributionExit(MIDDLE[DistributionExit])
+    found = model.generate_early(PROMPTS, 3, exit, temperature=0)
     assert (found.tokens[:, :3] == PROMPTS).all()
-    final, counted = solved(model, found.tokens, kind(tolerance))
+    final, counted = solved(model, found.tokens, exit)
     likeliest = model.read_out(final).argmax(axis=-1)
     np.testing.assert_array_equal(found.tokens[:, 3:], likeliest[:, 2:-1])
     np.testing.assert_array_equal(found.evaluations, counted[:, 2:-1])
@@ -82,27 +90,16 @@ def test_a_text_goes_on_as_all_its_tokens_at_once_say(model, kind):
     assert found.evaluations.min() < found.evaluations.max()
 
 
-@KINDS
-def test_the_ends_are_all_steps_and_one(model, kind):
-    """No tolerance: the usual text. A huge one: a step each. One prompt is a batch of one."""
-    usual = model.generate(PROMPTS, 6, temperature=0)
-    whole = model.generate_early(PROMPTS, 6, kind(0), temperature=0)
+def test_the_ends_are_all_steps_and_one(model):
+    """No tolerance: the usual text. A huge one: a step each."""
+    usual = model.generate(PROMPTS, 3, temperature=0)
+    whole = model.generate_early(PROMPTS, 3, DistributionExit(0), temperature=0)
     np.testing.assert_array_equal(whole.tokens, usual)
     assert (whole.evaluations == STEPS).all() and (whole.made == STEPS).all()
-    one = model.generate_early(PROMPTS, 6, kind(1e9), temperature=0)
+    one = model.generate_early(PROMPTS, 3, DistributionExit(1e9), temperature=0)
     assert (one.evaluations == 1).all() and (one.made == 1).all()
-    if kind is DistributionExit:
-        alone = model.generate(PROMPTS[1], 6, temperature=0, exit=kind(0))
-        np.testing.assert_array_equal(alone, usual[1])
-
-
-def test_a_larger_tolerance_takes_fewer_evaluations(model):
-    """Of the first token at each tolerance, as nothing is before it; of all in the mean."""
-    counted = jnp.stack(
-        [solved(model, TOKENS[0], DistributionExit(a))[1] for a in np.linspace(0, 1.1, 12)]
-    )
-    assert (np.diff(counted[:, 0]) <= 0).all() and (np.diff(counted.sum(axis=1)) <= 0).all()
-    assert len(set(np.asarray(counted[:, 0]).tolist())) > 2
+    tokens = model.generate(PROMPTS, 3, temperature=0, exit=DistributionExit(1e9))
+    np.testing.assert_array_equal(tokens, one.tokens)
 
 
 CALLS = []
@@ -127,25 +124,25 @@ class Counted(jf.fields.AbstractWrapper):
 
 
 def test_steps_after_the_last_exit_are_not_computed(model):
-    """The flow of two prompts, and that of each token added to them but the last."""
+    """The flow of one prompt, and that of each token added to it but the last."""
     counted: Any = Counted
     inside = counted(model.field.at(0.0).parts[0])
     counting = model.with_curve(jf.Constant(inside))
     for tolerance, steps in {1e9: 1, 0.0: STEPS}.items():
         CALLS.clear()
-        found = counting.generate_early(PROMPTS, 3, VelocityExit(tolerance), temperature=0)
+        found = counting.generate_early(PROMPTS[0], 3, VelocityExit(tolerance), temperature=0)
         jax.effects_barrier()
         assert len(CALLS) == 3 * steps == found.made.sum()
 
 
 def test_the_loss_with_exits(model):
-    batch = [(TOKENS[:, :-1], TOKENS[:, 1:])]
+    batch = [(TOKENS, TOKENS[:, ::-1])]
     usual = training.evaluate(model, batch)
     for tolerance in (0.0, MIDDLE[DistributionExit]):
         exit = DistributionExit(tolerance)
         found = training.evaluate(model, batch, training.ExitLoss(exit))
-        final, counted = solved(model, TOKENS[:, :-1], exit)
-        expected = training.cross_entropy(model.read_out(final), jnp.asarray(TOKENS[:, 1:]))
+        final, counted = solved(model, TOKENS, exit)
+        expected = training.cross_entropy(model.read_out(final), jnp.asarray(TOKENS[:, ::-1]))
         assert found["loss"] == pytest.approx(float(expected), rel=1e-12)
         assert found["num_evaluations"] == float(counted.mean())
         assert (found["loss"] == pytest.approx(usual["loss"], rel=1e-12)) == (tolerance == 0)

@@ -22,7 +22,7 @@ def test_it_is_short_and_its_links_are_there():
 def test_its_code_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     documentation.run(README)
-    assert "Plotly" in (tmp_path / "flow.html").read_text()
+    assert "DecompressionStream" in (tmp_path / "flow.html").read_text()
 
 
 @pytest.mark.parametrize("where", COMMANDS)

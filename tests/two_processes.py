@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import optax
 
 import jaxflow as jf
 from jaxflow import training
@@ -42,7 +41,7 @@ if __name__ == "__main__":
         model,
         Slow(),
         steps=int(STEPS),
-        optimiser=optax.adam(1e-3),  # whose rate does not know the last step
+        optimiser=training.adamw(100),  # whose rate does not know the last step of this call
         log_every=1,
         evaluate_every=100,
         evaluation_batches=1,

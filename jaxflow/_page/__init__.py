@@ -59,7 +59,7 @@ def assemble(
 
 def asset(name: str) -> str:
     """The text of a file of this folder."""
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
 def embedded(page: str) -> Any:

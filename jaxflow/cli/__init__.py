@@ -16,6 +16,13 @@ from . import learning, reading, reproduction, simulation
 from .boundary import Boundary, Group, leave
 from .settings import command
 
+__all__ = ["app", "main"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 app = typer.Typer(
     cls=Boundary,
     no_args_is_help=True,

@@ -139,6 +139,7 @@ def _model_config(s: AbstractTraining, data: Any) -> dict[str, Any]:
     if isinstance(s, LanguageTraining):
         _check_size(s, data, data.vocab_size + s.context, block, s.context)
         own = {"model": "LanguageModel", "vocab_size": data.vocab_size, "context": s.context}
+        own |= {"normalised": True} if s.normalised else {}
         if s.block is None:
             return own | {"rotary": s.rotary, "bias": s.bias} | config
         config = {k: v for k, v in config.items() if k not in ("width", "placement")}
@@ -210,6 +211,8 @@ def _summarise(run: Path, fitted: Fitted, data, seconds: float):
     table("training", rows)
     if isinstance(data, training.Text):
         prompt = np.asarray(data.training[:8], np.int32)
-        text = fitted.best.generate(prompt, 200, temperature=0.8, key=jax.random.key(0))
+        # Beyond the context each token takes a flow of all, and another program.
+        length = max(1, fitted.best.context - len(prompt))
+        text = fitted.best.generate(prompt, length, temperature=0.8, key=jax.random.key(0))
         say("\na sample\n")
         say(data.tokenizer.decode(text))

@@ -18,3 +18,7 @@ __all__ = [
     "select_backend",
     "softmax_expectation",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,7 +4,10 @@ check.py asks the same of the kernels of this package in the shapes of their til
 of its own, for they may hang; here are small shapes, in this process, for a backend of any kind.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -107,35 +110,42 @@ def check_backend(
     check_known(name)
     if unknown := [dtype for dtype in dtypes if dtype not in tuple(TOLERANCE)]:
         raise ValueError(f"dtypes must be of {', '.join(TOLERANCE)}, got {unknown[0]!r}.")
-    findings = []
-    for dtype in dtypes:
-        for trial in trials:
-            findings += [_finding(name, trial, mode, dtype) for mode in MODES]
-    return Conformance(name, tuple(findings))
+    pairs = itertools.product(dtypes, trials)
+    return Conformance(name, tuple(f for pair in pairs for f in _findings(name, *pair)))
 
 
-def _finding(name: str, trial: Trial, mode: Mode, dtype: str) -> Finding:
-    case = trial.case
-    problem, found = case.problem(dtype), Finding(case.name, mode, dtype)
-    if (reason := refusal(name, mode, case.shapes(dtype), problem)) is not None:
-        return found._replace(refusal=f"refused: {reason}")
-    operands = _laid_out(case.operands(mode, dtype), trial.axes)
-    try:
-        results = jax.jit(lambda o: evaluate(load(name), o, problem))(operands)
-        return found._replace(fault=_fault(results, operands, problem, TOLERANCE[dtype]))
-    except Exception as error:  # of a user's function, whatever it raises
-        return found._replace(fault=f"it did not run: {line(error)}")
+def _findings(name: str, dtype: str, trial: Trial) -> Iterator[Finding]:
+    """One for each of the three functions."""
+    case, problem = trial.case, trial.case.problem(dtype)
+    operands = {mode: _laid_out(case.operands(mode, dtype), trial.axes) for mode in MODES}
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
+    expected = _right(wide, dataclasses.replace(problem, constant_scale=None))
+    for mode in MODES:
+        found = Finding(case.name, mode, dtype)
+        if (reason := refusal(name, mode, case.shapes(dtype), problem)) is not None:
+            yield found._replace(refusal=f"refused: {reason}")
+            continue
+        # Without weights their cotangent, the fourth, may be anything.
+        right = expected[mode][: None if case.weighted else 3]
+        try:
+            results = jax.jit(lambda o: evaluate(load(name), o, problem))(operands[mode])
+            yield found._replace(fault=_fault(results, right, TOLERANCE[dtype]))
+        except Exception as error:  # of a user's function, whatever it raises
+            yield found._replace(fault=f"it did not run: {line(error)}")
+
+
+@functools.partial(jax.jit, static_argnames="problem")
+def _right(operands: dict[Mode, Operands], problem: Problem) -> dict[Mode, Results]:
+    """By the definition; one program for all dtypes."""
+    return {mode: evaluate(Reference(), o, problem) for mode, o in operands.items()}
 
 
 def _laid_out(operands: Operands, axes: tuple[int, ...]) -> Operands:
     return jax.tree.map(lambda a: a.reshape((*axes, *a.shape[1:])), operands)
 
 
-def _fault(found: Results, operands: Operands, problem: Problem, tolerance: float) -> str | None:
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
-    expected = jax.jit(lambda o: evaluate(Reference(), o, problem))(wide)
-    # Without weights their cotangent, the fourth, may be anything.
-    for f, e in zip(found, expected[: None if problem.weighted else 3], strict=False):
+def _fault(found: Results, expected: Results, tolerance: float) -> str | None:
+    for f, e in zip(found, expected, strict=False):
         if jnp.shape(f) != e.shape:
             return f"it has the shape {jnp.shape(f)} where {e.shape} is right"
         reason = difference(np.asarray(f, np.float64), np.asarray(e, np.float64), tolerance)

@@ -16,11 +16,14 @@ from .._memory import check_fits
 from .._rules import constant, count, instance, positive
 from .._solution import FlowSolution, Sides
 from .._types import ArrayLike, ScalarLike, error_where
+from ..explicit import is_explicit
 from ..fields import AbstractCurve, AbstractField, Legendre, LowRank, TimeDependent
 from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
-from ..solvers import Grid, LieTrotter, default_adjoint
+from ..solvers import Grid, LieTrotter, ScanAdjoint, default_adjoint
+
+SCANNED = 64  # steps
 
 
 class Depth(eqx.Module):
@@ -84,7 +87,9 @@ class Depth(eqx.Module):
     def memory(self, mu0: Measure) -> int:
         """The bytes of the states that a gradient through the flow of mu0 keeps, and of a step."""
         steps = self.steps or self.max_steps
-        adjoint = self.adjoint or default_adjoint(steps)
+        adjoint = self._adjoint(steps, observed=False)
+        if isinstance(adjoint, ScanAdjoint):
+            adjoint = diffrax.RecursiveCheckpointAdjoint(steps)
         kept = adjoint if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint) else None
         return memory_estimate(mu0, solver=self.solver, max_steps=steps, adjoint=kept)
 
@@ -129,6 +134,13 @@ class Depth(eqx.Module):
         moved = times[1:-1] + jitter * (self.t1 / (len(times) - 1)) * moves
         return dataclasses.replace(self, grid=times.at[1:-1].set(moved))
 
+    def _adjoint(self, steps: int, *, observed: bool) -> diffrax.AbstractAdjoint:
+        if self.adjoint is not None:
+            return self.adjoint
+        few = self.steps is not None and steps <= SCANNED and is_explicit(self.solver)
+        # What is saved at each step is part of the state, which a scan would keep as often.
+        return ScanAdjoint() if few and not observed else default_adjoint(steps)
+
     def flow(
         self,
         field: AbstractField,
@@ -165,7 +177,7 @@ class Depth(eqx.Module):
             t1=self.t1,
             solver=self.solver,
             stepsize_controller=controller,
-            adjoint=self.adjoint or default_adjoint(max_steps),
+            adjoint=self._adjoint(max_steps, observed=bool(observe)),
             max_steps=max_steps,
             throw=throw,
             saveat=saveat,

@@ -46,6 +46,9 @@ class LanguageModel(AbstractModel):
     - `rotary`: rotary embeddings of positions instead of learned ones. Of another `block`: whether
       no positions are learned; `None` is yes where it has rotary attention.
     - `bias`: whether attention has biases.
+    - `normalised`: start at x_i(0) = N_0(E[token_i] + position_i), as BERT does, with another norm
+      of `norm`. Without, tokens start at a size of 0.02, where the norms in the blocks turn fast:
+      the first layers of a transformer step over that, and adaptive steps resolve it.
     - `tied`: R = E; else R has weights of its own.
     - `dtype`: of attention and feed-forward, such as bfloat16; parameters and state are float32.
     - `backend`: of attention, as in `jaxflow.softmax_expectation`.
@@ -72,6 +75,7 @@ class LanguageModel(AbstractModel):
     embedding: Float[Array, "vocabulary d"]
     positions: Float[Array, "context d"] | None
     field: AbstractField
+    entry: AbstractNorm | None
     norm: AbstractNorm
     output: Float[Array, "vocabulary d"] | None
     depth: Depth
@@ -95,6 +99,7 @@ class LanguageModel(AbstractModel):
         norm: Callable[[int], AbstractNorm] = LayerNorm,
         rotary: bool | None = None,
         bias: bool = False,
+        normalised: bool = False,
         tied: bool = True,
         dtype: Any = None,
         backend: str | None = None,
@@ -122,6 +127,7 @@ class LanguageModel(AbstractModel):
         self.embedding = STD * jax.random.normal(keys[1], (vocab_size, dim))
         self.positions = None if rotary else STD * jax.random.normal(keys[2], (context, dim))
         self.norm = function("norm", norm)(dim)
+        self.entry = norm(dim) if flag("normalised", normalised) else None
         self.output = None if tied else STD * jax.random.normal(keys[3], (vocab_size, dim))
         self.context = context
         self.dtype = dtype
@@ -145,7 +151,7 @@ class LanguageModel(AbstractModel):
         if self.positions is not None:
             here = jax.lax.dynamic_slice_in_dim(self.positions, start, n)
             x = x + jnp.broadcast_to(here.astype(x.dtype), x.shape)
-        return self.field.geometry.retract(x)
+        return self.field.geometry.retract(x if self.entry is None else self.entry(x))
 
     def read_out(self, mu: Measure) -> Float[Array, "*batch n vocabulary"]:
         return project(self.hidden(mu), self.unembedding, self.dtype)

@@ -22,3 +22,7 @@ __all__ = [
     "predict_clusters",
     "wave_rates",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -66,3 +66,7 @@ __all__ = [
     "tokenizer",
     "tokenizer_from_dict",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

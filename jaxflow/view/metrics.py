@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 CLOCKS = "seconds", "total_evaluations"  # beside a run's own axis
-MOST_POINTS = 2048  # of a curve
+MOST_POINTS = 1024  # of a curve
 MOST_CURVES = 200
 MOST_DAMAGED = 5  # lines that are told
 

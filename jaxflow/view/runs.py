@@ -141,7 +141,7 @@ class WatchedRun:
 
         **Raises:** `ValueError` for any other, `FileNotFoundError` where there is none.
         """
-        path = (self.folder / name).resolve()
+        path = Path(os.path.realpath(self.folder / name))
         if not path.is_relative_to(self.folder):
             raise ValueError(f"{self.folder / name} is a link out of the run, and is not read.")
         guarded = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

@@ -4,6 +4,7 @@ import hmac
 import html
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def serving(runs: Sequence[WatchedRun], port: int = 0) -> Iterator[str]:
     """
     token = secrets.token_urlsafe(24)
     try:
-        server = ThreadingHTTPServer((HOST, port), _handler(runs, token))
+        server = _Server((HOST, port), _handler(runs, token))
     except OSError as error:
         raise ValueError(
             f"--port must be one that is free, got {port}: {error.strerror}. Take another, or 0 "
@@ -42,13 +43,20 @@ def serving(runs: Sequence[WatchedRun], port: int = 0) -> Iterator[str]:
         thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A browser may leave in the middle of an answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            ThreadingHTTPServer.handle_error(self, request, client_address)
+
+
 def _handler(runs: Sequence[WatchedRun], token: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         server_version, sys_version = "jaxflow", ""
         timeout = 10  # of a connection that says nothing
 
         def do_GET(self):
-            port = self.server.server_address[1]
+            port = self.connection.getsockname()[1]
             # Another name that leads here is that of a page which would read what is served.
             if self.headers.get_all("Host") not in ([f"{HOST}:{port}"], [f"localhost:{port}"]):
                 return self.answer(403, "text/plain", "The Host is not this server.\n")

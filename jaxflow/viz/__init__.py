@@ -57,3 +57,7 @@ __all__ = [
     "training_curve",
     "trajectories",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -64,7 +64,7 @@ def sphere(
 
     The page plays 20 saved times a second, and moves tokens in a straight line from one to the
     next. Space plays and pauses, the arrows step; dragging, or Shift with the arrows, turns.
-    Coordinates have 14 bits; 5,000 tokens at 151 times take 1 to 2 MB, and with noise up to 5 MB.
+    Coordinates have 14 bits; 5,000 tokens at 151 times take 1 to 2 MB, and with noise up to 4 MB.
 
     The number of clusters is what the flow observed under the name "clusters" (by the threshold of
     that observable). If it observed none, clusters are counted here, and of n > 7,000 tokens only

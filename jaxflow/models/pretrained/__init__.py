@@ -69,3 +69,7 @@ def from_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractModel:
     config = opened.config()
     made: Plan = FAMILIES[choice(config, "model_type", FAMILIES)](config)
     return fill(made, opened, floating("dtype", dtype))
+
+
+def __dir__() -> list[str]:
+    return __all__
