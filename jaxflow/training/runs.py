@@ -44,7 +44,7 @@ def load(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     jaxflow.training.export(model, f"{folder}/model.safetensors")
     ...     same = jaxflow.training.load(f"{folder}/model.safetensors", like=model)
-    >>> bool(jnp.array_equal(same.embed.weight, model.embed.weight))
+    >>> bool(jnp.array_equal(same.embedding.weight, model.embedding.weight))
     True
 
     ```
