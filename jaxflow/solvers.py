@@ -551,6 +551,12 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
     rematerialised `jax.lax.scan`; of more, 8 sqrt(steps) are, and memory grows as the square root.
 
     **Raises:** `ValueError` or `TypeError` for fewer than one step.
+
+    ```python
+    >>> jaxflow.solvers.default_adjoint(8).checkpoints
+    8
+
+    ```
     """
     if count("steps", steps, 0) < 1:
         raise ValueError(f"a solve has at least one step, got {steps}.")

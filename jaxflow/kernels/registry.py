@@ -233,7 +233,7 @@ def check_known(name):
 def check_named(name, shapes: Shapes, problem: Problem):
     """Whether a backend asked for by name can run these operands on its platform.
 
-    **Raises:** as [`check_known`][jaxflow.kernels.registry.check_known], and `NotImplementedError`
+    **Raises:** as `jaxflow.kernels.registry.check_known`, and `NotImplementedError`
     with the reason where the backend cannot.
     """
     check_known(name)

@@ -70,6 +70,12 @@ def gpt2(
     **Returns:** a function of a PRNG key.
 
     **Raises:** `ValueError` or `TypeError` for what makes no block.
+
+    ```python
+    >>> block = jaxflow.models.gpt2(8, heads=2, layers=1)
+    >>> field = block(jax.random.key(0))  # of one layer, in R^8
+
+    ```
     """
     if placement not in ("pre", "peri", "post"):
         raise ValueError(f'placement must be "pre", "peri" or "post", got {placement!r}.')
@@ -122,6 +128,12 @@ def llama(
     **Returns:** a function of a PRNG key.
 
     **Raises:** `ValueError` or `TypeError` for what makes no block.
+
+    ```python
+    >>> block = jaxflow.models.llama(8, heads=2, layers=1)
+    >>> field = block(jax.random.key(0))  # of one layer, in R^8
+
+    ```
     """
     width = _sizes(dim, heads, layers, 8 * -(-count("dim", dim) // 3) if width is None else width)
     kv_heads = _half(heads) if kv_heads is None else kv_heads
@@ -166,6 +178,12 @@ def parallel(
     **Returns:** a function of a PRNG key.
 
     **Raises:** `ValueError` or `TypeError` for what makes no block.
+
+    ```python
+    >>> block = jaxflow.models.parallel(8, heads=2, layers=1)
+    >>> field = block(jax.random.key(0))  # of one layer, in R^8
+
+    ```
     """
     width = _sizes(dim, heads, layers, 4 * count("dim", dim) if width is None else width)
     function("activation", activation)
@@ -209,6 +227,12 @@ def attention(
     **Returns:** a function of a PRNG key.
 
     **Raises:** `ValueError` or `TypeError` for what makes no block.
+
+    ```python
+    >>> block = jaxflow.models.attention(8, heads=2, layers=1)
+    >>> field = block(jax.random.key(0))  # of one layer, in R^8
+
+    ```
     """
     _sizes(dim, heads, layers, 1)
 
@@ -243,6 +267,12 @@ def theory(
     **Returns:** a function of a PRNG key.
 
     **Raises:** `ValueError` or `TypeError` for what makes no block.
+
+    ```python
+    >>> block = jaxflow.models.theory(8, heads=2, layers=1)
+    >>> field = block(jax.random.key(0))  # of one layer, in R^8
+
+    ```
     """
     _sizes(dim, heads, layers, 1)
 

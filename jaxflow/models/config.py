@@ -69,7 +69,14 @@ def depth(
     tolerance: float | None = None,
     solver: str = "lie-trotter",
 ) -> Depth:
-    """A `jaxflow.models.Depth` whose solver is named."""
+    """A `jaxflow.models.Depth` whose solver is named.
+
+    ```python
+    >>> jaxflow.models.depth(t1=4.0, steps=8, solver="heun").steps
+    8
+
+    ```
+    """
     return Depth(t1=t1, steps=steps, tolerance=tolerance, solver=_named("solver", solver, SOLVERS))
 
 
@@ -86,6 +93,14 @@ def build(config: Mapping[str, Any]) -> AbstractModel:
 
     **Raises:** `ValueError` or `TypeError` for names and values that make no model; `MemoryError`
     where its parameters do not fit.
+
+    ```python
+    >>> sizes = {"inputs": 4, "outputs": 2, "dim": 3, "layers": 1, "width": 2}
+    >>> config = {"model": "ResidualNetwork", "depth": {"t1": 1.0, "steps": 1}} | sizes
+    >>> jaxflow.models.build(config)(jnp.zeros(4)).shape
+    (2,)
+
+    ```
     """
     config = dict(instance("a configuration", config, Mapping, '{"model": "LanguageModel"}'))
     make = _named("model", config.pop("model", None), MODELS)

@@ -27,12 +27,30 @@ CurveOf = Callable[[list[AbstractField], float], AbstractCurve]
 
 
 def layered(blocks: list[AbstractField], t1: float) -> PiecewiseConstant:
-    """L blocks one after the other: a transformer."""
+    """L blocks one after the other: a transformer.
+
+    ```python
+    >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
+    >>> curve = jaxflow.models.layered(blocks, 2.0)
+    >>> curve.breakpoints
+    (1.0,)
+
+    ```
+    """
     return PiecewiseConstant(blocks, np.linspace(0, t1, len(blocks) + 1))
 
 
 def shared(blocks: list[AbstractField], t1: float) -> Constant:
-    """The first block at every depth."""
+    """The first block at every depth.
+
+    ```python
+    >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
+    >>> curve = jaxflow.models.shared(blocks, 2.0)
+    >>> curve.at(0.5).beta.tolist()
+    1.0
+
+    ```
+    """
     return Constant(blocks[0])
 
 
@@ -40,6 +58,14 @@ def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
     """The blocks at equal distances, and what is linear between them.
 
     **Raises:** `ValueError` for fewer than two blocks.
+
+    ```python
+    >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
+    >>> curve = jaxflow.models.interpolated(blocks, 2.0)
+    >>> curve.at(0.5).beta.tolist()
+    1.25
+
+    ```
     """
     if len(blocks) < 2:
         raise ValueError("interpolation needs at least two blocks.")
@@ -47,13 +73,31 @@ def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
 
 
 def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
-    """L Legendre polynomials, at the start of training constant in time: the first block."""
+    """L Legendre polynomials, at the start of training constant in time: the first block.
+
+    ```python
+    >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
+    >>> curve = jaxflow.models.smooth(blocks, 2.0)
+    >>> curve.at(0.5).beta.round(3).tolist()
+    1.0
+
+    ```
+    """
     return Legendre(_first_alone(blocks), 0.0, t1)
 
 
 def fourier(blocks: list[AbstractField], t1: float) -> Fourier:
     """An odd number L of Fourier coefficients, of period 2 T so that the ends differ; at the start
-    of training constant in time: the first block."""
+    of training constant in time: the first block.
+
+    ```python
+    >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0, 3.0)]
+    >>> curve = jaxflow.models.fourier(blocks, 2.0)  # the first block, before it is trained
+    >>> curve.at(0.5).beta.tolist()
+    1.0
+
+    ```
+    """
     return Fourier(_first_alone(blocks), 2 * t1)
 
 
@@ -73,6 +117,15 @@ def hypernetwork(
     """The first block, moved in time by a network, which moves nothing before it is trained.
 
     Another `key` of the network's weights, width or rank go in by `functools.partial`.
+
+    ```python
+    >>> block = jaxflow.models.theory(8, heads=2, layers=1)
+    >>> blocks = [block(jax.random.key(i)) for i in range(2)]
+    >>> curve = jaxflow.models.hypernetwork(blocks, 2.0, key=jax.random.key(2))
+    >>> type(curve.at(0.5)) is type(blocks[0])
+    True
+
+    ```
     """
     key = jax.random.key(0) if key is None else key
     return HyperNetwork(blocks[0], width=width, rank=rank, t1=t1, key=key)

@@ -68,6 +68,15 @@ def inspect(model: AbstractModel, tokens: ArrayLike) -> Inspection:
     at least two.
 
     **Raises:** `ValueError` or `TypeError` for a model or tokens of another kind.
+
+    ```python
+    >>> model = jaxflow.models.LanguageModel(
+    ...     vocab_size=11, dim=8, heads=2, layers=1, context=8, key=jax.random.key(0)
+    ... )
+    >>> found = jaxflow.models.inspect(model, [3, 1, 4])  # doctest: +SKIP
+    >>> found.entropy  # by time and head, doctest: +SKIP
+
+    ```
     """
     instance("model", model, AbstractModel, "jaxflow.models.from_pretrained(folder)")
     start = model.embed(tokens)

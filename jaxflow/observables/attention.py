@@ -45,6 +45,13 @@ def attention_matrix(
     **Raises:** `ValueError` or `TypeError` for a field without one matrix and for bad queries;
     `MemoryError` where the matrix does not fit: `attention_spectrum`, `attention_entropy` and
     `column_defect` do without it.
+
+    ```python
+    >>> field, mu = jaxflow.SelfAttention(beta=0.0), jaxflow.measure.circle(4)
+    >>> jaxflow.observables.attention_matrix(field, mu)[0].tolist()
+    [0.25, 0.25, 0.25, 0.25]
+
+    ```
     """
     _check_single(field, mu)
     points = mu.points if x is None else reals("x", x).astype(mu.points.dtype)
@@ -74,6 +81,13 @@ def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:
 
     **Raises:** `TypeError` for a field without one matrix; `MemoryError` for hardmax attention
     whose matrix, which its transpose keeps, does not fit.
+
+    ```python
+    >>> field, mu = jaxflow.SelfAttention(beta=0.0), jaxflow.measure.circle(4)
+    >>> bool(jaxflow.observables.column_defect(field, mu) < 1e-6)  # doubly stochastic
+    True
+
+    ```
     """
     _check_single(field, mu)
     _check_transpose(field, mu)
@@ -116,6 +130,13 @@ def attention_spectrum(
 
     **Raises:** `ValueError` or `TypeError` for bad arguments and a field without one matrix;
     `MemoryError` for hardmax attention whose matrix, which its transpose keeps, does not fit.
+
+    ```python
+    >>> field, mu = jaxflow.SelfAttention(beta=0.0), jaxflow.measure.circle(4)
+    >>> round(float(jaxflow.observables.attention_spectrum(field, mu)[0]), 3)
+    1.0
+
+    ```
     """
     _check_single(field, mu)
     probes = count("probes", probes)
@@ -142,6 +163,13 @@ def attention_rank(
 
     **Raises:** as `jaxflow.observables.attention_spectrum`, and where the tolerance is not in
     [0, 1).
+
+    ```python
+    >>> field, mu = jaxflow.SelfAttention(beta=0.0), jaxflow.measure.circle(4)
+    >>> int(jaxflow.observables.attention_rank(field, mu))  # all rows are equal
+    1
+
+    ```
     """
     tolerance = _tolerance(tolerance)
     values = attention_spectrum(field, mu, probes=probes, key=key)
@@ -162,6 +190,13 @@ def effective_rank(
     Of `jaxflow.observables.attention_spectrum`: for n > 512 of its `probes` largest.
 
     **Raises:** as `jaxflow.observables.attention_spectrum`.
+
+    ```python
+    >>> field, mu = jaxflow.SelfAttention(beta=0.0), jaxflow.measure.circle(4)
+    >>> round(float(jaxflow.observables.effective_rank(field, mu)), 3)
+    1.0
+
+    ```
     """
     values = attention_spectrum(field, mu, probes=probes, key=key)
     p = values / values.sum(axis=-1, keepdims=True)
@@ -257,6 +292,13 @@ def attention_entropy(
 
     **Raises:** `TypeError` for a field without softmax attention, and where mu is no measure;
     `NotImplementedError` for the masks `TopK` and `Hierarchical`.
+
+    ```python
+    >>> field, mu = jaxflow.SelfAttention(beta=0.0), jaxflow.measure.circle(4)
+    >>> round(float(jaxflow.observables.attention_entropy(field, mu)), 3)  # log 4, as if alike
+    1.386
+
+    ```
     """
     check_measure("mu", mu)
     return over_leading(lambda x, logs: _mean_entropy(field, t, Measure(x, logs)), mu)

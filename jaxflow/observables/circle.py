@@ -28,6 +28,13 @@ def fourier_modes(mu: Measure, k: ArrayLike | int) -> Complex[Array, "*batch_and
 
     **Raises:** `ValueError` where d is not 2, `TypeError` where k is not
     integer or mu no measure.
+
+    ```python
+    >>> mu = jaxflow.measure.circle(3)
+    >>> jnp.abs(jaxflow.observables.fourier_modes(mu, [0, 1, 3])).round(3).tolist()
+    [1.0, 0.0, 1.0]
+
+    ```
     """
     check_measure("mu", mu)
     if mu.d != 2:
@@ -64,6 +71,12 @@ def order_parameter(mu: Measure) -> Float[Array, "*batch"]:
     For any d; on the circle it is |E e^{i theta}|. A token at 0 counts as no direction.
 
     **Raises:** `TypeError` where mu is no measure.
+
+    ```python
+    >>> jaxflow.observables.order_parameter(jaxflow.measure.from_angles([0.0, 0.0])).tolist()
+    1.0
+
+    ```
     """
     check_measure("mu", mu)
     return _order(mu)

@@ -35,6 +35,13 @@ def inner_products(mu: Measure) -> Float[Array, "*batch n n"]:
 
     **Raises:** `TypeError` where mu is no measure; `MemoryError` where the matrix does not fit:
     `pair_correlations` does without it.
+
+    ```python
+    >>> mu = jaxflow.Measure([[1.0, 0.0], [0.0, 1.0]])
+    >>> jaxflow.observables.inner_products(mu).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    ```
     """
     check_measure("mu", mu)
     check_fits(
@@ -62,8 +69,8 @@ def pair_correlations(
     - `edges`: of the bins, ascending, shape `(bins + 1,)`.
     - `queries`: pairs of this many tokens with all others, tokens evenly spaced in the order of
       a k-d tree: an estimate with standard error at most sqrt(q (1 - q) / queries) for the mass q
-      of a bin. `None` is all tokens for
-      n <= 32,768, and 4,096 for more; pass n for the exact density of any measure.
+      of a bin. `None` is all tokens for n <= 32,768, and 4,096 for more; pass n for the exact
+      density of any measure.
 
     Time O(queries n (d + the edges that boxes leave open)), memory O(n d + bins); systems one
     after the other.
@@ -72,6 +79,14 @@ def pair_correlations(
     finite.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
+
+    ```python
+    >>> mu = jaxflow.measure.from_angles([0.0, 0.0, jnp.pi])  # one pair of three is together
+    >>> density = jaxflow.observables.pair_correlations(mu, [-1.0, 0.0, 1.0])
+    >>> [round(float(mass), 3) for mass in density]
+    [0.667, 0.333]
+
+    ```
     """
     return _pair_density(mu, edges, queries, PRODUCTS)
 
@@ -84,6 +99,14 @@ def pair_distances(
     As `jaxflow.observables.pair_correlations`, with edges in the units of the points.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
+
+    ```python
+    >>> mu = jaxflow.Measure([[0.0], [1.0], [5.0]])
+    >>> density = jaxflow.observables.pair_distances(mu, [0.0, 2.0, 6.0])
+    >>> [round(float(mass), 3) for mass in density]  # one pair of three within 2, two within 4 more
+    [0.167, 0.167]
+
+    ```
     """
     return _pair_density(mu, edges, queries, DISTANCES)
 

@@ -36,6 +36,13 @@ def interaction_energy(
 
     **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, mu no measure, or Q and K
     no matrices that go with it.
+
+    ```python
+    >>> mu = jaxflow.measure.from_angles([0.0, 0.0])  # one cluster: e^beta / (2 beta)
+    >>> round(float(jaxflow.observables.interaction_energy(mu, 1.0)), 4)
+    1.3591
+
+    ```
     """
     check_measure("mu", mu, signed=True)
     beta = _inverse_temperature(beta)

@@ -150,6 +150,14 @@ def merge_tree(
 
     **Raises:** `ValueError` or `TypeError` for times and measures that are not those of a flow, and
     where a token with mass is not finite at a time that was reached.
+
+    ```python
+    >>> angles = jnp.array([[0.0, 1.0, 3.0], [0.0, 0.01, 3.0]])
+    >>> tree = jaxflow.observables.merge_tree([0.0, 1.0], jaxflow.measure.from_angles(angles))
+    >>> tree.times.tolist()
+    [1.0]
+
+    ```
     """
     check_measure("measures", measures)
     ts = _numbers("ts", ts)

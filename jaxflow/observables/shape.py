@@ -21,6 +21,12 @@ def diameter(mu: Measure) -> Float[Array, "*batch"]:
     **Returns:** shape `(*batch,)`; 0 for a single token, nan where one with mass is not finite.
 
     **Raises:** `TypeError` where mu is no measure.
+
+    ```python
+    >>> jaxflow.observables.diameter(jaxflow.Measure([[0.0, 0.0], [3.0, 4.0]])).tolist()
+    5.0
+
+    ```
     """
     check_measure("mu", mu)
     return _diameter(mu)
@@ -76,6 +82,13 @@ def hull_vertices(mu: Measure) -> Int[Array, "*batch vertices"]:
     order; repeated to a length of 2 n.
 
     **Raises:** `ValueError` where d is not 2, `TypeError` where mu is no measure.
+
+    ```python
+    >>> mu = jaxflow.Measure([[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> sorted(set(jaxflow.observables.hull_vertices(mu).tolist()))  # not the one inside
+    [0, 1, 2, 3]
+
+    ```
     """
     _check_plane("hull_vertices", mu)
     return one_by_one(_hull, mu)
@@ -100,6 +113,13 @@ def hull_area(mu: Measure) -> Float[Array, "*batch"]:
     finite.
 
     **Raises:** `ValueError` where d is not 2, `TypeError` where mu is no measure.
+
+    ```python
+    >>> mu = jaxflow.Measure([[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> jaxflow.observables.hull_area(mu).tolist()
+    4.0
+
+    ```
     """
     _check_plane("hull_area", mu)
     return _hull_area(mu)

@@ -64,6 +64,14 @@ def sinkhorn_divergence(
 
     **Raises:** `ValueError` for bad input, the run-time error of `equinox.error_if` where
     `max_iterations` do not reach the tolerance.
+
+    ```python
+    >>> mu, nu = jaxflow.Measure([[0.0], [1.0]]), jaxflow.Measure([[1.0], [2.0]])
+    >>> value = jaxflow.observables.sinkhorn_divergence(mu, nu, epsilon=0.1)
+    >>> round(float(value), 2)  # a translation by 1 costs 1
+    1.0
+
+    ```
     """
     check_measure("mu", mu)
     check_measure("nu", nu)

@@ -47,6 +47,13 @@ def wasserstein(
     **Raises:** `ValueError` for other dimensions, where
     `jaxflow.observables.sinkhorn_divergence` serves; `TypeError` for other geometries and what
     is no measure.
+
+    ```python
+    >>> mu, nu = jaxflow.Measure([[0.0], [1.0]]), jaxflow.Measure([[3.0], [2.0]])
+    >>> jaxflow.observables.wasserstein(mu, nu).tolist()  # each goes by 2
+    2.0
+
+    ```
     """
     check_measure("mu", mu)
     check_measure("nu", nu)

@@ -82,6 +82,12 @@ def tensorboard(folder: str | Path) -> Callback:
     **Arguments:** `folder`: of the event files, made with the first of them.
 
     **Raises:** ImportError, with what to install, where tensorboardX is missing.
+
+    ```python
+    >>> write = jaxflow.training.tensorboard("runs/one/events")  # no file before it is called
+    >>> fitted = jaxflow.training.fit(model, data, steps=9, callbacks=[write])  # doctest: +SKIP
+
+    ```
     """
     try:
         modules = ("event_file_writer", "proto.event_pb2", "summary")

@@ -69,6 +69,15 @@ def save(
     `keep` that is no whole number; ValueError for a step below 0 or a `keep` below 1, or if another
     process writes to the folder; OSError if the disk is full. What was there before is then as it
     was.
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = jaxflow.training.save(folder, {"w": jnp.ones(2)}, step=3, config={}, cursor={})
+    >>> path.name
+    'step-00000003'
+
+    ```
     """
     count("step", step, least=0)
     count("keep", keep)
@@ -113,6 +122,16 @@ def restore(folder: str | Path, like: Any, *, partial: bool = False) -> tuple[An
 
     **Raises:** ValueError if the checkpoint is damaged, naming the file and, where it is known, the
     array, or if its arrays are not those of `like`.
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = jaxflow.training.save(folder, {"w": jnp.ones(2)}, step=3, config={}, cursor={})
+    ...     state, about = jaxflow.training.restore(path, {"w": jnp.zeros(2)})
+    >>> state["w"].tolist()
+    [1.0, 1.0]
+
+    ```
     """
     path = Path(folder).absolute()
     manifest = _manifest(path)
@@ -135,6 +154,16 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself, without its arrays: `step`, `config`, `cursor`, ...
 
     **Raises:** ValueError if it is no checkpoint, or its manifest is damaged.
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = jaxflow.training.save(folder, {"w": jnp.ones(2)}, step=3, config={}, cursor={})
+    ...     about = jaxflow.training.metadata(path)
+    >>> about["step"]
+    3
+
+    ```
     """
     return _without_digests(_manifest(Path(folder).absolute()))
 
@@ -143,6 +172,16 @@ def latest(folder: str | Path) -> Path | None:
     """The newest checkpoint of a run; None if there is none.
 
     **Raises:** ValueError if the manifest of the newest one is damaged.
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = jaxflow.training.save(folder, {"w": jnp.ones(2)}, step=3, config={}, cursor={})
+    ...     newest = jaxflow.training.latest(folder)
+    >>> newest.name
+    'step-00000003'
+
+    ```
     """
     path = next(iter(listed(folder)), None)
     if path is not None:
@@ -154,6 +193,17 @@ def best(folder: str | Path, metric: str = "loss") -> Path | None:
     """The checkpoint of a run with the smallest finite `metrics[metric]`; None if there is none.
 
     **Raises:** ValueError if the manifest of any is damaged, as that may be the best.
+
+    ```python
+    >>> import tempfile
+    >>> about = {"config": {}, "cursor": {}, "metrics": {"loss": 2.0}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = jaxflow.training.save(folder, {"w": jnp.ones(2)}, step=3, **about)
+    ...     least = jaxflow.training.best(folder)
+    >>> least.name
+    'step-00000003'
+
+    ```
     """
     return smallest({path: _manifest(path) for path in listed(folder)}, metric)
 

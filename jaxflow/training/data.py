@@ -188,6 +188,19 @@ def text_data(
     to be), an empty text, a part too short for one window, and a cache that cannot be written to.
     TypeError for numbers that are not whole and for another tokenizer. MemoryError for batches that
     do not fit the memory.
+
+    ```python
+    >>> import pathlib, tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> file = pathlib.Path(folder.name, "text.txt")
+    >>> characters = file.write_text("to be or not to be " * 20)
+    >>> data = jaxflow.training.text_data(file, context=8, batch_size=2, cache=folder.name)
+    >>> inputs, targets = data.batch(0)
+    >>> inputs.shape, data.vocab_size
+    ((2, 8), 256)
+    >>> folder.cleanup()
+
+    ```
     """
     context, batch_size = _rules.count("context", context), _rules.count("batch_size", batch_size)
     seed, validation = _word("seed", seed), _fraction(validation)
@@ -350,6 +363,13 @@ def image_data(
     (with the first that is), parts of different shapes or without an image. TypeError for numbers
     that are not whole. MemoryError for images or batches that do not fit the memory, before they
     are read. ImportError for the built-in images without scikit-learn.
+
+    ```python
+    >>> images, labels = jaxflow.training.image_data(batch_size=8).batch(0)
+    >>> images.shape, labels.shape
+    ((8, 8, 8, 1), (8,))
+
+    ```
     """
     batch_size, seed = _rules.count("batch_size", batch_size), _word("seed", seed)
     _check_batch(batch_size)

@@ -151,6 +151,13 @@ def cross_entropy(logits: Float[Array, "*batch classes"], targets: Int[Array, "*
 
     Computed in float32 at least. For a `jaxflow.models.LanguageModel` the losses of this
     package take `jaxflow.training.chunked_cross_entropy` in its place: one value, less memory.
+
+    ```python
+    >>> loss = jaxflow.training.cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
+    >>> round(float(loss), 4)  # log 4
+    1.3863
+
+    ```
     """
     return _summed(logits, targets) / _counted_in(targets, logits.dtype)
 
@@ -231,6 +238,12 @@ def squared_error(outputs: Float[Array, "*shape"], targets: Float[Array, "*shape
     """mean |output - target|^2 over all entries.
 
     **Raises:** `ValueError` where outputs and targets differ in shape.
+
+    ```python
+    >>> jaxflow.training.squared_error(jnp.array([1.0, 3.0]), jnp.zeros(2)).tolist()
+    5.0
+
+    ```
     """
     if outputs.shape != targets.shape:
         raise ValueError(
@@ -262,6 +275,15 @@ def evaluate(
 
     **Returns:** `{"loss": ..., "num_evaluations": ...}` and the costs along the flow. The loss is
     nan where a solve failed, and where there is no batch.
+
+    ```python
+    >>> digits = jaxflow.training.image_data(batch_size=8)
+    >>> model = jaxflow.models.ResidualNetwork(64, 10, 4, 1, width=4, key=jax.random.key(0))
+    >>> found = jaxflow.training.evaluate(model, [digits.batch(0)])
+    >>> found["loss"] > 0
+    True
+
+    ```
     """
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     key = jax.random.key(0) if key is None else key
@@ -292,6 +314,11 @@ def accuracy(model: eqx.Module, batches) -> float:
     """The part of the targets that is the most likely class.
 
     **Raises:** `ValueError` where there is no batch.
+
+    ```python
+    >>> right = jaxflow.training.accuracy(model, data.validation_batches())  # doctest: +SKIP
+
+    ```
     """
     right, total = 0, 0
     predict = eqx.filter_jit(lambda m, x: jnp.argmax(m(x), axis=-1))

@@ -38,6 +38,14 @@ def adamw(
 
     **Raises:** TypeError for a number of steps that is not whole, ValueError for any number that is
     not finite or not in its range.
+
+    ```python
+    >>> optimiser = jaxflow.training.adamw(1000, learning_rate=3e-4)
+    >>> fitted = jaxflow.training.fit(  # doctest: +SKIP
+    ...     model, data, steps=1000, optimiser=optimiser
+    ... )
+
+    ```
     """
     count("steps", steps)
     count("warmup", warmup, least=0)
@@ -95,6 +103,12 @@ def matrices(model: Any) -> Any:
     """Which arrays of a model are matrices, so that weight decay acts on them.
 
     The coefficients of a curve are stacked along a first axis, which does not count.
+
+    ```python
+    >>> jaxflow.training.matrices({"gain": jnp.ones(3), "weight": jnp.ones((3, 3))})
+    {'gain': False, 'weight': True}
+
+    ```
     """
     return _matrices([model], axes=2)[0]
 

@@ -45,6 +45,11 @@ def join() -> int:
     **Returns:** the number of processes; 1 where the environment names no others.
 
     **Raises:** ValueError where the environment says a part alone, or what cannot be.
+
+    ```python
+    >>> processes = jaxflow.training.join()  # doctest: +SKIP
+
+    ```
     """
     if jax.distributed.is_initialized():
         return jax.process_count()
@@ -76,7 +81,14 @@ def _explicit() -> tuple[str, int, int]:
 
 
 def is_first() -> bool:
-    """Whether this process reads and writes for all."""
+    """Whether this process reads and writes for all.
+
+    ```python
+    >>> jaxflow.training.is_first()
+    True
+
+    ```
+    """
     return jax.process_index() == 0
 
 

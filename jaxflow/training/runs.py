@@ -37,6 +37,17 @@ def load(
 
     **Raises:** ValueError where there is no such run, the model has other parameters, or the
     checkpoint is damaged. Another checkpoint is never returned in its place.
+
+    ```python
+    >>> import tempfile
+    >>> model = jaxflow.models.ResidualNetwork(4, 2, 3, 1, width=2, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxflow.training.export(model, f"{folder}/model.safetensors")
+    ...     same = jaxflow.training.load(f"{folder}/model.safetensors", like=model)
+    >>> bool(jnp.array_equal(same.embedding.weight, model.embedding.weight))
+    True
+
+    ```
     """
     if which not in ("best", "latest"):
         raise ValueError(f'which must be "best" or "latest", got {which!r}.')
@@ -75,6 +86,14 @@ def export(
 
     **Raises:** ValueError where there is no such run or folder for the file, or the checkpoint is
     damaged; ImportError without the safetensors library.
+
+    ```python
+    >>> import tempfile
+    >>> model = jaxflow.models.ResidualNetwork(4, 2, 3, 1, width=2, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxflow.training.export(model, f"{folder}/model.safetensors")
+
+    ```
     """
     if isinstance(run, models.AbstractModel):
         return parameters.write(run, file, None)
@@ -87,6 +106,11 @@ def tokenizer(path: str | Path) -> Any:
 
     **Raises:** ValueError where there is no such run, its last checkpoint is damaged, or it was not
     trained on text.
+
+    ```python
+    >>> jaxflow.training.tokenizer("runs/shakespeare").encode("ROMEO:")  # doctest: +SKIP
+
+    ```
     """
     data = _about(_checkpoint(path, "latest"))["data"]
     if "tokenizer" not in data:

@@ -264,6 +264,13 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
 
     **Raises:** ValueError for another type, entries that are missing, too many or of the wrong
     type, an alphabet out of order, and a model that is damaged.
+
+    ```python
+    >>> saved = jaxflow.training.Bytes().to_dict()
+    >>> jaxflow.training.tokenizer_from_dict(saved).encode("To").tolist()
+    [84, 111]
+
+    ```
     """
     kind = saved.get("type") if isinstance(saved, dict) else saved
     if not isinstance(kind, str) or kind not in _TOKENIZERS:

@@ -36,6 +36,12 @@ def attention(
     **Raises:** `ValueError` for more than 1,000 tokens: the matrix holds n^2 numbers, and no print
     shows them; `ValueError` or `TypeError` for what is not one measure of finite points, a field
     without one matrix, and bad labels.
+
+    ```python
+    >>> field, mu = jaxflow.SelfAttention(beta=4.0), jaxflow.measure.circle(8)
+    >>> axes = jaxflow.viz.attention(field, mu)
+
+    ```
     """
     check_measure("mu", mu)
     if mu.points.ndim != 2 or not np.isfinite(np.asarray(mu.points)).all():
@@ -76,6 +82,14 @@ def phase_diagram(diagram: PhaseDiagram, *, ax: Axes | None = None) -> Axes:
     new ones. An axis is logarithmic where its values are spaced so.
 
     **Raises:** `TypeError` for what is no phase diagram.
+
+    ```python
+    >>> betas, ts = jnp.linspace(1.0, 9.0, 9), jnp.linspace(0.0, 30.0, 61)
+    >>> key = jax.random.key(0)
+    >>> diagram = jaxflow.phase_diagram(betas, ts, n=32, d=3, key=key)  # doctest: +SKIP
+    >>> axes = jaxflow.viz.phase_diagram(diagram)  # doctest: +SKIP
+
+    ```
     """
     instance(
         "diagram", diagram, PhaseDiagram, "jaxflow.phase_diagram(betas, ts, n=64, d=3, key=key)"
@@ -116,6 +130,13 @@ def merge_tree(tree: MergeTree, *, max_leaves: int = 200, ax: Axes | None = None
 
     **Raises:** `ValueError` for a tree without merges, or with more than `max_leaves` roots;
     `TypeError` for what is no tree.
+
+    ```python
+    >>> angles = jnp.array([[0.0, 1.0, 3.0], [0.0, 0.01, 3.0]])
+    >>> tree = jaxflow.observables.merge_tree([0.0, 1.0], jaxflow.measure.from_angles(angles))
+    >>> axes = jaxflow.viz.merge_tree(tree)
+
+    ```
     """
     instance("tree", tree, MergeTree, "jaxflow.observables.merge_tree(sol.ts, sol.measures)")
     max_leaves = count("max_leaves", max_leaves)

@@ -49,6 +49,15 @@ def summary(
 
     **Raises:** `ValueError` or `TypeError` for a solution without points at two or more times, or
     bad arguments.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 3))
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=2.0, saveat=saveat)
+    >>> figure = jaxflow.viz.summary(sol)
+    >>> figure.savefig("summary.png")  # doctest: +SKIP
+
+    ```
     """
     run = read_run(sol, system)
     shown = evenly(run.n, 5000)
@@ -91,6 +100,14 @@ def inner_product_histogram(
     times, evenly spaced ones are taken.
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and for a single token.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 3))
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=2.0, saveat=saveat)
+    >>> axes = jaxflow.viz.inner_product_histogram(sol)
+
+    ```
     """
     bins = count("bins", bins)
     check_fits(8 * bins * 300, f"a histogram of {bins} bins", "Take fewer bins.")
@@ -134,6 +151,14 @@ def cluster_staircase(
     Arguments as in `jaxflow.viz.sphere`, which says where the numbers come from.
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 3))
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=2.0, saveat=saveat)
+    >>> axes = jaxflow.viz.cluster_staircase(sol)
+
+    ```
     """
     run, axes = read_run(sol, system), new_axes(ax)
     ts, counts = run.cluster_counts(threshold)
@@ -156,6 +181,13 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and where no energy was
     observed.
+
+    ```python
+    >>> energy = {"energy": jaxflow.observables.InteractionEnergy(beta=4.0)}
+    >>> sol = jaxflow.flow(field, mu0, t1=9.0, saveat=saveat, observe=energy)  # doctest: +SKIP
+    >>> axes = jaxflow.viz.energy_curve(sol)  # doctest: +SKIP
+
+    ```
     """
     run = read_run(sol, system)
     if run.energy is None:
@@ -186,6 +218,12 @@ def curves(
     Matplotlib axes, default new ones.
 
     **Raises:** `ValueError` or `TypeError` where these are no curves.
+
+    ```python
+    >>> squares = [0.0, 1.0, 2.0], [0.0, 1.0, 4.0]
+    >>> axes = jaxflow.viz.curves({"t^2": squares}, xlabel="t")
+
+    ```
     """
     if not instance("curves", ts_values, Mapping, "{name: (ts, values)}"):
         raise ValueError("there is no curve to draw: pass {name: (ts, values)}.")
@@ -229,6 +267,12 @@ def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = No
     `ax`: Matplotlib axes, default new ones.
 
     **Raises:** `ValueError` or `TypeError` where these are no logged steps, or none has a loss.
+
+    ```python
+    >>> history = [{"step": 0, "loss": 4.2}, {"step": 100, "loss": 2.5}]
+    >>> axes = jaxflow.viz.training_curve(history)
+
+    ```
     """
     both = {"loss": "training", "validation_loss": "validation"}
     drawn = {name: _logged(history, name) for name in both}

@@ -58,6 +58,14 @@ def film(
 
     **Raises:** `ValueError` or `TypeError` for bad arguments, and as `jaxflow.viz.summary`;
     `RuntimeError` for a film .mp4 without ffmpeg. All before a frame is drawn.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 3))
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=2.0, saveat=saveat)
+    >>> path = jaxflow.viz.film(sol, "flow.gif")  # doctest: +SKIP
+
+    ```
     """
     rule = "positive and at most 1000"
     for name, value in (("fps", fps), ("dpi", dpi)):

@@ -55,6 +55,12 @@ def inspection_page(
 
     **Raises:** `ValueError` or `TypeError` where these are no such things; `ImportError` without
     matplotlib.
+
+    ```python
+    >>> found = jaxflow.models.inspect(model, [3, 1, 4])  # doctest: +SKIP
+    >>> page = jaxflow.viz.inspection_page(found, ["three", "one", "four"])  # doctest: +SKIP
+
+    ```
     """
     instance("found", found, Inspection, "jaxflow.models.inspect(model, tokens)")
     labels = words(labels, len(found.sensitivity))

@@ -84,6 +84,14 @@ def sphere(
     **Returns:** a `jaxflow.viz.Page`.
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 3))
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=2.0, saveat=saveat)
+    >>> jaxflow.viz.sphere(sol).write_html("flow.html")  # doctest: +SKIP
+
+    ```
     """
     run = read_run(sol, system, max_frames)
     (clusters, when), directions = run.colouring(threshold), run.directions()

@@ -54,6 +54,11 @@ def points(
 
     **Raises:** `ValueError` or `TypeError` for what is not one measure of finite points, and bad
     arguments.
+
+    ```python
+    >>> axes = jaxflow.viz.points(jaxflow.measure.circle(8))
+
+    ```
     """
     check_measure("mu", mu)
     instance("geometry", geometry, AbstractGeometry, "jaxflow.Sphere()")
@@ -108,6 +113,14 @@ def trajectories(
     many tokens to draw at most, evenly spaced; `ax`: Matplotlib axes, default new ones.
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
+
+    ```python
+    >>> mu0 = jaxflow.measure.uniform_sphere(8, 3, key=jax.random.key(0))
+    >>> saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 2.0, 3))
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=2.0, saveat=saveat)
+    >>> axes = jaxflow.viz.trajectories(sol)
+
+    ```
     """
     run = read_run(sol, system)
     shown = evenly(run.n, max_points)
@@ -149,6 +162,14 @@ def hulls(
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and for tokens that are
     not in the plane.
+
+    ```python
+    >>> mu0 = jaxflow.measure.gaussian(8, 2, key=jax.random.key(0))
+    >>> field = jaxflow.SelfAttention(beta=1.0, geometry=jaxflow.Euclidean())
+    >>> sol = jaxflow.flow(field, mu0, t1=1.0, saveat=saveat)  # doctest: +SKIP
+    >>> axes = jaxflow.viz.hulls(sol, times=3)  # doctest: +SKIP
+
+    ```
     """
     run = read_run(sol, system)
     if run.d != 2:
