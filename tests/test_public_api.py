@@ -1,4 +1,4 @@
-"""What users rely on does not change unannounced: names, signatures, flags, and what dir() shows."""
+"""Names, signatures and flags that users rely on change only announced; dir() shows no others."""
 
 import builtins
 import difflib
