@@ -46,7 +46,7 @@ class AbstractMethod(diffrax.AbstractSolver):
 
     @abc.abstractmethod
     def evaluations(self, parts: int) -> tuple[int, int] | None:
-        """As [`jaxflow.explicit.evaluations_per_step`][]."""
+        """As `jaxflow.explicit.evaluations_per_step`."""
 
 
 class AbstractComposition(AbstractMethod):

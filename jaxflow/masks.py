@@ -57,7 +57,7 @@ Indices = Array | np.ndarray  # a list of whole numbers
 
 
 class AbstractMask(abc.ABC):
-    """Which keys a query sees: what `mask=` of [`jaxflow.softmax_expectation`][] takes."""
+    """Which keys a query sees: what `mask=` of `jaxflow.softmax_expectation` takes."""
 
     @abc.abstractmethod
     def objection(self, shape: Shape) -> str | None:

@@ -1,4 +1,4 @@
-"""Names, signatures and flags that users rely on change only announced; dir() shows no others."""
+"""What users rely on changes with notice: names, signatures, flags, and what dir() shows."""
 
 import builtins
 import difflib

@@ -1,5 +1,5 @@
-"""The command line: `jaxflow simulate`, `phase-diagram`, `compare`, `train`, `evaluate`, `sample`,
-`inspect`, `reproduce`, `info`.
+"""The command line: `jaxflow simulate`, `phase-diagram`, `compare`, `view`, `train`, `evaluate`,
+`sample`, `inspect`, `reproduce`, `info`.
 
 Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
 pictures. `jaxflow --install-completion` teaches the shell its commands and options. Help and
@@ -72,6 +72,13 @@ def _compare(settings: reading.Comparison):
     from .compare import compare
 
     compare(settings)
+
+
+@command(app, "view", reading.Viewing)
+def _view(settings: reading.Viewing):
+    from .view import view
+
+    view(settings)
 
 
 def _train(settings: learning.AbstractTraining):

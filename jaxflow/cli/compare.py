@@ -1,12 +1,11 @@
 """`jaxflow compare RUN RUN ...`: what differs between runs, in their settings and their results."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 from .. import viz
-from .._folder import CONFIG, json_object, read_json, read_settings
+from .._folder import CONFIG, json_object, read_json, read_settings, short_names
 from ..viz.style import require
 from .choices import At
 from .console import say, table
@@ -26,7 +25,7 @@ def compare(s: Comparison):
     if not folder.is_dir():
         raise ValueError(f"--out must be in a folder, and {folder} is a file.")
     runs = [_over(_read(run), s.at, run) for run in s.runs]
-    read = dict(zip(_names(s.runs), runs, strict=True))
+    read = dict(zip(short_names(s.runs), runs, strict=True))
     shared = _shared_metrics(read, s.metric)
     table("settings that differ", [("setting", *read), *_settings(read)])
     table("last value", [("metric", *read), *_results(read, shared)])
@@ -35,18 +34,6 @@ def compare(s: Comparison):
     if drawn:
         _draw(read, shared, s.out)
         say(f"Figure: {s.out}")
-
-
-def _names(runs: list[Path]) -> list[str]:
-    """As many of the last parts of each path as tell them apart; a number for one that is there
-    twice."""
-    paths = [run.resolve() for run in runs]
-    tails = (["/".join(p.parts[-k:]) for p in paths] for k in itertools.count(1))
-    names = next(tail for tail in tails if len(set(tail)) == len(set(paths)))
-    return [
-        name if (earlier := names[:k].count(name)) == 0 else f"{name} ({earlier + 1})"
-        for k, name in enumerate(names)
-    ]
 
 
 def _read(folder: Path) -> Run:

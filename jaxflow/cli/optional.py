@@ -9,7 +9,6 @@ from ..viz.style import require
 from .console import plain
 
 figures = partial(require, "matplotlib.figure")
-pages = partial(require, "plotly.graph_objects")
 
 
 def available(library: Callable[[], object], without: str) -> bool:

@@ -3,7 +3,7 @@
 The run folder holds config.json (which repeats the run: --config), metrics.jsonl (a line a saved
 time), summary.png (or .pdf, .svg: --format) and flow.html; and, if asked for, merges.json and
 merges.png, and a film. --save writes the times and the tokens at them to a file of its own. Without
-matplotlib or plotly the pictures are left out.
+matplotlib the figures are left out.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -35,7 +35,7 @@ from ..viz.style import require
 from .boundary import interruptible
 from .console import progress, say, table
 from .device import prepare
-from .optional import available, figures, pages
+from .optional import available, figures
 from .settings import to_json
 from .simulation import Simulation
 from .systems import EVENTS, OBSERVABLES, initial_measure, make_field
@@ -66,19 +66,12 @@ def simulate(s: Simulation):
         _summarise(sol, seconds, words, s, files)
 
 
-class _Drawn(NamedTuple):
-    """What can be drawn here."""
-
-    figures: bool
-    page: bool
-
-
-def _drawn(s: Simulation) -> _Drawn:
-    """Says what is left out; a film is asked for by name, so that it is an error to miss it."""
+def _drawn(s: Simulation) -> bool:
+    """Whether figures can be drawn here; says what is left out. A film is asked for by name, so
+    that it is an error to miss it."""
     if s.film:
         require("matplotlib.animation")
-    names = f"summary.{s.format}" + f" and merges.{s.format}" * s.merges
-    return _Drawn(available(figures, names), available(pages, "flow.html"))
+    return available(figures, f"summary.{s.format}" + f" and merges.{s.format}" * s.merges)
 
 
 # ------------------------------------------------------------------ the solve
@@ -259,18 +252,17 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _write_run(
-    folder: Path, sol: FlowSolution, words, s: Simulation, drawn: _Drawn
+    folder: Path, sol: FlowSolution, words, s: Simulation, drawn: bool
 ) -> dict[str, str]:
     _write_metrics(folder, sol)
-    files = {}
-    if drawn.figures:
+    page = viz.sphere(sol, labels=words, threshold=s.threshold)
+    write_text(folder / "flow.html", page.html)
+    size = f"{len(page.html) / 1e6:.1f} MB"
+    files = {"page": f"{folder / 'flow.html'} ({size}, open it in a browser)"}
+    if drawn:
         summary = folder / f"summary.{s.format}"
         write_figure(summary, viz.summary(sol, threshold=s.threshold))
         files["figure"] = str(summary)
-    if drawn.page:
-        with _beside(folder / "flow.html") as work:
-            viz.sphere(sol, labels=words, threshold=s.threshold).write_html(work)
-        files["page"] = f"{folder / 'flow.html'} (open it in a browser)"
     if s.save is not None:
         _save_points(s.save, sol)
         files["points"] = str(s.save)
@@ -291,16 +283,14 @@ def _save_points(path: Path, sol: FlowSolution):
     write_bytes(path, content.getvalue())
 
 
-def _write_merges(
-    folder: Path, field, mu0: Measure, s: Simulation, drawn: _Drawn
-) -> dict[str, str]:
+def _write_merges(folder: Path, field, mu0: Measure, s: Simulation, drawn: bool) -> dict[str, str]:
     with progress("merges", s.t1) as show:
         tree = interruptible(_merges, s, field, mu0, show)
     links = [] if tree.links is None else tree.links.tolist()
     merged = zip(tree.times.tolist(), links, tree.sizes.tolist(), strict=True)
     rows = [{"t": t, "tokens": link, "size": size} for t, link, size in merged]
     write_text(folder / "merges.json", json.dumps(rows, indent=1) + "\n")
-    if not rows or not drawn.figures:
+    if not rows or not drawn:
         return {"merges": f"{len(rows) or 'none'}, {folder / 'merges.json'}"}
     figure = viz.merge_tree(tree).get_figure(root=True)
     picture = folder / f"merges.{s.format}"

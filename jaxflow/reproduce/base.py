@@ -93,7 +93,7 @@ def exact(field: AbstractField, mu0: Measure, ts: ArrayLike, **options: Any) -> 
 
 
 def time_of(event: diffrax.Event, field: AbstractField, mu0: Measure, t1: float) -> float:
-    """When an event of [`jaxflow.events`][] happens in the flow; t1 where it does not before."""
+    """When an event of `jaxflow.events` happens in the flow; t1 where it does not before."""
     options = {"stepsize_controller": TIGHT, "max_steps": 100_000}
     return float(flow(field, mu0, t1=t1, event=event, **options).ts[-1])
 

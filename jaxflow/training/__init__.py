@@ -8,9 +8,10 @@ from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
 from .depths import Elastic
 from .devices import FullySharded
-from .loop import Data, Fitted, fit
+from .loop import Data, Fitted, Terminated, fit
 from .losses import (
     AbstractLoss,
+    ExitLoss,
     FlowLoss,
     Valued,
     accuracy,
@@ -32,10 +33,12 @@ __all__ = [
     "Chars",
     "Data",
     "Elastic",
+    "ExitLoss",
     "Fitted",
     "FlowLoss",
     "FullySharded",
     "Images",
+    "Terminated",
     "Text",
     "TokenizerFile",
     "TrainingError",

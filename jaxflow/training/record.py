@@ -63,7 +63,7 @@ class Place(NamedTuple):
 def opened(run: str | Path | None, *, resume: bool) -> Iterator[Path | None]:
     """Holds the run folder, if there is one, while the context lasts.
 
-    **Raises:** ValueError as [`claim`][jaxflow._folder.claim] does, and where there is no run to
+    **Raises:** ValueError as `jaxflow._folder.claim` does, and where there is no run to
     resume, or one already that is not to be resumed.
     """
     if run is None or not is_first():
@@ -182,6 +182,11 @@ class Record:
             raise ValueError(
                 f"the run was trained on other data: {difference}. Pass the same data, batch size "
                 "and accumulation to resume it."
+            )
+        if difference := _difference(before.get("frozen"), now.get("frozen"), (), "its sha256"):
+            raise ValueError(
+                f"{path} trained a part of another model, as what it left alone differs: "
+                f"{difference}. Pass the same model and `trainable` to resume it."
             )
         if now["config"] is None:
             self.about = now | {"config": before["config"]}

@@ -58,8 +58,8 @@ def from_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractModel:
     The folder is not trusted: nothing but JSON and safetensors is read, no file outside of it, and
     names, shapes and dtypes of all tensors are checked before the first is read.
 
-    **Returns:** a [`jaxflow.models.LanguageModel`][], or of BERT and ALBERT a
-    [`jaxflow.models.Encoder`][].
+    **Returns:** a `jaxflow.models.LanguageModel`, or of BERT and ALBERT a
+    `jaxflow.models.Encoder`.
 
     **Raises:** `ValueError` for a folder that holds no such model, naming what is wrong; a
     `TypeError` where `dtype` is none; `MemoryError` where the parameters do not fit; `ImportError`
