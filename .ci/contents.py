@@ -1,6 +1,6 @@
 """Checks what was built, and prints the oldest versions that the wheel allows, as constraints.
 
-    python .ci/contents.py dist >oldest.txt
+python .ci/contents.py dist >oldest.txt
 """
 
 import re
