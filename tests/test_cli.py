@@ -69,6 +69,30 @@ def test_simulate_writes_a_run_folder(tmp_path):
             assert (first / name).read_bytes() == (again / name).read_bytes()
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine without the optional libraries."""
+    for name in ("matplotlib.figure", "matplotlib.animation", "plotly.graph_objects"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+
+
+def test_without_pictures_runs_say_so_first_and_go_on(tmp_path, bare):
+    out, picture = tmp_path / "run", tmp_path / "compared.png"
+    result = run("simulate", *SMALL, "--merges", "--out", out)
+    assert result.exit_code == 0, result.output
+    told, cost, *_ = (part for part in result.output.split("12 tokens in R^3"))
+    assert 'need matplotlib: pip install "jaxflow[viz]". It goes on without summary.png' in told
+    assert 'need plotly: pip install "jaxflow[viz]". It goes on without flow.html' in told
+    assert "ms an evaluation" in cost
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "merges.json"}
+    result = run("compare", out, out, "--out", picture)
+    assert result.exit_code == 0 and "last value" in result.output and not picture.exists()
+    film = run("simulate", *SMALL, "--film", "--out", tmp_path / "film")
+    assert film.exit_code == 2 and "pip install" in film.output
+    assert not (tmp_path / "film").exists()
+
+
 def test_segments_are_one_flow(tmp_path):
     """What is solved in pieces, each with its own steps, agrees with one solve to its tolerance."""
     assert run("simulate", *SMALL, "--out", tmp_path / "run").exit_code == 0
@@ -330,6 +354,21 @@ def trained(two_steps, tmp_path):
     return shutil.copytree(two_steps, tmp_path / "run")
 
 
+def test_training_without_checkpoints_says_so_first_and_goes_on(prose, tmp_path, bare):
+    out = tmp_path / "run"
+    result = run("train", "lm", *FLAGS, "--text", prose, "--steps", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    told = result.output.partition("step 1 of 2")[0]
+    assert "without loss.png" in told and 'pip install "jaxflow[train]"' in told
+    assert "cannot be resumed, and its model is lost" in told and "a sample" in result.output
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl"}
+    assert [row["step"] for row in rows_of(out)] == [1, 2]
+    before = (out / "metrics.jsonl").read_bytes()
+    for refused in ("train lm --resume", "sample", f"inspect --text {prose}"):
+        assert run(*refused.split(), out).exit_code == 2
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
 def test_train_and_resume(trained, prose, tmp_path):
     names = [path.name[-1] for path in sorted((trained / "checkpoints").glob("step-*"))]
     assert names == ["1", "2"]
@@ -425,8 +464,12 @@ def test_sample(trained):
     assert foreign.exit_code == 2 and "alphabet" in foreign.output
 
 
-def test_evaluate_on_another_text(trained, prose, tmp_path):
+def test_evaluate_on_another_text(trained, prose, tmp_path, monkeypatch):
     """Of the run's own text the row has the loss of the training; another text is named."""
+    with monkeypatch.context() as bare:
+        bare.setitem(sys.modules, "matplotlib.figure", None)
+        assert "without evaluate.png" in run("evaluate", trained, "--batches", 1).output
+        assert not (trained / "evaluate.png").exists()
     own = run("evaluate", trained, "--batches", 1, "--exit", 0, "--exit", 1)
     assert own.exit_code == 0 and "not its own data" not in own.output, own.output
     lines = (trained / "evaluate.jsonl").read_text().splitlines()

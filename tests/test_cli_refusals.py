@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jaxflow import FlowError, models
+from jaxflow import FlowError, __version__, models
 from jaxflow._folder import write_settings
 from jaxflow.cli import app, choices, console, learning, phase, reading, settings, systems
 from jaxflow.cli.boundary import Stopped, interruptible
@@ -334,6 +334,25 @@ def test_compare_where_all_runs_had_come_to(tmp_path):
 
 
 # ------------------------------------------------------------------ help and completion
+
+
+def test_the_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"jaxflow {__version__}\n"
+
+
+def test_help_imports_little():
+    """Half of a second of the processor's time is the most that a shell should wait for."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from jaxflow.cli import app; "
+        "run = lambda *a: CliRunner().invoke(app, a); "
+        "assert run('--version').exit_code == run('--help').exit_code == 0; "
+        "assert 'kvaerno5' in run('simulate', '--help').output; "
+        "assert run('train', '--help').exit_code == run('train', 'lm', '--help').exit_code == 0; "
+        "print({'jax', 'numpy', 'rich', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_help_and_completion_import_no_jax():

@@ -1,6 +1,7 @@
 """Phase diagrams: equiangular tokens, high dimension, runs that were cut off, the command."""
 
 import json
+import sys
 from typing import Any
 
 import diffrax
@@ -255,7 +256,7 @@ def arrays(folder):
         return dict(file)
 
 
-def test_the_command_writes_a_run_folder(tmp_path):
+def test_the_command_writes_a_run_folder(tmp_path, monkeypatch):
     result = command("--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "4 systems of 6 tokens in R^3" in result.output and "s for the other 1." in " ".join(
@@ -273,6 +274,11 @@ def test_the_command_writes_a_run_folder(tmp_path):
     expected = phase_diagram(found["betas"], found["ts"], **SMALL)
     np.testing.assert_array_equal(found["probability"], expected.probability)
     assert (tmp_path / "run" / "phase.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "run" / "phase.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    again = command("--resume", tmp_path / "run", flags=[])
+    assert again.exit_code == 0 and "It goes on without phase.png" in again.output
+    assert not (tmp_path / "run" / "phase.png").exists()
 
 
 @pytest.mark.parametrize("by_name", [True, False])

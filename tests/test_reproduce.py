@@ -1,6 +1,7 @@
 """Published results: a few run for real, and what the command does with any of them."""
 
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -216,3 +217,12 @@ def test_results_are_in_double_precision(tmp_path, fakes):
 
     fakes(SimpleNamespace(result=one.result._replace(run=compute)))
     assert run("one", "--out", tmp_path).exit_code == 0 and found == [np.float64]
+
+
+def test_without_matplotlib_there_are_no_pictures(tmp_path, fakes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    fakes(fake("one"))
+    result = run("one", "--out", tmp_path)
+    assert result.exit_code == 0 and "It goes on without pictures" in result.output
+    assert not list(tmp_path.glob("*.png")) and "one" in (tmp_path / "index.html").read_text()
+    assert json.loads((tmp_path / "one.json").read_text())["picture"] is None

@@ -37,10 +37,11 @@ trainings = typer.Typer(
 )
 
 
-def _version(asked: bool):
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"jaxflow {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

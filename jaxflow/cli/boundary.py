@@ -34,7 +34,7 @@ class Stopped(BaseException):
 class Group(TyperGroup):
     """Commands, whose help and names take no import of Pydantic."""
 
-    def get_params(self, ctx: typer.Context) -> list[Any]:
+    def get_params(self, ctx: Any) -> list[Any]:
         """The options, all of them flags: typer has Pydantic read the default None as well."""
         options = super().get_params(ctx)
         for option in options:
