@@ -11,7 +11,17 @@ loss against evaluations of the field.
 
 Of one seed on the tiny Shakespeare, at the defaults, the validation loss was
 
-RESULTS
+    evaluated at               Lie-Trotter 4  Heun 2  Heun 4  Heun 8  Tsit5 to 0.01
+    trained at
+    Lie-Trotter 4                      2.483   2.618   2.641   2.845          3.160
+    Lie-Trotter 2-6                    2.498   2.596   2.579   2.613          2.939
+    Heun 2                             3.348   2.488   2.511   2.707          3.138
+    Heun 2, normalised                 2.611   2.511   2.524   2.547          2.568
+    Heun 2-6, normalised               2.630   2.513   2.514   2.520          2.528
+
+Small tokens turn fast in the norms of the blocks when they start: the steps of training lead over
+that, and what takes finer ones meets another flow. The last model alone serves any solver: adaptive
+steps (33 evaluations) have its loss to 0.015, at 0.03 above the transformer's own 4 evaluations.
 """
 
 import sys
