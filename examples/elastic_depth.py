@@ -71,7 +71,7 @@ def main(
             key=jax.random.key(0),
             **start,
         )
-        often = {"evaluate_every": steps, "evaluation_batches": 1}
+        often: dict[str, Any] = {"evaluate_every": steps, "evaluation_batches": 1}
         fitted = fit(model, data, steps=steps, depths=drawn, **often)
         print(f"\n{name}: {fitted.history[-1]['total_evaluations'] / steps:.1f} evaluations a step")
         losses[name] = {}
