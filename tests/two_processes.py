@@ -1,14 +1,15 @@
 """Run by test_devices.py in each process of a training: FOLDER STEPS DEVICES [resume].
 
-Prints the losses of its steps as JSON, from the first process."""
+Prints the losses of its steps as JSON, from the first process; after SIGTERM each process says at
+which step it ended."""
 
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
-import optax
 
 import jaxflow as jf
 from jaxflow import training
@@ -35,11 +36,12 @@ class Slow:
 if __name__ == "__main__":
     training.join()
     model = jf.models.ResidualNetwork(64, 10, 8, 2, width=8, key=jax.random.key(0))
-    fitted = training.fit(
+    fit = partial(
+        training.fit,
         model,
         Slow(),
         steps=int(STEPS),
-        optimiser=optax.adam(1e-3),  # whose rate does not know the last step
+        optimiser=training.adamw(100),  # whose rate does not know the last step of this call
         log_every=1,
         evaluate_every=100,
         evaluation_batches=1,
@@ -49,5 +51,10 @@ if __name__ == "__main__":
         resume=bool(RESUME),
         progress=False,
     )
+    try:
+        fitted = fit()
+    except training.Terminated as stopped:
+        print(stopped.fitted.reason, stopped.fitted.step)
+        raise
     if training.is_first():
         print(json.dumps([row["loss"] for row in fitted.history]))

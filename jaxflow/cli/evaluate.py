@@ -19,16 +19,17 @@ from ..fields import TimeDependent
 from ..fields.time import sample
 from ..models.exits import check_exit
 from ..models.generation import can_be_cached
-from ..viz.style import require
 from .boundary import interruptible
 from .choices import Solver
 from .console import progress, say, table
 from .device import prepare
 from .learning import TASKS, AbstractTraining, LanguageTraining, training_settings
+from .optional import available, figures
 from .reading import Evaluation
 from .simulate import write_figure
 from .train import read_data
 
+PICTURE = "evaluate.png"
 _COLUMNS = {"loss": ".4f", "accuracy": ".2%", "num_evaluations": ".4g"}
 
 
@@ -60,7 +61,7 @@ def trained(run: Path, *, latest: bool) -> Iterator[Trained]:
 
 def evaluate(s: Evaluation):
     """Prints, writes and draws the loss at each depth."""
-    require("matplotlib.figure")
+    drawn = available(figures, PICTURE)
     prepare()
     with trained(s.run, latest=s.latest) as run:
         data, about = _data(run, s)
@@ -82,8 +83,9 @@ def evaluate(s: Evaluation):
     for note in dict.fromkeys(notes + [row["note"] for row in rows if "note" in row]):
         say(f"- {note}")
     write_text(s.run / "evaluate.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    _draw(rows, s.run / "evaluate.png")
-    say(f"Figure: {s.run / 'evaluate.png'}")
+    if drawn:
+        _draw(rows, s.run / PICTURE)
+        say(f"Figure: {s.run / PICTURE}")
 
 
 def depth_like(

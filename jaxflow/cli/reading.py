@@ -1,5 +1,5 @@
-"""The settings of the commands that read runs, `evaluate`, `sample`, `inspect` and `compare`, and
-of `info`."""
+"""The settings of the commands that read runs, `evaluate`, `sample`, `inspect`, `compare` and
+`view`, and of `info`."""
 
 import dataclasses
 from pathlib import Path
@@ -175,6 +175,30 @@ class Comparison:
         """Raises ValueError for settings that do not go together."""
         if len(self.runs) < 2:
             raise ValueError(f"compare takes two or more run folders, got {len(self.runs)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Viewing:
+    """Show runs in a browser while they are written: simulations play, metrics are curves.
+
+    Several runs are laid over one another, with the settings that differ. The page is served on
+    this machine alone, under a URL with a random token, and nothing is written. Ctrl-C ends it.
+
+    Examples:
+
+    `jaxflow view runs/shakespeare`
+
+    `jaxflow view runs/layers runs/smooth`
+
+    `jaxflow view runs/sphere --no-browser --port 8080`
+    """
+
+    runs: list[Path] = argument("Run folders.", InputFolder())
+    browser: bool = flag(True, "Open the page in a browser.")
+    port: int = flag(0, "Of the server; 0 takes one that is free.", Range(0, 65535))
+
+    def check(self):
+        """These go together as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -123,3 +123,7 @@ __all__ = [
     "weighted_attention",
     "weighted_sums",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

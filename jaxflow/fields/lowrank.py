@@ -32,13 +32,13 @@ class LowRank(AbstractCurve):
     such as biases, stay as they are. An array with more than two axes, such as the queries
     (H, p, d) of attention, is taken as a matrix with its last axis as columns.
 
-    To train A and B alone, pass [`jaxflow.fields.adapters`][] of the model to
-    [`jaxflow.training.fit`][].
+    To train A and B alone, pass `jaxflow.fields.adapters` of the model to
+    `jaxflow.training.fit`.
 
     **Arguments:**
 
     - `curve`: layers or another curve that is linear in its coefficients, a
-      [`jaxflow.Constant`][], or a [`jaxflow.HyperNetwork`][], whose theta is changed.
+      `jaxflow.Constant`, or a `jaxflow.HyperNetwork`, whose theta is changed.
     - `rank`: r, of each A_k and B_k; at most the smaller side of a matrix is taken.
     - `key`: PRNG key of the B_k.
 
@@ -118,13 +118,13 @@ class LowRank(AbstractCurve):
 
 def adapters(tree: Any) -> Any:
     """Which arrays of a model are those of its low-rank changes: `trainable` of
-    [`jaxflow.training.fit`][].
+    `jaxflow.training.fit`.
 
     **Arguments:** `tree`, a model, field or curve.
 
     **Returns:** a tree of booleans like it, a filter of Equinox's.
 
-    **Raises:** `ValueError` where it has no [`jaxflow.fields.LowRank`][].
+    **Raises:** `ValueError` where it has no `jaxflow.fields.LowRank`.
 
     ```python
     >>> curve = jaxflow.Constant(jaxflow.LinearDrift(jnp.eye(3)))

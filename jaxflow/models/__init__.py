@@ -59,3 +59,7 @@ __all__ = [
     "smooth",
     "theory",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,11 +16,14 @@ from .._memory import check_fits
 from .._rules import constant, count, instance, positive
 from .._solution import FlowSolution, Sides
 from .._types import ArrayLike, ScalarLike, error_where
+from ..explicit import is_explicit
 from ..fields import AbstractCurve, AbstractField, Legendre, LowRank, TimeDependent
 from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
-from ..solvers import Grid, LieTrotter, default_adjoint
+from ..solvers import Grid, LieTrotter, ScanAdjoint, default_adjoint
+
+SCANNED = 64  # steps
 
 
 class Depth(eqx.Module):
@@ -34,7 +37,7 @@ class Depth(eqx.Module):
     - `solver`: any diffrax solver. The default is Lie-Trotter splitting with Euler's method, a
       transformer's residual stream; adaptive steps need an embedded error, such as
       `diffrax.Tsit5()`.
-    - `adjoint`: any diffrax adjoint; `None` is [`jaxflow.solvers.default_adjoint`][] of the steps.
+    - `adjoint`: any diffrax adjoint; `None` is `jaxflow.solvers.default_adjoint` of the steps.
     - `max_steps`: of an adaptive solve: the budget of function evaluations is this times the
       stages of the method.
     - `grid`: the ends of the steps where they are not equal, which `jittered` draws.
@@ -84,7 +87,9 @@ class Depth(eqx.Module):
     def memory(self, mu0: Measure) -> int:
         """The bytes of the states that a gradient through the flow of mu0 keeps, and of a step."""
         steps = self.steps or self.max_steps
-        adjoint = self.adjoint or default_adjoint(steps)
+        adjoint = self._adjoint(steps, observed=False)
+        if isinstance(adjoint, ScanAdjoint):
+            adjoint = diffrax.RecursiveCheckpointAdjoint(steps)
         kept = adjoint if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint) else None
         return memory_estimate(mu0, solver=self.solver, max_steps=steps, adjoint=kept)
 
@@ -129,6 +134,13 @@ class Depth(eqx.Module):
         moved = times[1:-1] + jitter * (self.t1 / (len(times) - 1)) * moves
         return dataclasses.replace(self, grid=times.at[1:-1].set(moved))
 
+    def _adjoint(self, steps: int, *, observed: bool) -> diffrax.AbstractAdjoint:
+        if self.adjoint is not None:
+            return self.adjoint
+        few = self.steps is not None and steps <= SCANNED and is_explicit(self.solver)
+        # What is saved at each step is part of the state, which a scan would keep as often.
+        return ScanAdjoint() if few and not observed else default_adjoint(steps)
+
     def flow(
         self,
         field: AbstractField,
@@ -141,7 +153,7 @@ class Depth(eqx.Module):
 
         The solution has the measure at t1 as its `final` one; with `observe`, what is observed at
         each step.
-        `throw`: raise if it fails, as in [`jaxflow.flow`][].
+        `throw`: raise if it fails, as in `jaxflow.flow`.
         """
         if self.grid is not None:
             controller, max_steps = Grid(self.grid), len(self.grid) - 1
@@ -165,7 +177,7 @@ class Depth(eqx.Module):
             t1=self.t1,
             solver=self.solver,
             stepsize_controller=controller,
-            adjoint=self.adjoint or default_adjoint(max_steps),
+            adjoint=self._adjoint(max_steps, observed=bool(observe)),
             max_steps=max_steps,
             throw=throw,
             saveat=saveat,
@@ -205,7 +217,7 @@ class AbstractModel(eqx.Module):
 
     def with_curve(self, curve: AbstractCurve):
         """The same model with its parameters along another curve of its blocks, such as layers that
-        [`jaxflow.fields.time.sample`][] takes from its own."""
+        `jaxflow.fields.time.sample` takes from its own."""
         return eqx.tree_at(lambda model: model.field, self, TimeDependent(curve))
 
     def smoothed(self, coefficients: int):
@@ -234,7 +246,7 @@ class AbstractModel(eqx.Module):
 
         `fit(model, data, steps=500, trainable=jaxflow.fields.adapters(model))`
 
-        **Arguments:** `rank` and `key`, as of [`jaxflow.fields.LowRank`][].
+        **Arguments:** `rank` and `key`, as of `jaxflow.fields.LowRank`.
 
         **Raises:** as that, and `TypeError` for a model whose parameters are no curve in time.
         """
@@ -259,8 +271,8 @@ class AbstractModel(eqx.Module):
         """The flow of the embedded inputs; its `final` measure is what `read_out` takes.
 
         `observe` is evaluated at each step, and on both sides of it where parameters of the field
-        jump: `observed` then holds [`jaxflow.flow.Sides`][]. Look at `ok`: a solve that fails
-        raises nothing.
+        jump: `observed` then holds two arrays, `before` and `after`. Look at `ok`: a solve that
+        fails raises nothing.
         """
         watched = dict(instance("observe", observe or {}, Mapping, "{name: fn}"))
         if jumps(self.field):

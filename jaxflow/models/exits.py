@@ -171,7 +171,7 @@ def solve(model, inputs: Any, exit: AbstractExit) -> tuple[Measure, Int[Array, "
     """The tokens of texts `(*batch, n)` at time T, where each exits by itself, and the evaluations
     that each takes when it is generated; here all are computed together.
 
-    **Raises:** as [`jaxflow.models.LanguageModel`][] called with the tokens.
+    **Raises:** as `jaxflow.models.LanguageModel` called with the tokens.
     """
     x = model.embed(inputs).points
 

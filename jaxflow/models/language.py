@@ -35,11 +35,11 @@ class LanguageModel(AbstractModel):
     - `vocab_size`; `dim`: d; `heads`: H; `layers`: L, the number of blocks; `context`: the
       longest input.
     - `block`: a function of a PRNG key that makes one block, any causal field of tokens of
-      dimension d, such as [`jaxflow.models.llama`][](d, H, L). The default is
-      [`jaxflow.models.gpt2`][] with `heads`, `width`, `activation`, `placement`, `norm`, `rotary`,
+      dimension d, such as `jaxflow.models.llama`(d, H, L). The default is
+      `jaxflow.models.gpt2` with `heads`, `width`, `activation`, `placement`, `norm`, `rotary`,
       `bias`, `dtype` and `backend`.
     - `width`: of the feed-forward layers, default 4 d, 0 for none; `activation`: theirs.
-    - `curve`: makes the parameters' curve from L blocks and t1; see [`jaxflow.models.layered`][].
+    - `curve`: makes the parameters' curve from L blocks and t1; see `jaxflow.models.layered`.
     - `depth`: default L steps of length 1.
     - `placement`: "pre", "peri" or "post", where tokens are normalised
       (jaxflow/fields/normalisation.py); `norm`: `LayerNorm` or `RMSNorm`.
@@ -51,7 +51,7 @@ class LanguageModel(AbstractModel):
       the first layers of a transformer step over that, and adaptive steps resolve it.
     - `tied`: R = E; else R has weights of its own.
     - `dtype`: of attention and feed-forward, such as bfloat16; parameters and state are float32.
-    - `backend`: of attention, as in [`jaxflow.softmax_expectation`][].
+    - `backend`: of attention, as in `jaxflow.softmax_expectation`.
     - `key`: PRNG key. Weights are N(0, 0.02^2), those that end a block over sqrt(2 L) (GPT-2).
 
     Called with tokens `(*batch, n)`, integers below `vocab_size`, it returns logits
@@ -189,11 +189,11 @@ class LanguageModel(AbstractModel):
           probabilities add up to p (Holtzman et al., arXiv 1904.09751).
         - `cache`: keep keys and values of each stage of the solver, so that a token costs one
           column of attention instead of the whole flow; for explicit methods with fixed steps, and
-          fields that are [`jaxflow.fields.AbstractCausalField`][] throughout.
+          fields that are `jaxflow.fields.AbstractCausalField` throughout.
           While the text fits in the context the result is the same without. Beyond, the model
           sees the last `context` tokens, and each is computed anew.
         - `exit`: let each token exit where its flow hardly changes any more, such as
-          [`jaxflow.models.DistributionExit`][](0.01); `generate_early` says what it cost.
+          `jaxflow.models.DistributionExit`(0.01); `generate_early` says what it cost.
         - `key`: PRNG key, unless the temperature is 0.
 
         **Raises:** `ValueError` or `TypeError` for bad arguments, tokens outside the vocabulary
@@ -237,8 +237,8 @@ class LanguageModel(AbstractModel):
         as from its beginning. Of a batch the steps go on until all tokens have exited; those that
         follow are not made, but for the keys and values that later tokens need.
 
-        **Arguments:** `exit`: when, such as [`jaxflow.models.DistributionExit`][](0.01), or
-        [`jaxflow.models.VelocityExit`][]; the others as of `generate`.
+        **Arguments:** `exit`: when, such as `jaxflow.models.DistributionExit`(0.01), or
+        `jaxflow.models.VelocityExit`; the others as of `generate`.
 
         **Returns:** `tokens` `(*b, n + length)`, the `evaluations` `(*b, length)` of the field that
         each added token took, and `made` `(length,)`, those of the whole batch.

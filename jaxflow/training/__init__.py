@@ -8,7 +8,7 @@ from .checkpoints import best, latest, metadata, restore, save
 from .data import Images, Text, image_data, text_data
 from .depths import Elastic
 from .devices import FullySharded
-from .loop import Data, Fitted, fit
+from .loop import Data, Fitted, Terminated, fit
 from .losses import (
     AbstractLoss,
     ExitLoss,
@@ -38,6 +38,7 @@ __all__ = [
     "FlowLoss",
     "FullySharded",
     "Images",
+    "Terminated",
     "Text",
     "TokenizerFile",
     "TrainingError",
@@ -65,3 +66,7 @@ __all__ = [
     "tokenizer",
     "tokenizer_from_dict",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

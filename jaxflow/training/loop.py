@@ -6,6 +6,7 @@ Everything that a user passes is checked, and the step traced, before the run fo
 import dataclasses
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -65,6 +66,16 @@ class Fitted:
     validation_loss: float
 
 
+class Terminated(SystemExit):
+    """SIGTERM ended a training: a script that does not catch this ends, with the status 143.
+
+    - `fitted`: what the training reached, a `jaxflow.training.Fitted`.
+    """
+
+    def __init__(self, fitted: Fitted):
+        self.fitted, self.code = fitted, 128 + signal.SIGTERM
+
+
 def fit(
     model: eqx.Module,
     data: Data,
@@ -99,23 +110,23 @@ def fit(
 
     **Arguments:**
 
-    - `model`: a [`jaxflow.models.AbstractModel`][], or any Equinox module that a loss of your own
+    - `model`: a `jaxflow.models.AbstractModel`, or any Equinox module that a loss of your own
       takes. Its floating-point arrays are trained.
-    - `data`: what [`jaxflow.training.text_data`][] or [`jaxflow.training.image_data`][] return, or
+    - `data`: what `jaxflow.training.text_data` or `jaxflow.training.image_data` return, or
       an object with their `batch`, `validation_batches` and `describe`.
     - `steps`: of the optimiser.
-    - `optimiser`: any Optax optimiser; `None` is [`jaxflow.training.adamw`][] of the steps.
-    - `loss`: (outputs, targets) -> number, or an [`jaxflow.training.AbstractLoss`][], such as
+    - `optimiser`: any Optax optimiser; `None` is `jaxflow.training.adamw` of the steps.
+    - `loss`: (outputs, targets) -> number, or an `jaxflow.training.AbstractLoss`, such as
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
-    - `depths`: draw the depth of each step anew, as [`jaxflow.training.Elastic`][] says; `None` is
+    - `depths`: draw the depth of each step anew, as `jaxflow.training.Elastic` says; `None` is
       the model's own. The loss is then also evaluated at other depths, as "validation_loss@12".
     - `trainable`: what is trained, a filter of Equinox's: a tree of booleans like the model, such
-      as [`jaxflow.fields.adapters`][] of it, or a function of an array. The rest stays as it is,
+      as `jaxflow.fields.adapters` of it, or a function of an array. The rest stays as it is,
       and is not in the checkpoints of a run, which name it by its sha256.
     - `accumulate`: batches whose gradients are averaged into one step.
     - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
-      [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
+      `jaxflow.training.FullySharded`, whose devices share the parameters and the optimiser's
       state as well. The losses are those of one device, to rounding. `None` is one device, with a
       warning that names those that are idle. A run may go on with another number of devices.
     - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
@@ -129,15 +140,17 @@ def fit(
       XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment, before JAX starts: cuDNN's
       gradient of attention else adds up in the order in which its blocks end.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
-      the last stay, two at least, as the step after the last may fail. The best one stays too.
+      the last stay, two at least, as the step after the last may fail. The best one stays too. With
+      `keep=0` there are none, nor need of orbax-checkpoint: such a run cannot go on, and its model
+      is in what is returned alone.
     - `log_every`: steps between lines of metrics.jsonl.
     - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
       own, and another one may differ from it in the entries of
-      `jaxflow.training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
+      `training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
     - `progress`: show a progress bar; where there is no terminal, print a line a log.
     - `callbacks`: functions (step, metrics, model), called after each step that is logged,
       evaluated or saved, with the number of steps done, a dictionary of what was measured, and a
-      copy of the model: see [`jaxflow.training.tensorboard`][], and `jaxflow.training.callbacks`
+      copy of the model: see `jaxflow.training.tensorboard`, and `jaxflow.training.callbacks`
       for Weights & Biases and MLflow.
     - `minutes`: of wall time for this call, compilation included. The step that is underway then
       is evaluated and saved; a run that goes on has so many minutes anew.
@@ -145,10 +158,13 @@ def fit(
     - `profile`: a folder for a trace of five steps by `jax.profiler`, which TensorBoard and
       https://ui.perfetto.dev show.
 
-    SIGTERM and Ctrl-C end the step, or the evaluation after its batch, save, and return. An
-    evaluation that was cut off is made when the run goes on.
+    SIGTERM and Ctrl-C end the step, or the evaluation after its batch, and save. An evaluation that
+    was cut off is made when the run goes on. After Ctrl-C `fit` returns, to who is there to look at
+    the model. SIGTERM, by which SLURM and Kubernetes say that the process is killed soon, raises
+    `jaxflow.training.Terminated`, so that a script ends instead of starting its next training;
+    where it has a handler of its own for SIGTERM, `fit` returns.
 
-    Several processes ([`jaxflow.training.join`][]) call `fit` with the same arguments, and
+    Several processes (`jaxflow.training.join`) call `fit` with the same arguments, and
     `devices` of all of them. The first alone writes; a signal to any of them, and the end of
     `minutes`, count from the next step that is logged.
 
@@ -162,10 +178,11 @@ def fit(
     step, but where a callback, an evaluation or a checkpoint looks at the model, or a budget is to
     be kept.
 
-    **Returns:** a [`jaxflow.training.Fitted`][].
+    **Returns:** a `jaxflow.training.Fitted`.
 
     **Raises:**
 
+    - `Terminated`, a SystemExit with the status 143, after SIGTERM.
     - ValueError or TypeError for arguments that cannot be trained with, before anything is written.
     - ValueError if the folder holds a run that is not to be resumed, is used by another process, or
       if what is to be resumed is damaged, naming the file, or was trained on other data or with
@@ -198,13 +215,13 @@ def fit(
         patience=patience,
         budget=budget,
     )
-    keep = count("keep", keep)
+    keep = count("keep", keep, least=0)
     if minutes is not None:
         minutes = constant("minutes", minutes, "finite and greater than 0", positive)
     callbacks = called.check(callbacks)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
-    if run is not None:
+    if resume or (run is not None and keep):
         checkpoints.require()
     params, static = parted(model, trainable)
     about = _about(data, config, accumulate) | frozen(static)
@@ -244,7 +261,7 @@ def fit(
         reason = signals.caught or reason  # one that came with the last step counts too
     params = ahead.state.params
     whole = lambda params: eqx.combine(placing.returned(params), static)
-    return Fitted(
+    fitted = Fitted(
         whole(params),
         whole(params if loop.best is None else loop.best),
         loop.place.step,
@@ -252,6 +269,9 @@ def fit(
         kept.history,
         loop.place.best,
     )
+    if reason == "SIGTERM" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        raise Terminated(fitted)
+    return fitted
 
 
 # ------------------------------------------------------------------ the loop

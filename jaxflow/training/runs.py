@@ -23,10 +23,10 @@ def load(
 
     **Arguments:**
 
-    - `path`: the run folder, or a file that [`jaxflow.training.export`][] wrote.
+    - `path`: the run folder, or a file that `jaxflow.training.export` wrote.
     - `like`: a model of the same structure. `None` builds it from the configuration of the run,
       for one that the command line made, or whose `fit` was given `config={"model": ...}` as
-      [`jaxflow.models.build`][] takes it.
+      `jaxflow.models.build` takes it.
     - `which`: "best", by validation loss, or "latest". Where nothing was evaluated the best is the
       latest.
 
@@ -64,12 +64,12 @@ def export(
 
     The name of an array is the path of its attribute in the model, such as `embedding`,
     `norm.gain` or `field.curve.coefficients.fields.0.field.query`, and its shape that of the
-    docstring of its class, with the layers first. [`jaxflow.training.load`][] reads the file back,
+    docstring of its class, with the layers first. `jaxflow.training.load` reads the file back,
     of a run that says how its model is built without `like`; PyTorch by `safetensors.torch`.
 
     **Arguments:**
 
-    - `run`: the run folder, or a model. `which`: as in [`jaxflow.training.load`][].
+    - `run`: the run folder, or a model. `which`: as in `jaxflow.training.load`.
     - `file`: a path that ends in .safetensors. A file that is there is replaced when the new one is
       whole.
 
