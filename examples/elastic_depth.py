@@ -2,20 +2,29 @@
 
     python examples/elastic_depth.py [FILE]
 
-A small language model of characters (default text: Python's own manual), whose parameters are a
-smooth curve in time, is trained at one depth and at depths drawn anew for each step: by Lie-Trotter
-splitting as transformers are, and by Heun's method on the whole field; from tokens of size 0.02 as
-GPT-2's, and from tokens that are normalised before they flow, with a read-out of its own. Each is
-then evaluated at depths and by solvers that it was not trained at; runs/elastic_depth.png draws the
-loss against evaluations of the field.
+A small language model of characters (default text: Python's own manual), its parameters a smooth
+curve in time, is trained at one depth and at depths drawn anew for each step: by Lie-Trotter
+splitting as transformers are, and by Heun's method; from tokens of size 0.02 as GPT-2's, and from
+normalised ones, with a read-out of its own. runs/elastic_depth.png draws the loss at other depths
+against evaluations of the field.
 
 Of one seed on the tiny Shakespeare, at the defaults, the validation loss was
 
-RESULTS
+    trained at               Lie-Trotter 4  Heun 2  Heun 4  Heun 8  Tsit5 to 0.01
+    Lie-Trotter 4                    2.483   2.618   2.641   2.845          3.160
+    Lie-Trotter 2-6                  2.498   2.596   2.579   2.613          2.939
+    Heun 2                           3.348   2.488   2.511   2.707          3.138
+    Heun 2, normalised               2.611   2.511   2.524   2.547          2.568
+    Heun 2-6, normalised             2.630   2.513   2.514   2.520          2.528
+
+Any solver serves the last one: adaptive steps (33 evaluations) have its loss to 0.015, and none can
+use a transformer, whose own 4 evaluations are 0.03 better. With the norm or the read-out alone
+adaptive steps lose 0.45 and 0.55 after Heun 2, where they lose 0.06 with both.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffrax
 import jax
@@ -62,9 +71,8 @@ def main(
             key=jax.random.key(0),
             **start,
         )
-        fitted = fit(
-            model, data, steps=steps, depths=drawn, evaluate_every=steps, evaluation_batches=1
-        )
+        often: dict[str, Any] = {"evaluate_every": steps, "evaluation_batches": 1}
+        fitted = fit(model, data, steps=steps, depths=drawn, **often)
         print(f"\n{name}: {fitted.history[-1]['total_evaluations'] / steps:.1f} evaluations a step")
         losses[name] = {}
         for label in depths:
@@ -82,11 +90,8 @@ def draw(losses: dict):
         points = sorted(value for at, value in found.items() if not at.startswith("Lie"))
         pairs[name] = [count for count, _ in points], [loss for _, loss in points]
     axes = jf.viz.curves(pairs, xlabel="evaluations of the field", ylabel="validation loss")
-    for line in axes.lines:
-        line.set_marker("o")
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     Path("runs").mkdir(exist_ok=True)
+    figure: Any = axes.get_figure(root=True)
     figure.savefig("runs/elastic_depth.png", dpi=150)
 
 

@@ -7,6 +7,18 @@ A small language model of characters (default text: Python's own manual) with 6 
 its layers are replaced by the nearest curve of 6, 4, 3 and 2 Legendre polynomials
 (`model.smoothed`), and each curve is trained for 100 steps more, at 3, 6 and 12 steps of the solver
 drawn anew for each.
+
+Of one seed on the tiny Shakespeare, at the defaults, the validation loss was 2.482 of the layers,
+and of the curves
+
+    steps of the solver            3      6      12       after 100 steps more
+    6 polynomials              2.643  2.482  3.852        2.542  2.559  2.679
+    4                          2.674  2.553  2.639        2.524  2.504  2.505
+    3                          2.714  2.637  2.655        2.527  2.511  2.517
+    2                          2.832  2.830  2.849        2.532  2.522  2.531
+
+As many polynomials as layers have their loss where these are read, and oscillate between. Fewer
+come within 0.02 to 0.04 of it by a short training, and serve every depth.
 """
 
 import sys

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import KEY, TOKENS, language_model
+from test_models import KEY, TOKENS, filled
 
 import jaxflow as jf
 from jaxflow import training
-from jaxflow.models import Depth, DistributionExit, VelocityExit, exits
+from jaxflow.models import Depth, DistributionExit, LanguageModel, VelocityExit, exits
 
 STEPS, T = 4, 2.0
 PROMPTS = jnp.asarray(TOKENS[:, :3], jnp.int32)
@@ -29,7 +29,8 @@ def doubled():
 
 @pytest.fixture(scope="module")
 def model(doubled) -> Any:
-    return language_model().with_depth(Depth(t1=T, steps=STEPS))
+    model = filled(lambda: LanguageModel(11, 8, 2, 2, 12, width=12, key=KEY))
+    return model.with_depth(Depth(t1=T, steps=STEPS))
 
 
 @eqx.filter_jit

@@ -186,7 +186,6 @@ def test_language_models_are_causal(options):
     assert (model.positions is None) == options.get("rotary", False)
 
 
-@pytest.mark.usefixtures("x64")
 def test_tokens_may_start_normalised():
     """x(0) = N_0(E[token] + position), in NumPy; and nothing of it in a model without."""
     model = language_model(normalised=True)
@@ -198,6 +197,7 @@ def test_tokens_may_start_normalised():
     assert language_model().entry is None
 
 
+@pytest.mark.usefixtures("x64")
 def test_the_default_is_the_transformer():
     """x += attention(LN x); x += feedforward(LN x), layer by layer; logits = E LN(x)."""
     model = filled(lambda: LanguageModel(11, 8, 2, 2, 12, key=KEY))
