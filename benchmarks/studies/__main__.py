@@ -8,7 +8,14 @@ import typer
 from . import characters
 from .study import RESULTS, Plan, Study, run
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def _studies():
+    """What trained models reach, over seeds. Each command says what it costs and goes on where it was
+    stopped."""
+
 
 Seeds = Annotated[int, typer.Option(min=1, help="How often each case is trained.")]
 Only = Annotated[list[str] | None, typer.Option(help="This case alone; repeatable.")]
