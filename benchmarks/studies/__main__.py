@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import characters
+from . import adjoints, characters, images
 from .study import RESULTS, Plan, Study, run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -13,8 +13,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.callback()
 def _studies():
-    """What trained models reach, over seeds. Each command says what it costs and goes on where it was
-    stopped."""
+    """What trained models reach, over seeds, each in one command.
+
+    A command says what it costs and, where it was stopped, goes on."""
 
 
 Seeds = Annotated[int, typer.Option(min=1, help="How often each case is trained.")]
@@ -49,6 +50,48 @@ def _characters(
 ):
     """Models of characters in nanoGPT's setting for a CPU."""
     report(characters.study(text), seeds, only, minutes, json_file, runs)
+
+
+@app.command("digits")
+def _digits(
+    file: Annotated[
+        Path,
+        typer.Option(
+            "--images", help="idx(.gz) or .npz, such as MNIST's test images.", exists=True
+        ),
+    ],
+    seeds: Seeds = 5,
+    only: Only = None,
+    minutes: Minutes = None,
+    json_file: Json = None,
+    runs: Runs = Path("runs/studies"),
+):
+    """One small attention-only block with transport cost on digits."""
+    report(images.digits(file), seeds, only, minutes, json_file, runs)
+
+
+@app.command("transport")
+def _transport(
+    seeds: Seeds = 5,
+    only: Only = None,
+    minutes: Minutes = None,
+    json_file: Json = None,
+    runs: Runs = Path("runs/studies"),
+):
+    """The weight of the transport cost against generalisation on little data."""
+    report(images.transport(), seeds, only, minutes, json_file, runs)
+
+
+@app.command("adjoints")
+def _adjoints(
+    seeds: Seeds = 3,
+    only: Only = None,
+    minutes: Minutes = None,
+    json_file: Json = None,
+    runs: Runs = Path("runs/studies"),
+):
+    """Time, memory and error of the gradient by each adjoint."""
+    report(adjoints.study(), seeds, only, minutes, json_file, runs)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ..device import provenance
 
 FIXED = ("case", "seed", "setting", "commit")  # of a run; the rest are its numbers
+RATE = 3e10  # floating-point operations a second of a CPU's core, until runs have told
 RESULTS = Path(__file__).parents[1] / "results" / "studies"
 
 
@@ -78,13 +79,13 @@ def run(study: Study, plan: Plan, say: Callable[[str], Any]) -> dict[str, Any]:
     say(f"{study.name}: {study.question}")
     say(f"{len(asked)} runs, of which {len(asked) - len(missing)} are in {plan.json_file}.")
     start, left = time.perf_counter(), sum(case.flops for case, _ in missing)
-    say(f"{left:.1e} floating-point operations to go{_duration(record, left)}.")
+    say(f"{left:.1e} floating-point operations to go: {_duration(record, left)}.")
     for i, (case, seed) in enumerate(missing, 1):
         minutes = plan.minutes and plan.minutes - (time.perf_counter() - start) / 60
         if minutes is not None and minutes <= 0:
             say(f"The time is over: {len(missing) - i + 1} runs left, for the same command again.")
             break
-        say(f"{case.name}, seed {seed} ({i} of {len(missing)}{_duration(record, left)})")
+        say(f"{case.name}, seed {seed} ({i} of {len(missing)}; {_duration(record, left)} to go)")
         began = time.perf_counter()
         place = Place(plan.folder / f"{case.name}-{seed}".replace(" ", "-"), minutes)
         try:
@@ -159,11 +160,9 @@ def _spread(values: list[Any]) -> dict[str, Any]:
 
 def _duration(record: dict[str, Any], flops: float) -> str:
     """How long so many operations take at the speed of the runs that are there."""
-    spent = [(r["flops"], r["seconds"]) for r in record["runs"] if "flops" in r]
-    if not spent:
-        return ""
-    flops_a_second = sum(f for f, _ in spent) / sum(s for _, s in spent)
-    return f", {flops / flops_a_second / 60:.0f} min at the speed so far"
+    spent = [(r["flops"], r["seconds"]) for r in record["runs"]]
+    known = sum(f for f, _ in spent) / sum(s for _, s in spent) if spent else RATE
+    return f"{flops / known / 60:.3g} min at {known / 1e9:.2g} Gflop/s" + " (a guess)" * (not spent)
 
 
 def _line(found: dict[str, Any]) -> str:

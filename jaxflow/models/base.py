@@ -20,6 +20,7 @@ from ..fields import AbstractCurve, AbstractField, Legendre, TimeDependent
 from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
+from ..reversible import ReversibleAdjoint
 from ..solvers import Grid, LieTrotter, default_adjoint
 
 
@@ -153,9 +154,9 @@ class Depth(eqx.Module):
             controller, max_steps = diffrax.PIDController(tolerance, tolerance), self.max_steps
         saveat = diffrax.SaveAt(t1=True)
         if observe:
-            if isinstance(self.adjoint, diffrax.BacksolveAdjoint):
+            if isinstance(self.adjoint, diffrax.BacksolveAdjoint | ReversibleAdjoint):
                 raise ValueError(
-                    "BacksolveAdjoint keeps no path to observe along: take "
+                    f"{type(self.adjoint).__name__} keeps no path to observe along: take "
                     "diffrax.RecursiveCheckpointAdjoint(), or no costs along the flow."
                 )
             saveat = diffrax.SaveAt(t0=True, steps=True, fn=lambda t, y, args: None)
