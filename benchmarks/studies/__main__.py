@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from . import adjoints, characters, images
+from .report import draw, table
 from .study import RESULTS, Plan, Study, run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -34,9 +36,11 @@ def report(made: Study, seeds: int, only, minutes, json_file: Path | None, runs:
         minutes,
     )
     try:
-        run(made, plan, lambda line: print(line, flush=True))
+        record = run(made, plan, lambda line: print(line, flush=True))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    Console(width=160).print(table(record))
+    print(draw(record, plan.json_file))
 
 
 @app.command("characters")

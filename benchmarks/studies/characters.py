@@ -14,6 +14,7 @@ four evaluations, `last` the one after the last step. `losses` are those at othe
     llama, gpt2     Llama's and GPT-2's blocks at a learning rate of 0.003
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ CASES: dict[str, Change] = {
 }  # fmt: skip
 
 
-def study(text: Path, cases: dict[str, Change] = CASES, **smaller: Any) -> Study:
-    """The study of a text; `smaller` sizes are those of a trial."""
+def study(
+    text: Path, cases: dict[str, Change] = CASES, depths: Sequence[int] = DEPTHS, **smaller: Any
+) -> Study:
+    """The study of a text; `smaller` sizes are those of a trial. Smooth curves are evaluated at
+    `depths`."""
     sizes = {k: v for k, v in smaller.items() if k in MODEL}
     short = {k: v for k, v in smaller.items() if k not in MODEL}
     about = _data(text, MODEL | sizes, TRAINING | short, 0)
@@ -63,7 +67,7 @@ def study(text: Path, cases: dict[str, Change] = CASES, **smaller: Any) -> Study
         _case(name, MODEL | sizes | model, TRAINING | own | short, about)
         for name, (model, own) in cases.items()
     ]
-    return Study("characters", QUESTION, made, lambda *given: measure(text, *given))
+    return Study("characters", QUESTION, made, lambda *given: measure(text, depths, *given))
 
 
 def _data(text: Path, model: dict, trained: dict, seed: int) -> training.Text:
@@ -86,7 +90,9 @@ def _case(name: str, model: dict, trained: dict, data: training.Text) -> Case:
     )
 
 
-def measure(text: Path, case: Case, seed: int, place: Place) -> dict[str, Any]:
+def measure(
+    text: Path, depths: Sequence[int], case: Case, seed: int, place: Place
+) -> dict[str, Any]:
     """Trains the model of a case, or goes on, and evaluates it."""
     config, trained = case.setting["model"], case.setting["training"]
     data = _data(text, config, trained, seed)
@@ -116,11 +122,11 @@ def measure(text: Path, case: Case, seed: int, place: Place) -> dict[str, Any]:
         "best": fitted.validation_loss,
         "last": fitted.history[-1]["validation_loss"],
     }
-    return found | (
-        {"losses": _losses(fitted.model, data)} if config.get("curve") == "smooth" else {}
-    )
+    if config.get("curve") != "smooth":
+        return found
+    return found | {"losses": {str(n): _loss(fitted.model, n, data) for n in depths}}
 
 
-def _losses(model: models.AbstractModel, data: training.Text) -> dict[str, float]:
-    at = lambda n: model.with_depth(model.depth.with_steps(n))
-    return {str(n): training.evaluate(at(n), data.validation_batches())["loss"] for n in DEPTHS}
+def _loss(model: models.AbstractModel, steps: int, data: training.Text) -> float:
+    model = model.with_depth(model.depth.with_steps(steps))
+    return training.evaluate(model, data.validation_batches())["loss"]

@@ -166,12 +166,21 @@ class Depth(eqx.Module):
             t1=self.t1,
             solver=self.solver,
             stepsize_controller=controller,
-            adjoint=self.adjoint or default_adjoint(max_steps),
+            adjoint=_backwards(self.adjoint or default_adjoint(max_steps), controller),
             max_steps=max_steps,
             throw=throw,
             saveat=saveat,
             observe=observe,
         )
+
+
+def _backwards(adjoint, controller):
+    """The adjoint; an equation that is solved backwards takes the given steps in that order."""
+    given = isinstance(controller, diffrax.StepTo | Grid)
+    if not given or not isinstance(adjoint, diffrax.BacksolveAdjoint):
+        return adjoint
+    steps = {"stepsize_controller": type(controller)(controller.ts[::-1])}
+    return diffrax.BacksolveAdjoint(**steps | adjoint.kwargs)
 
 
 def depth_or_steps(depth: Depth | None, t1: float, steps: int) -> Depth:
