@@ -121,7 +121,7 @@ def test_characters(tmp_path, capsys):
     found = measured(study, tmp_path, capsys)["elastic"]
     assert found["evaluations"] == 1 and found["best"] <= found["last"] < math.log(16)
     assert found["losses"]["1"] == pytest.approx(found["last"], rel=1e-6)
-    assert found["parameters"] == 2 * (12 * 64 + 2 * 2 * 8 + 5 * 8) + (15 + 8 + 2) * 8
+    assert found["parameters"] == 2 * (12 * 64 + 4 * 8 + 5 * 8) + (len(set(LINE)) + 8 + 2) * 8
     assert (tmp_path / "record.png").stat().st_size > 0
 
 

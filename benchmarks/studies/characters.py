@@ -80,14 +80,11 @@ def _data(text: Path, model: dict, trained: dict, seed: int) -> training.Text:
 def _case(name: str, model: dict, trained: dict, data: training.Text) -> Case:
     described = model | {"vocab_size": data.vocab_size}
     setting = {"model": described, "training": trained, "text": data.sha256}
-    steps = np.mean(trained.get("drawn", [model["depth"]["steps"]]))
     built = eqx.filter_eval_shape(lambda: models.build(described))
-    block = sum(a.size for a in jax.tree.leaves(built.field) if isinstance(a, jax.ShapeDtypeStruct))
-    # A multiply-add of each parameter of a step forward, again for the gradient, and two backward.
-    products = 4 * steps * block / model["layers"] + 3 * built.embedding.size
-    return Case(
-        name, setting, 2 * products * trained["steps"] * trained["batch"] * model["context"]
-    )
+    steps = float(np.mean(trained.get("drawn", model["depth"]["steps"])))
+    cost = training.operations(built, data.batch(0)[0], steps=steps)
+    assert cost is not None
+    return Case(name, setting, cost * trained["steps"])
 
 
 def measure(

@@ -73,12 +73,11 @@ def _case(name: str, model: dict, trained: dict, data: training.Images) -> Case:
     described = model | {"shape": list(data.shape), "classes": data.classes}
     setting = {"model": described, "training": trained, "images": data.sha256, "noise": NOISE}
     built = eqx.filter_eval_shape(lambda: models.build(described))
-    block = sum(a.size for a in jax.tree.leaves(built.field) if isinstance(a, jax.ShapeDtypeStruct))
-    tokens = trained["steps"] * trained["batch"] * len(built.positions)
-    evaluations = model["depth"]["steps"] * (2 if trained["kinetic"] else 1)
-    return Case(
-        name, setting, 2 * tokens * (4 * evaluations * block + 3 * built.embedding.weight.size)
-    )
+    batch = np.zeros((trained["batch"], *data.shape), np.float32)
+    steps = model["depth"]["steps"] * (2 if trained["kinetic"] else 1)
+    cost = training.operations(built, batch, steps=steps)
+    assert cost is not None
+    return Case(name, setting, cost * trained["steps"])
 
 
 def measure(data: training.Images, case: Case, seed: int, place: Place) -> dict[str, Any]:
