@@ -26,6 +26,8 @@ import jax.tree_util as jtu
 
 from .solvers import Grid
 
+__all__ = ["ReversibleAdjoint"]
+
 
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
     """Derivatives of the steps themselves, whose states are made again from the last one.
@@ -34,6 +36,9 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     all of them. Rounding errors come back with the states, enlarged by what the flow contracts, so
     that of long or contracting solves the gradient is less exact; `diffrax.ReversibleHeun` is also
     less stable than other methods, and wants short steps.
+
+    Steps are not retracted on a manifold, but their field is evaluated at the nearest points there,
+    and the end is retracted.
 
     For `diffrax.ReversibleHeun()`, steps that are given (`diffrax.StepTo`, or the `steps` of a
     [`jaxflow.models.Depth`][]), parameters without jumps in time, and the last state alone. Reverse

@@ -158,7 +158,8 @@ def test_transport(capsys, tmp_path):
 
 def test_adjoints(capsys, tmp_path):
     study = adjoints.study(steps=(4,), batch=1, tokens=4, dim=8, heads=2)
-    names = ("DirectAdjoint, 4 steps", "ReversibleAdjoint, 4 steps")
+    names = ("BacksolveAdjoint, 4 steps", "ReversibleAdjoint, 4 steps")
     study = study._replace(cases=[case for case in study.cases if case.name in names])
-    found = measured(study, tmp_path, capsys)
-    assert all(r["error"] < 1e-4 and r["ms"] > 0 and r["temp_mib"] > 0 for r in found.values())
+    backwards, undone = measured(study, tmp_path, capsys).values()
+    assert undone["error"] < 1e-4 < backwards["error"] < 2  # long steps are not those of the ODE
+    assert min(backwards["ms"], undone["ms"], backwards["temp_mib"], undone["temp_mib"]) > 0

@@ -103,7 +103,9 @@ def _gradient(depth: Depth, system) -> tuple[Runner, int]:
 
     program = jax.jit(jax.grad(loss)).lower(arrays, points, target).compile()
     run = lambda: jax.block_until_ready(program(arrays, points, target))
-    return Runner(run), program.memory_analysis().temp_size_in_bytes
+    account = program.memory_analysis()
+    assert account is not None
+    return Runner(run), account.temp_size_in_bytes
 
 
 def _distance(found, exact) -> float:
