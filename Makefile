@@ -6,8 +6,11 @@ STAMP := .venv/installed
 AOT = JAX_PLATFORMS=cpu PYTHONPATH=.aot $(BIN)/python -m pytest tests/test_ahead_of_time.py \
 	tests/test_ptx.py -n 2 --dist worksteal
 
+# Material tells at each start that MkDocs has a successor.
+MKDOCS = NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow aot aot-full aot-tpu lint bench clean
+.PHONY: help demo test test-slow aot aot-full aot-tpu lint docs docs-serve gallery bench clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +40,20 @@ aot-tpu: .aot-tpu/installed  ## Kernels and programs for TPUs, without one
 	JAX_PLATFORMS=cpu PYTHONPATH=.aot-tpu $(BIN)/python -m pytest tests/test_tpu_ahead_of_time.py \
 		-n 0 $(AOT_ARGS)
 
-lint: $(STAMP)  ## Style, format and types
+lint: $(STAMP)  ## Style, format, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/codespell
+
+docs: $(STAMP)  ## The site, in build/site: open index.html there
+	$(MKDOCS) build --strict
+
+gallery: $(STAMP)  ## The pictures of the site's gallery, drawn anew in some ten minutes
+	PYTHONPATH=. $(BIN)/python docs/draw.py
+
+docs-serve: $(STAMP)  ## The same at http://127.0.0.1:8000, built anew at each change
+	$(MKDOCS) serve --watch jaxflow
 
 bench: $(STAMP)  ## The benchmarks on this machine
 	$(BIN)/python -m benchmarks

@@ -16,11 +16,14 @@ import jax.numpy as jnp
 
 import jaxflow as jf
 
+from . import machine
 from .flow import naive_velocity
-from .timing import Options, Watch, failure
+from .pace import Watch
+from .timing import Options, failure
 
 BUDGET_S = {"quick": 60, "full": 40}
 N = 512
+NOT_JITTED = "flow, not jitted"
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring
 
 # beta, t1, tolerance
@@ -73,21 +76,19 @@ def cases(backends: tuple[str, ...]) -> list[Case]:
         fns |= {rival: bind(name) for rival, name in named.items()}
         out += [Case(what, rival, fn) for rival, fn in fns.items()]
         out += [Case(f"{what} gradient", rival, gradient_of(fn)) for rival, fn in fns.items()]
-    return out
+    return [*out, Case(NOT_JITTED, "jaxflow", flow)]
 
 
 def run(options: Options, watch: Watch) -> dict:
     chosen = [case for case in cases(options.backends) if case.what.startswith(options.only)]
-    rows = []
     for case in watch.each(chosen, lambda case: f"{case.what} {case.rival}"):
-        rows.append({"shape": case.what, "rival": case.rival, "n": N})
+        row = {"shape": case.what, "rival": case.rival, "n": N, "load": machine.load()}
         try:
-            rows[-1] |= stages(case.fn)
+            row |= (called if case.what == NOT_JITTED else stages)(case.fn)
         except Exception as e:  # must not cost the others their rows
-            rows[-1]["note"] = failure(e)
-    if not options.only or "flow".startswith(options.only):
-        rows.append({"shape": "flow, not jitted", "rival": "jaxflow", "n": N} | called(flow))
-    return {"rows": rows}
+            row["note"] = failure(e)
+        watch.rows.append(row)
+    return {"rows": watch.rows}
 
 
 def stages(fn: Callable) -> dict:

@@ -19,12 +19,13 @@ import numpy as np
 
 import jaxflow as jf
 
+from .pace import Watch
 from .peak import peak
 from .timing import (
     TOLERANCE,
     Options,
     Runner,
-    Watch,
+    Samples,
     compete,
     compiled,
     refuse_scores,
@@ -184,18 +185,17 @@ def run(options: Options, watch: Watch) -> dict:
     names = (*RIVALS, *(f"jaxflow {name}" for name in options.backends))
     chosen = cases(jax.default_backend(), options.quick)
     chosen = [case for case in chosen if case.name.startswith(options.only)]
-    rows = []
     for case in watch.each(chosen, lambda case: f"{case.name} {case.mode}"):
-        rows += contest(case, names, options.repeats)
-    return {"rows": rows}
+        watch.rows += contest(case, names, options.samples)
+    return {"rows": watch.rows}
 
 
-def contest(case: Case, names: tuple[str, ...], repeats: tuple[int, int]) -> list[dict]:
+def contest(case: Case, names: tuple[str, ...], samples: Samples) -> list[dict]:
     rows = [{"shape": case.name, "mode": case.mode, "rival": name} for name in names]
     expected = exact(case)
     error: Callable[[Any], float] = lambda found: relative_error(found, expected)
     prepared = lambda row: prepare(case, row["rival"])
-    runners = compete(rows, prepared, error, TOLERANCE["float32"], repeats=repeats)
+    runners = compete(rows, prepared, error, TOLERANCE["float32"], samples=samples)
     for row in rows:
         if row["rival"] in runners and case.n >= MEASURE_PEAK_FROM[case.what]:
             row |= peak(

@@ -21,12 +21,13 @@ import numpy as np
 import jaxflow as jf
 
 from . import rivals
+from .pace import Watch
 from .peak import peak
 from .timing import (
     Options,
     Runner,
+    Samples,
     UnavailableError,
-    Watch,
     failure,
     refuse_scores,
     seconds,
@@ -168,16 +169,13 @@ RIVALS = {
     "torchdiffeq": Rival(with_torchdiffeq, "rtol", TOLERANCES),
     "numpy": Rival(with_numpy, "dt", tuple(0.1 / 2**k for k in range(10))),
 }
-ONE_THREAD = {
-    "torchdiffeq 1 thread": Rival(partial(with_torchdiffeq, threads=1), "rtol", TOLERANCES)
-}
 
 
 def competitors(backends: Sequence[str]) -> dict[str, Rival]:
     """The rivals, and adaptive solves with named backends of jaxflow."""
     make = lambda backend: partial(ours, fixed=False, backend=backend)
     names = {f"jaxflow adaptive {b}": Rival(make(b), "rtol", TOLERANCES) for b in backends}
-    return RIVALS | (ONE_THREAD if jax.default_backend() == "cpu" else {}) | names
+    return {name: RIVALS[name] for name in rivals.beside_one_thread(RIVALS)} | names
 
 
 # ------------------------------------------------------------------ the suite
@@ -200,18 +198,16 @@ def exact(n: int) -> np.ndarray:
 
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
-    rows = []
     chosen = cases(jax.default_backend(), options.quick)
     chosen = [case for case in chosen if case.name.startswith(options.only)]
     for case in watch.each(chosen, lambda case: case.name):
-        rows += contest(case, competitors(options.backends), options.repeats)
-        watch.save({"rows": rows})
-    return {"rows": rows}
+        watch.rows += contest(case, competitors(options.backends), options.samples)
+    return {"rows": watch.rows}
 
 
-def contest(case: Case, named: dict[str, Rival], repeats: tuple[int, int]) -> list[dict]:
+def contest(case: Case, named: dict[str, Rival], samples: Samples) -> list[dict]:
     row = {"shape": case.name, "n": case.n, "target": case.target}
-    rows, runners = race(row, named, start(case.n).astype(np.float32), exact(case.n), repeats)
+    rows, runners = race(row, named, start(case.n).astype(np.float32), exact(case.n), samples)
     for row in rows:
         if row["rival"] in runners and case.n >= MEASURE_PEAK_FROM:
             which = {"name": row["rival"], "n": case.n, "setting": row["value"]}
@@ -224,7 +220,7 @@ def race(
     named: dict[str, Rival],
     begin: Any,
     expected: np.ndarray,
-    repeats: tuple[int, int],
+    samples: Samples,
     limit_s: float = LIMIT_S,
 ) -> tuple[list[dict], dict[str, Runner]]:
     """A row for each rival, from `row`, whose "target" is theirs; and the runners that were timed.
@@ -246,7 +242,7 @@ def race(
         if "note" not in reached:
             launch = partial(solve, reached["value"])
             runners[name] = rivals.torch_runner(launch) if "torch" in name else Runner(launch)
-    take_times(rows, runners, first_s, repeats=repeats)
+    take_times(rows, runners, first_s, samples=samples)
     return rows, runners
 
 

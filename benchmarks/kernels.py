@@ -6,8 +6,8 @@ on the default device: forward, gradient (in q, k, v, reverse mode) and tangent 
 against softmax attention in other libraries. Only an answer that agrees with float64 is timed.
 """
 
-import os
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,14 +17,13 @@ import numpy as np
 
 from . import rivals, shapes
 from .device import better, ceilings
+from .pace import Watch
 from .peak import peak
 from .shapes import MODES, Shape
 from .timing import (
     TOLERANCE,
     Options,
     Runner,
-    UnavailableError,
-    Watch,
     compete,
     compiled,
     refuse_scores,
@@ -35,16 +34,6 @@ BUDGET_S = {"quick": 75, "full": 150}
 CHECKED_ROWS = 1024  # of a forward or a tangent; a gradient is checked whole
 CHECK_BLOCK = 2**26  # scores at a time in the check
 MEASURE_PEAK_FROM = 16384  # tokens
-
-RIVALS = {"jaxflow": MODES, "jnp": MODES, "torch": ("forward", "gradient"), "keops": ("forward",)}
-CPU_RIVALS = {"torch 1 thread": ("forward", "gradient")}
-GPU_RIVALS = {
-    "jax.nn cudnn": ("forward", "gradient"),
-    "jax.nn xla": MODES,
-    "pallas triton": ("forward", "gradient"),
-    "pallas mosaic": ("forward", "gradient"),
-    "tokamax": ("forward", "gradient"),
-}
 
 # A pair costs 2 d a + 2 b flops, where a counts products and b the other multiplies and adds, and
 # c exponentials: the least for a method that stores no array of scores. README.md counts them.
@@ -71,52 +60,83 @@ def draw(shape: Shape) -> Operands:
 
 # ------------------------------------------------------------------ one rival on one case
 
-ATTENTIONS = {
-    "jnp": rivals.naive,
-    "jax.nn cudnn": partial(rivals.jax_nn, implementation="cudnn"),
-    "jax.nn xla": partial(rivals.jax_nn, implementation="xla"),
-    "pallas triton": rivals.pallas_triton,
-    "pallas mosaic": rivals.pallas_mosaic,
-    "tokamax": rivals.tokamax,
-}
 TRANSFORMS = {
     "forward": lambda attend, o: (attend(o.q, o.k, o.v),),
     "gradient": lambda attend, o: jax.vjp(attend, o.q, o.k, o.v)[1](o.g),
     "tangent": lambda attend, o: jax.jvp(attend, (o.q, o.k, o.v), (o.dq, o.dk, o.dv)),
 }
+Prepare = Callable[[Shape, str, Operands], Runner]
+
+
+def in_jax(attention: Callable, *, scores: bool = False) -> Prepare:
+    """Compiles `attention(q, k, v, shape=shape)`, which may store all scores."""
+
+    def prepare(shape: Shape, mode: str, operands: Operands) -> Runner:
+        if scores:
+            refuse_scores(shape.batch * shape.n**2)
+        return compiled(partial(TRANSFORMS[mode], partial(attention, shape=shape)), operands)
+
+    return prepare
+
+
+def in_torch(attention: Callable[[Shape], Callable], threads: int | None = None) -> Prepare:
+    """Readies `attention(shape)`, a function (q, k, v) of tensors."""
+
+    def prepare(shape: Shape, mode: str, operands: Operands) -> Runner:
+        attend = attention(shape)
+        torch, o = rivals.module("torch"), Operands(*rivals.to_torch(operands))
+
+        def launch():
+            if mode == "forward":
+                with torch.inference_mode():
+                    return (attend(o.q, o.k, o.v),)
+            leaves = [a.detach().requires_grad_() for a in (o.q, o.k, o.v)]
+            return torch.autograd.grad(attend(*leaves), leaves, o.g)
+
+        return rivals.torch_runner(launch, threads=threads)
+
+    return prepare
+
+
+class Rival(NamedTuple):
+    """`prepare(shape, mode, operands)` readies it, or raises UnavailableError with the reason."""
+
+    prepare: Prepare
+    modes: tuple[str, ...] = MODES
+    platforms: tuple[str, ...] = ("cpu", "gpu")
+
+
+FUSED, GPU = ("forward", "gradient"), ("gpu",)
+CUDNN, XLA = (partial(rivals.jax_nn, implementation=name) for name in ("cudnn", "xla"))
+RIVALS = {
+    "jnp": Rival(in_jax(rivals.naive, scores=True)),
+    "torch": Rival(in_torch(rivals.torch_attention), FUSED),
+    "torch 1 thread": Rival(in_torch(rivals.torch_attention, 1), FUSED, ("cpu",)),
+    "keops": Rival(in_torch(rivals.keops_attention), ("forward",)),
+    "jax.nn cudnn": Rival(in_jax(CUDNN), FUSED, GPU),
+    "jax.nn xla": Rival(in_jax(XLA, scores=True), MODES, GPU),
+    "pallas triton": Rival(in_jax(rivals.pallas_triton), FUSED, GPU),
+    "pallas mosaic": Rival(in_jax(rivals.pallas_mosaic), FUSED, GPU),
+    "tokamax": Rival(in_jax(rivals.tokamax), FUSED, GPU),
+}
+
+
+def rival(name: str) -> Rival:
+    """One of the rivals; "jaxflow", or "jaxflow NAME" for the backend NAME."""
+    library, _, backend = name.partition(" ")
+    if library == "jaxflow":
+        return Rival(in_jax(partial(rivals.ours, backend=backend or None)))
+    return RIVALS[name]
+
+
+def competitors(platform: str, backends: Sequence[str]) -> list[str]:
+    """The names of jaxflow and of the rivals on a platform."""
+    here = [name for name, rival in RIVALS.items() if platform in rival.platforms]
+    return [*(f"jaxflow {name}" for name in backends), "jaxflow", *rivals.distinct(here)]
 
 
 def prepare(name: str, shape: Shape, mode: str, operands: Operands) -> Runner:
-    """Compiles one of the rivals, or "jaxflow NAME" for the backend NAME."""
-    if name == "keops":
-        return _in_torch(rivals.keops_attention, shape, mode, operands)
-    if name.startswith("torch"):
-        threads = rivals.torch_threads(name)
-        return _in_torch(rivals.torch_attention, shape, mode, operands, threads)
-    if name in ("jnp", "jax.nn xla"):
-        refuse_scores(shape.batch * shape.n**2)
-    if name.endswith("cudnn") and (shape.dtype == "float32" or shape.d % 8):
-        raise UnavailableError("16-bit and head dimensions a multiple of 8 only")
-    library, _, backend = name.partition(" ")
-    attend = partial(rivals.ours, backend=backend or None)
-    attend = attend if library == "jaxflow" else ATTENTIONS[name]
-    return compiled(partial(TRANSFORMS[mode], partial(attend, shape=shape)), operands)
-
-
-def _in_torch(
-    attention, shape: Shape, mode: str, operands: Operands, threads: int | None = None
-) -> Runner:
-    attend = attention(shape)
-    torch, o = rivals.module("torch"), Operands(*rivals.to_torch(operands))
-
-    def launch():
-        if mode == "forward":
-            with torch.inference_mode():
-                return (attend(o.q, o.k, o.v),)
-        leaves = [a.detach().requires_grad_() for a in (o.q, o.k, o.v)]
-        return torch.autograd.grad(attend(*leaves), leaves, o.g)
-
-    return rivals.torch_runner(launch, threads=threads)
+    return rival(name).prepare(shape, mode, operands)
 
 
 # ------------------------------------------------------------------ the check
@@ -162,40 +182,38 @@ def run(options: Options, watch: Watch) -> dict:
     """Ceilings, and one row for each shape, mode and rival."""
     platform = jax.default_backend()
     named = shapes.chosen(platform, quick=options.quick, only=options.only)
-    competitors = RIVALS | (CPU_RIVALS if platform == "cpu" else GPU_RIVALS)
-    competitors = {f"jaxflow {name}": MODES for name in options.backends} | competitors
-    return contest(named, competitors, options, watch)
+    return contest(named, competitors(platform, options.backends), options, watch)
 
 
 def contest(
-    named: Sequence[Shape],
-    competitors: Mapping[str, Sequence[str]],
-    options: Options,
-    watch: Watch,
+    named: Sequence[Shape], competitors: Sequence[str], options: Options, watch: Watch
 ) -> dict:
     rivals.preload()
-    before, rows, timed = ceilings(), [], {}
+    found, timed = [], {}
+    for _ in watch.each(["ceilings"]):
+        found.append(ceilings())
     cases = [(shape, mode) for shape in named for mode in shape.modes]
     for shape, mode in watch.each(cases, lambda case: f"{case[0].name} {case[1]}"):
-        names = [n for n, modes in competitors.items() if mode in (*modes, "memory")]
+        names = [name for name in competitors if mode in (*rival(name).modes, "memory")]
         new = [{"shape": shape.name, "mode": mode, "rival": name} for name in names]
         if mode == "memory":
             new = [row | _peak(shape, "forward", row["rival"]) for row in new]
         else:
             measure(shape, mode, new, options)
             timed[shape, mode] = new
-        rows += new
-        watch.save({"rows": rows})
-    rates = better(before, ceilings())
+        watch.rows += new
+    for _ in watch.each(["ceilings again"] if timed else []):
+        found.append(ceilings())
+    rates = functools.reduce(better, found) if found else {}
     for (shape, mode), some in timed.items():
         compare(shape, mode, some, rates, timed.get((shape, "forward"), []))
-    return {"ceilings": rates, "rows": rows}
+    return {"ceilings": rates, "rows": watch.rows}
 
 
 def measure(shape: Shape, mode: str, rows: list[dict], options: Options):
-    load = {"load": os.getloadavg()[0], "n": shape.n, "d": shape.d, "pairs": shape.pairs}
+    about = {"n": shape.n, "d": shape.d, "pairs": shape.pairs, "dtype": shape.dtype}
     for row in rows:
-        row |= load | {"dtype": shape.dtype}
+        row |= about
     operands = draw(shape)
     expected = exact(shape, mode, operands)
     runners = compete(
@@ -203,7 +221,7 @@ def measure(shape: Shape, mode: str, rows: list[dict], options: Options):
         lambda row: prepare(row["rival"], shape, mode, operands),
         partial(error, shape, mode, expected),
         TOLERANCE[shape.dtype],
-        repeats=options.repeats,
+        samples=options.samples,
     )
     for row in rows:
         if row["rival"] in runners and shape.n >= MEASURE_PEAK_FROM:
@@ -211,12 +229,12 @@ def measure(shape: Shape, mode: str, rows: list[dict], options: Options):
 
 
 def compare(shape: Shape, mode: str, rows: list[dict], rates: dict, forward: list[dict]):
-    """Each time against the floor, and against the forward pass of the same rival."""
-    name, floor = floor_s(shape, mode, rates)
+    """Each time against the floor, if it is known, and against the forward pass of the rival."""
+    name, floor = floor_s(shape, mode, rates) if rates else (None, None)
     base = {row["rival"]: row["ms"] for row in forward if "ms" in row}
     for row in rows:
         if "ms" in row:
-            row |= {"of_floor": 1e3 * floor / row["ms"], "floor": name}
+            row |= {"of_floor": 1e3 * floor / row["ms"], "floor": name} if floor else {}
             row["vs_forward"] = row["ms"] / base[row["rival"]] if row["rival"] in base else None
 
 

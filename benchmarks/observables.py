@@ -16,8 +16,9 @@ import numpy as np
 import jaxflow as jf
 
 from . import phase, rivals
+from .pace import Watch
 from .peak import peak
-from .timing import TOLERANCE, Options, Runner, Watch, compete, compiled, relative_error
+from .timing import TOLERANCE, Options, Runner, Samples, compete, compiled, relative_error
 
 BUDGET_S = {"quick": 60, "full": 80}
 
@@ -183,7 +184,7 @@ def runner(what: str, n: int, name: str) -> Runner:
     return compiled(lambda *points: operation.ours(*map(jf.Measure, points)), *narrowed)
 
 
-def contest(case: Sample, repeats: tuple[int, int], *, with_memory: bool) -> list[dict]:
+def contest(case: Sample, samples: Samples, *, with_memory: bool) -> list[dict]:
     names = OPERATIONS[case.what].rival, "jaxflow"
     rows = [{"shape": case.name, "rival": name, "n": case.n} for name in names]
     first: list[np.ndarray] = []
@@ -194,7 +195,7 @@ def contest(case: Sample, repeats: tuple[int, int], *, with_memory: bool) -> lis
         return relative_error([first[-1]], [first[0]])
 
     prepare = lambda row: runner(case.what, case.n, row["rival"])
-    runners = compete(rows, prepare, error, TOLERANCE["float32"], repeats=repeats)
+    runners = compete(rows, prepare, error, TOLERANCE["float32"], samples=samples)
     if names[0] not in runners:  # nothing to be compared with
         rows[1].pop("error", None)
     for row in rows if with_memory else ():
@@ -209,12 +210,11 @@ def contest(case: Sample, repeats: tuple[int, int], *, with_memory: bool) -> lis
 
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
-    rows = []
     every = [*phase.cases(options.quick), *cases(options.quick)]
     chosen = [case for case in every if case.name.startswith(options.only)]
     for case in watch.each(chosen, lambda case: case.name):
         if isinstance(case, phase.Phase):
-            rows += phase.contest(case, phase.RIVALS, options.repeats)
+            watch.rows += phase.contest(case, phase.RIVALS, options.samples)
         else:
-            rows += contest(case, options.repeats, with_memory=not options.quick)
-    return {"rows": rows}
+            watch.rows += contest(case, options.samples, with_memory=not options.quick)
+    return {"rows": watch.rows}

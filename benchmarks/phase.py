@@ -17,8 +17,9 @@ import numpy as np
 
 import jaxflow as jf
 
+from . import machine
 from .flow import TOLERANCES, Rival, Solve, race
-from .timing import Runner, seconds
+from .timing import Runner, Samples, seconds
 
 N, D, THRESHOLD = 32, 128, 0.999
 TIMES = np.linspace(0, 30, 151)  # every 0.2, which the published step divides
@@ -140,9 +141,9 @@ def exact(case: Phase) -> np.ndarray:
         return with_diffrax(case, diffrax.Dopri8())(1e-9)[0]
 
 
-def contest(case: Phase, named: dict[str, Rival], repeats: tuple[int, int]) -> list[dict]:
+def contest(case: Phase, named: dict[str, Rival], samples: Samples) -> list[dict]:
     expected = exact(case)
-    rows, _ = race({"shape": case.name, "target": TARGET}, named, case, expected, repeats, LIMIT_S)
+    rows, _ = race({"shape": case.name, "target": TARGET}, named, case, expected, samples, LIMIT_S)
     if "numpy" in named:
         script = [row for row in rows if row["rival"] == "numpy" and "ms" in row]
         for row in rows if script else ():
@@ -163,5 +164,6 @@ def published(case: Phase, expected: np.ndarray) -> dict[str, Any]:
         "error": error,
         "evaluations": steps,
         "ms": 1e3 * seconds(launch),
+        "load": machine.load(),
         "note": f"over the target of {TARGET:.0e}" if error > TARGET else None,
     }

@@ -8,16 +8,20 @@ scale      compressed measures against all pairs, and which pairs pruned attenti
 import itertools
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import slopes
 from .kernels import WORK
+from .scale import fits as compressed_fits
 
 # Okabe and Ito's colours, told apart by the colour-blind; the markers serve without colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = "osD^vP*X"
+LETTERS = 8.5  # of a title that fit into an inch
 KEYS = {"ms": ("ms", "time_exponent"), "peak_mib": ("peak MiB", "memory_exponent")}
 STYLE: dict[Any, Any] = {"font.size": 13, "axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 120}
 
@@ -50,9 +54,10 @@ def _looks(rows: list[dict]) -> dict[str, dict]:
 def _figure(rows: int, columns: int, title: str):
     from matplotlib.figure import Figure
 
-    size = (2.6 + 4.8 * columns, 0.8 + 4.2 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title)
+    width, height = 2.6 + 4.8 * columns, 0.8 + 4.2 * rows
+    figure = Figure(figsize=(width, height), layout="constrained")
+    wrap = textwrap.TextWrapper(int(LETTERS * width)).fill
+    figure.suptitle("\n".join(map(wrap, title.splitlines())), fontsize=14)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -71,7 +76,7 @@ def roofline(report: dict):
     rows = [row for row in report["rows"] if "ms" in row]
     widths = sorted({row["dtype"] != "float32" for row in rows})
     modes = [mode for mode in WORK if any(row["mode"] == mode for row in rows)]
-    title = f"Attention on {report['device']}: the best of each rival at each dimension"
+    title = f"The best of each rival at each dimension\n{report['device']}"
     figure, axes = _figure(max(1, len(widths)), max(1, len(modes)), title)
     looks = _looks(rows)
     for (short, mode), axis in zip(itertools.product(widths, modes), axes.flat, strict=False):
@@ -123,10 +128,10 @@ def _ceilings(axis, rates: dict[str, float], mode: str, short: bool, dimensions:
 def scaling(report: dict):
     rows = [row for row in report["rows"] if "ms" in row]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    title = f"Particles on S², float32, {report['device']}"
+    title = f"Attention of particles on S², float32\n{report['device']}"
     figure, axes = _figure(max(1, len(modes)), 2, title)
     looks = _looks(rows)
-    fits = {(fit["mode"], fit["rival"]): fit for fit in report["fits"]}
+    fits = {(fit["mode"], fit["rival"]): fit for fit in slopes.fits(rows)}
     for (mode, key), axis in zip(itertools.product(modes, KEYS), axes.flat, strict=False):
         for name, look in looks.items():
             mine = [row for row in rows if (row["mode"], row["rival"]) == (mode, name)]
@@ -149,16 +154,16 @@ def scaling(report: dict):
 
 def scale(report: dict):
     rows = [row for row in report["rows"] if "ms" in row]
-    figure, axes = _figure(1, 2, f"Many tokens, float32, {report['device']}")
-    _against_n(axes[0, 0], rows, report["fits"])
+    figure, axes = _figure(1, 2, f"Many tokens, float32\n{report['device']}")
+    _against_n(axes[0, 0], rows)
     _against_blocked(axes[0, 1], rows)
     return figure
 
 
-def _against_n(axis, rows: list[dict], fits: list[dict]):
+def _against_n(axis, rows: list[dict]):
     """Time of all velocities by compressed measures, and by all pairs."""
-    slopes = {fit["shape"]: fit["time_exponent"] for fit in fits}
-    some = [r for r in rows if r["mode"] == "forward" and r["shape"] in slopes]
+    exponents = {fit["shape"]: fit["time_exponent"] for fit in compressed_fits(rows)}
+    some = [r for r in rows if r["mode"] == "forward" and r["shape"] in exponents]
     shapes = dict.fromkeys(row["shape"] for row in some)
     for (shape, rival), color in zip(
         itertools.product(shapes, ("jaxflow blocked", "jaxflow compressed")),
@@ -167,12 +172,16 @@ def _against_n(axis, rows: list[dict], fits: list[dict]):
     ):
         points = [(r["n"], r["ms"]) for r in some if (r["shape"], r["rival"]) == (shape, rival)]
         name = shape.removeprefix("compressed ")
-        how = f"slope {slopes[shape]:.2f}" if "compressed" in rival else "all pairs"
+        how = _how(exponents[shape]) if "compressed" in rival else "all pairs"
         if points:
             axis.plot(*zip(*points, strict=True), "o-", color=color, label=f"{name}: {how}")
     axis.set(xscale="log", yscale="log", xlabel="tokens n", ylabel="ms, all velocities")
     axis.set_title("compressed measures")
     axis.legend(fontsize=11)
+
+
+def _how(exponent: float | None) -> str:
+    return "compressed" if exponent is None else f"compressed, slope {exponent:.2f}"
 
 
 def _against_blocked(axis, rows: list[dict]):

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxflow import softmax_expectation
 
+from . import machine
 from .shapes import Shape
 from .timing import Runner, UnavailableError, refuse_scores
 
@@ -56,6 +57,8 @@ def visible(rows, columns, shape: Shape):
 
 def jax_nn(q, k, v, *, shape: Shape, implementation: Literal["xla", "cudnn"]):
     """`jax.nn.dot_product_attention`, on axes (batch, n, heads, d)."""
+    if implementation == "cudnn" and (shape.dtype == "float32" or shape.d % 8):
+        raise UnavailableError("16-bit and head dimensions a multiple of 8 only")
     window = shape.window
     if window is not None and shape.causal:
         window = (window, 0)
@@ -211,9 +214,25 @@ def with_threads(threads: int | None, call: Callable):
         torch.set_num_threads(usual)
 
 
+ONE_THREAD = " 1 thread"  # ends the name of a rival that gets no more
+
+
 def torch_threads(name: str) -> int | None:
     """1 for a rival whose name ends in "1 thread"; None leaves the choice to torch."""
-    return 1 if name.endswith("1 thread") else None
+    return 1 if name.endswith(ONE_THREAD) else None
+
+
+def beside_one_thread(names: Iterable[str]) -> list[str]:
+    """The rivals, and on a CPU those of torch once more with one thread."""
+    names = list(names)
+    if jax.default_backend() != "cpu":
+        return names
+    return distinct([*names, *(n + ONE_THREAD for n in names if n.startswith("torch"))])
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Without those of one thread where there is no other."""
+    return [name for name in names if torch_threads(name) is None or machine.threads() > 1]
 
 
 def from_torch(outs: Iterable[Any]) -> list[np.ndarray]:

@@ -19,9 +19,19 @@ import jaxflow as jf
 from jaxflow.kernels.reference import definition
 
 from . import rivals
+from .pace import Watch
 from .peak import peak
-from .scaling import exponent
-from .timing import Options, Runner, UnavailableError, Watch, compete, compiled, rank
+from .slopes import fit
+from .timing import (
+    Options,
+    Runner,
+    Samples,
+    UnavailableError,
+    add_note,
+    compete,
+    compiled,
+    rank,
+)
 
 BUDGET_S = {"quick": 60, "full": 120}
 BLOBS, CHECKED = 200, 256
@@ -119,7 +129,7 @@ def names(case: Case) -> list[str]:
     """The rivals of a case, jaxflow's way around all pairs last."""
     if case.mode == "gradient":
         return ["jaxflow compressed"]
-    exact = ["jaxflow blocked", "torch", "keops"]
+    exact = ["jaxflow blocked", *rivals.beside_one_thread(["torch"]), "keops"]
     if isinstance(case, Ball):
         return [*exact, "jaxflow compressed"]
     return [*exact, "jaxflow pruned:1e-4", "jaxflow pruned:1e-6"]
@@ -190,17 +200,17 @@ def prepare(name: str, case: Case, x: np.ndarray) -> Runner:
     if name == "keops" and jax.default_backend() == "cpu" and few * case.n > rivals.KEOPS_LIMIT:
         raise UnavailableError("too slow")
     [y] = rivals.to_torch([x])
-    if name == "torch":
+    if name.startswith("torch"):
         attend = rivals.module("torch").nn.functional.scaled_dot_product_attention
         whole = y[None, None]
         launch = lambda: attend(whole[:, :, :few], whole, whole, scale=case.scale)[0, 0]
-        return rivals.torch_runner(launch)
+        return rivals.torch_runner(launch, threads=rivals.torch_threads(name))
     lazy = rivals.module("pykeops.torch").LazyTensor
     s = case.scale * (lazy(y[:few, None, :]) | lazy(y[None, :, :]))
     return rivals.torch_runner(lambda: s.sumsoftmaxweight(lazy(y[None, :, :]), axis=1))
 
 
-def contest(case: Case, repeats: tuple[int, int], *, with_memory: bool) -> list[dict]:
+def contest(case: Case, samples: Samples, *, with_memory: bool) -> list[dict]:
     x = case.tokens().astype(np.float32)
     truth = exact(x, case)
     about = {"shape": case.shape, "n": case.n, "mode": case.mode}
@@ -213,12 +223,12 @@ def contest(case: Case, repeats: tuple[int, int], *, with_memory: bool) -> list[
         return float(np.abs(of_case(found, x, case) - truth).max())
 
     runners = compete(
-        rows, lambda row: prepare(row["rival"], case, x), error, TOLERANCE, repeats=repeats
+        rows, lambda row: prepare(row["rival"], case, x), error, TOLERANCE, samples=samples
     )
     for row in rows:
         if "ms" in row and (few := queries(row["rival"], case)) < case.n:
             row |= {key: row[key] * case.n / few for key in ("ms", "ms_min")}
-            row["note"] = f"of {few} queries"
+            add_note(row, f"of {few} queries")
         if "pruned" in row["rival"]:
             row |= shares(x, case, float(row["rival"].split(":")[1]))
     rank(rows)
@@ -245,7 +255,7 @@ def shares(x: np.ndarray, case: Case, tolerance: float) -> dict:
 
 
 def fits(rows: Sequence[dict]) -> list[dict]:
-    """time ~ n^a for compressed measures, over all sizes."""
+    """time ~ n^a for compressed measures."""
     out = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = {
@@ -255,15 +265,13 @@ def fits(rows: Sequence[dict]) -> list[dict]:
             and "ms" in row
         }
         if len(mine) > 1:
-            about = {"shape": shape, "rival": "jaxflow compressed", "from_n": min(mine)}
-            out.append(about | {"time_exponent": exponent(mine)})
+            out.append({"shape": shape, "rival": "jaxflow compressed"} | fit(mine, {}))
     return out
 
 
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
-    rows = []
     chosen = [case for case in cases(options.quick) if case.name.startswith(options.only)]
     for case in watch.each(chosen, lambda case: case.name):
-        rows += contest(case, options.repeats, with_memory=not options.quick)
-    return {"rows": rows, "fits": fits(rows)}
+        watch.rows += contest(case, options.samples, with_memory=not options.quick)
+    return {"rows": watch.rows, "fits": fits(watch.rows)}

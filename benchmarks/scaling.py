@@ -2,23 +2,23 @@
 
     time ~ n^a,    peak memory ~ n^b
 
-in float32 on the sphere S^2; a and b by least squares on the logarithms, over the upper half of
-the sizes. Attention over all pairs has a = 2; only a method that stores n^2 scores has b = 2.
+in float32 on the sphere S^2; a and b are those of slopes.py, where measurements carry one.
+Attention over all pairs has a = 2; only a method that stores n^2 scores has b = 2.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
 import jax
-import numpy as np
 
 from . import kernels, rivals, shapes
+from .pace import Watch
 from .peak import peak
-from .timing import TOLERANCE, Options, Runner, Watch, compete
+from .slopes import fits, largest
+from .timing import TOLERANCE, Options, Runner, Samples, compete
 
 BUDGET_S = {"quick": 60, "full": 45}
 RIVALS = ("jaxflow", "jnp", "torch")
-LEAST_MIB = 1.0  # of memory in a fit: below it, pages of other origin show
 
 
 def sizes(platform: str, quick: bool) -> dict[str, tuple[int, ...]]:
@@ -36,25 +36,18 @@ def sizes(platform: str, quick: bool) -> dict[str, tuple[int, ...]]:
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
     platform = jax.default_backend()
-    names = (*RIVALS, *(f"jaxflow {name}" for name in options.backends))
-    names += tuple(kernels.CPU_RIVALS) if platform == "cpu" else ()
-    rows = []
+    names = [*rivals.beside_one_thread(RIVALS), *(f"jaxflow {name}" for name in options.backends)]
     for mode, ns in sizes(platform, options.quick).items():
-        upper = upper_half(ns)
+        fitted = largest(ns)
         label = lambda n, mode=mode: f"particles-{n}-3 {mode}"
         chosen = [n for n in ns if label(n).startswith(options.only)]
         for n in watch.each(chosen, label):
-            rows += contest(n, mode, names, n in upper, options.repeats)
-    return {"rows": rows, "fits": fits(rows)}
-
-
-def upper_half(ns: Sequence[int]) -> tuple[int, ...]:
-    first = max(0, min(len(ns) // 2, len(ns) - 2))  # a slope needs two
-    return tuple(sorted(ns))[first:]
+            watch.rows += contest(n, mode, names, n in fitted, options.samples)
+    return {"rows": watch.rows, "fits": fits(watch.rows)}
 
 
 def contest(
-    n: int, mode: str, names: Sequence[str], with_memory: bool, repeats: tuple[int, int]
+    n: int, mode: str, names: Sequence[str], with_memory: bool, samples: Samples
 ) -> list[dict]:
     shape = shapes.particles(n, 3)
     operands = kernels.draw(shape)
@@ -65,7 +58,7 @@ def contest(
         lambda row: kernels.prepare(row["rival"], shape, mode, operands),
         partial(kernels.error, shape, mode, expected),
         TOLERANCE["float32"],
-        repeats=repeats,
+        samples=samples,
     )
     for row in rows:
         if with_memory and row["rival"] in runners:
@@ -77,28 +70,3 @@ def contest(
 def runner(n: int, mode: str, name: str) -> Runner:
     shape = shapes.particles(n, 3)
     return kernels.prepare(name, shape, mode, kernels.draw(shape))
-
-
-def fits(rows: Sequence[dict]) -> list[dict]:
-    """The exponents a and b of each mode and rival."""
-    out = []
-    for mode, rival in sorted({(row["mode"], row["rival"]) for row in rows}):
-        some = [row for row in rows if (row["mode"], row["rival"]) == (mode, rival)]
-        timed = {row["n"]: row["ms"] for row in some if "ms" in row}
-        if not timed:
-            continue
-        grown = {row["n"]: row["peak_mib"] for row in some if row.get("peak_mib", 0) > LEAST_MIB}
-        upper = upper_half(list(timed))  # a rival that stops early has its own
-        exponents = {
-            "time_exponent": exponent({n: timed[n] for n in upper}),
-            "memory_exponent": exponent({n: grown[n] for n in upper if n in grown}),
-        }
-        out.append({"mode": mode, "rival": rival, "from_n": min(upper)} | exponents)
-    return out
-
-
-def exponent(values: dict[int, float]) -> float | None:
-    """The slope of log value against log n."""
-    if len(values) < 2:
-        return None
-    return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])

@@ -19,7 +19,8 @@ import numpy as np
 
 import jaxflow as jf
 
-from .timing import Options, Runner, UnavailableError, Watch, compete
+from .pace import Watch
+from .timing import Options, Runner, Samples, UnavailableError, compete
 
 BUDGET_S = {"quick": 30, "full": 20}
 
@@ -91,7 +92,7 @@ def truth(case: Wait) -> float:
     return float(solve(case, diffrax.Kvaerno5(), 1e-10).ts[-1])
 
 
-def contest(case: Wait, repeats: tuple[int, int]) -> list[dict]:
+def contest(case: Wait, samples: Samples) -> list[dict]:
     rows = [{"shape": case.name, "rival": name} for name in SOLVERS]
     expected = truth(case)
 
@@ -107,14 +108,13 @@ def contest(case: Wait, repeats: tuple[int, int]) -> list[dict]:
         return run
 
     error = lambda sol: abs(float(sol.ts[-1]) / expected - 1)
-    compete(rows, prepare, error, TOLERANCE, repeats=repeats)
+    compete(rows, prepare, error, TOLERANCE, samples=samples)
     return rows
 
 
 def run(options: Options, watch: Watch) -> dict:
-    rows = []
     chosen = [case for case in cases(options.quick) if case.name.startswith(options.only)]
     with jax.enable_x64(True):
         for case in watch.each(chosen, lambda case: case.name):
-            rows += contest(case, options.repeats)
-    return {"rows": rows}
+            watch.rows += contest(case, options.samples)
+    return {"rows": watch.rows}

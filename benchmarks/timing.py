@@ -1,19 +1,21 @@
-"""What every suite measures with: rivals checked, then timed in turn, within a budget."""
+"""What every suite measures with: rivals checked, then timed in turn."""
 
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from . import machine
+
 SAMPLE_S = 0.02  # short calls are repeated inside a sample until it takes this long
 PAUSE_S = 0.005  # between rivals, so that thread pools that spin for work fall asleep
 CASE_S = 2.0  # for the samples of one case, unless that leaves too few
-SLOW_S = 2.0  # a call that takes longer is made once
+CAP_S = 2.0  # a call that takes longer is made once, unless --cap says otherwise
 NAIVE_LIMIT = 4 * 2**30  # bytes of one array of scores
 
 # The largest difference over the largest entry that is still a right answer. In float32 a score
@@ -44,6 +46,14 @@ class Runner(NamedTuple):
         return self.wait(self.launch())
 
 
+class Samples(NamedTuple):
+    """The least and the most samples of a case, and the seconds beyond which one is enough."""
+
+    least: int = 3
+    most: int = 25
+    cap_s: float = CAP_S
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command line asks of a suite."""
@@ -51,34 +61,7 @@ class Options:
     quick: bool = False
     only: str = ""  # cases whose name starts so
     backends: tuple[str, ...] = ()  # of jaxflow, beside the one it picks
-    repeats: tuple[int, int] = (3, 25)  # the least and the most samples of a case
-
-
-class Watch:
-    """Progress, and an end to it: cases that would start after `budget_s` are skipped.
-
-    `save` keeps what a suite has found so far.
-    """
-
-    def __init__(
-        self,
-        budget_s: float = math.inf,
-        log: Callable[[str], Any] = lambda text: None,
-        save: Callable[[dict], Any] = lambda found: None,
-    ):
-        self.budget_s, self.log, self.save = budget_s, log, save
-        self.start = time.perf_counter()
-        self.skipped: list[str] = []
-
-    def each(self, cases: Iterable, label: Callable[[Any], str] = str) -> Iterator:
-        cases = list(cases)
-        for i, case in enumerate(cases, 1):
-            spent = time.perf_counter() - self.start
-            if spent > self.budget_s:
-                self.skipped.append(label(case))
-                continue
-            self.log(f"{label(case)} ({i} of {len(cases)}, {spent:.0f} of {self.budget_s:.0f} s)")
-            yield case
+    samples: Samples = Samples()
 
 
 def compiled(fn: Callable, *operands: Any) -> Runner:
@@ -111,16 +94,15 @@ def seconds(run: Runner, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def in_turn(runs: Mapping[str, Runner], *, repeats: tuple[int, int]) -> dict[str, list[float]]:
+def in_turn(runs: Mapping[str, Runner], *, samples: Samples) -> dict[str, list[float]]:
     """Seconds a call of the rivals A, B, C taken in turn, A B C C B A A B C ..., so that a change
     in the machine's state meets all alike, and none always comes after the same other one: threads
-    that still spin and caches that were emptied cost the next 5 %. `repeats` is the least and the
-    most samples of each."""
+    that still spin and caches that were emptied cost the next 5 %."""
     calls = {name: math.ceil(SAMPLE_S / seconds(run)) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     stop = time.perf_counter() + CASE_S
-    for i in range(repeats[1]):
-        if i >= repeats[0] and time.perf_counter() > stop:
+    for i in range(samples.most):
+        if i >= samples.least and time.perf_counter() > stop:
             break
         for name in list(runs)[:: -1 if i % 2 else 1]:
             time.sleep(PAUSE_S)
@@ -157,7 +139,7 @@ def compete(
     error: Callable[[Any], float],
     tolerance: float,
     *,
-    repeats: tuple[int, int],
+    samples: Samples,
 ) -> dict[str, Runner]:
     """Fills the rows, one a rival: `prepare` compiles, the first answer is checked, and those that
     are right are timed in turn. Returns the runners that were timed."""
@@ -180,7 +162,7 @@ def compete(
             row["note"] = f"wrong (over {tolerance:.0e}), not timed"
             continue
         runners[row["rival"]] = runner
-    take_times(rows, runners, first_s, repeats=repeats)
+    take_times(rows, runners, first_s, samples=samples)
     return runners
 
 
@@ -189,16 +171,24 @@ def take_times(
     runners: Mapping[str, Runner],
     first_s: Mapping[str, float],
     *,
-    repeats: tuple[int, int],
+    samples: Samples,
 ):
-    """Times the runners in turn into their rows; the first call counts for one that is slow."""
-    slow = {name: [first_s[name]] for name in runners if first_s[name] > SLOW_S}
+    """Times the runners in turn into their rows, with the load of the machine; a call over the cap
+    is not repeated, and its row says so."""
+    slow = {name: [first_s[name]] for name in runners if first_s[name] > samples.cap_s}
     fast = {name: run for name, run in runners.items() if name not in slow}
-    times = slow | in_turn(fast, repeats=repeats)
+    load = machine.load()
+    times = slow | in_turn(fast, samples=samples)
     for row in rows:
         if row["rival"] in times:
-            row |= summary(times[row["rival"]])
+            row |= summary(times[row["rival"]]) | {"load": load}
+        if row["rival"] in slow:
+            add_note(row, f"one sample, over the cap of {samples.cap_s:g} s")
     rank(rows)
+
+
+def add_note(row: dict, text: str):
+    row["note"] = f"{row['note']}; {text}" if row.get("note") else text
 
 
 def rank(rows: Sequence[dict]):

@@ -25,13 +25,13 @@ import optax
 import jaxflow as jf
 
 from . import rivals, transformers
+from .pace import Watch
 from .peak import peak
-from .scaling import exponent
+from .slopes import fit
 from .timing import (
     TOLERANCE,
     Options,
     Runner,
-    Watch,
     compete,
     compiled,
     relative_error,
@@ -44,7 +44,7 @@ SOLVE_TOLERANCE = 1e-3
 SOLVE_ERROR = 0.1
 # The update is then a smooth function of the gradient, so that it can be checked.
 RATE, EPSILON, DECAY = 1e-3, 1e-4, 0.01
-SAMPLES = 3  # times as many as other suites take: a few per cent are to be told apart
+FACTOR = 3  # times as many samples as other suites take: a few per cent are to be told apart
 MEASURE_PEAK = ("jaxflow", "torch")
 POINTS, WIDTH = 256, 64  # of the solves whose memory is compared
 STORED = 64  # steps up to which jaxflow keeps each state
@@ -257,7 +257,7 @@ class Solve(NamedTuple):
 def solves(quick: bool) -> list[Solve]:
     steps, names = (96, 384), ("jaxflow",)
     if not quick:
-        steps, names = (6, 24, 96, 1536), ("jaxflow", "scan")
+        steps, names = (6, 24, 96, 240, 600, 1536), ("jaxflow", "scan")
     return [Solve(*pair) for pair in itertools.product(names, steps)]
 
 
@@ -301,8 +301,8 @@ def fits(rows: Sequence[dict]) -> list[dict]:
             for row in rows
             if row["rival"] == rival and row["steps"] > STORED and "peak_mib" in row
         }
-        if len(grown) > 1:
-            out.append({"rival": rival, "memory_exponent": exponent(grown)})
+        if grown:
+            out.append({"rival": rival} | fit({}, grown))
     return out
 
 
@@ -311,21 +311,19 @@ def fits(rows: Sequence[dict]) -> list[dict]:
 
 def run(options: Options, watch: Watch) -> dict:
     rivals.preload()
-    rows, memory = [], []
+    memory = []
     if not options.only or "memory".startswith(options.only):
         label = lambda solve: f"memory {solve.name} {solve.steps} steps"
         memory = [temporaries(solve) for solve in watch.each(solves(options.quick), label)]
     chosen = [case for case in cases(options.quick) if case.name.startswith(options.only)]
     for case in watch.each(chosen, lambda case: f"{case.name} {case.mode}"):
-        rows += contest(case, competitors(case.mode, options), options)
-    return {"rows": rows, "fits": memory + fits(memory)}
+        watch.rows += contest(case, competitors(case.mode, options), options)
+    return {"rows": watch.rows, "fits": memory + fits(memory)}
 
 
 def competitors(mode: str, options: Options) -> tuple[str, ...]:
     names = tuple(n for n in RIVALS[mode] if n in QUICK or not options.quick)
-    if jax.default_backend() == "cpu":
-        names += tuple(f"{name} 1 thread" for name in names if name.startswith("torch"))
-    return names + tuple(f"jaxflow {name}" for name in options.backends)
+    return *rivals.beside_one_thread(names), *(f"jaxflow {name}" for name in options.backends)
 
 
 def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
@@ -339,7 +337,9 @@ def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
         lambda row: prepare(case, row["rival"], row),
         lambda found: relative_error(leaves(found), expected),
         tolerance,
-        repeats=(SAMPLES * options.repeats[0], SAMPLES * options.repeats[1]),
+        samples=options.samples._replace(
+            least=FACTOR * options.samples.least, most=FACTOR * options.samples.most
+        ),
     )
     for row in rows:
         if row["rival"] not in runners:

@@ -39,8 +39,9 @@ from jaxflow.kernels.blocked import Blocked
 from jaxflow.kernels.pallas_gpu import PallasGPU, configs
 
 from . import shapes
+from .pace import Watch
 from .shapes import Shape
-from .timing import TOLERANCE, Options, Watch, compete, compiled, relative_error
+from .timing import TOLERANCE, Options, Samples, compete, compiled, relative_error
 
 BUDGET_S = {"quick": 900, "full": 5400}
 COMPILE_S = 3.0  # of a candidate, about
@@ -112,14 +113,12 @@ def estimate(options: Options) -> str:
 
 def run(options: Options, watch: Watch) -> dict:
     """One row for each shape, mode and configuration."""
-    rows = []
     # Without this the default of a device that was tuned before would be what was found then.
     with mock.patch.dict(configs.TUNED, clear=True):
         for c in watch.each(_plan(options), lambda c: f"{c.shape.name} {c.mode}"):
-            rows += contest(c, options.repeats, log=watch.log)
-            watch.save({"rows": rows})  # an hour's work, should the next case end it
+            watch.rows += contest(c, options.samples, log=watch.log)
             jax.clear_caches()  # a few dozen programs a case would fill the memory
-    return {"rows": rows}
+    return {"rows": watch.rows}
 
 
 # ------------------------------------------------------------------ one case
@@ -127,7 +126,7 @@ def run(options: Options, watch: Watch) -> dict:
 
 def contest(
     case: Case,
-    repeats: tuple[int, int],
+    samples: Samples,
     *,
     log: Callable[[str], Any] = lambda text: None,
     interpret: bool = False,
@@ -149,7 +148,7 @@ def contest(
         return compiled(partial(evaluate, backend, problem=problem(case.shape)), operands)
 
     error = lambda found: relative_error(found[: len(expected)], expected)
-    compete(rows, prepare, error, TOLERANCE[case.shape.dtype], repeats=repeats)
+    compete(rows, prepare, error, TOLERANCE[case.shape.dtype], samples=samples)
     _compare(rows)
     return rows
 

@@ -9,10 +9,9 @@ one each (166, from 359 words, for the text that comes with Python 3.11). Then d
 by the chance of their random vectors, and the heavy clusters, those of frequent words, draw in the
 light ones: some 70 clusters are left at t = 10, and some 15 at t = 20.
 
-With jaxflow[viz] installed, runs/text.html plays the flow, with each word under the pointer.
+runs/text.html plays the flow, with each word under the pointer.
 """
 
-import importlib.util
 import re
 import sys
 from collections import Counter
@@ -50,11 +49,10 @@ def main(path: str | None = None) -> dict:
         inside = Counter(w for w, own in zip(words, labels, strict=True) if own == label)
         print(f"{size:5d} ", ", ".join(f"{word} {times}" for word, times in inside.most_common(8)))
 
-    if importlib.util.find_spec("plotly"):
-        page = Path("runs/text.html")
-        page.parent.mkdir(exist_ok=True)
-        jf.viz.sphere(sol, labels=words, threshold=0.99).write_html(page)
-        print(f"wrote {page}")
+    page = Path("runs/text.html")
+    page.parent.mkdir(exist_ok=True)
+    jf.viz.sphere(sol, labels=words, threshold=0.99).write_html(page)
+    print(f"wrote {page}")
     return {"different": different, "clusters": clusters, "pairs": pairs}
 
 

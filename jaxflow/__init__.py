@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from . import (
         density,
         events,
+        fields,
+        kernels,
         masks,
         measure,
         models,
@@ -148,10 +150,12 @@ __all__ = [
     "enable_compilation_cache",
     "events",
     "fastest_mode",
+    "fields",
     "flow",
     "growth_rates",
     "hardmax_flow",
     "jacobian_spectrum",
+    "kernels",
     "log_density",
     "lyapunov_exponents",
     "masks",
@@ -194,7 +198,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__
 
 
 def _function(name: str) -> property:

@@ -27,6 +27,11 @@ def enable_compilation_cache(folder: str | os.PathLike | None = None) -> Path | 
     in an illegal instruction), or `None`.
 
     **Raises:** `OSError` where a folder that was asked for cannot be made or written to.
+
+    ```python
+    >>> jaxflow.enable_compilation_cache()  # doctest: +SKIP
+
+    ```
     """
     named = os.environ.get(FOLDER) if folder is None else os.fspath(folder)
     if named == "":

@@ -8,11 +8,12 @@ or damaged. A lock, which dies with its process, keeps two processes out of one 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def claim(
 
     A folder that was made here, and in which nothing was written before the context failed, is
     removed again. The thread that holds a folder may claim it again, such as a command that calls
-    [`jaxflow.training.fit`][]: that changes and checks nothing.
+    `jaxflow.training.fit`: that changes and checks nothing.
 
     **Arguments:**
 
@@ -173,6 +174,18 @@ def json_object(text: str, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{what} must hold a JSON object, got a {type(found).__name__}.")
     return found
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """As many of the last parts of each path as tell them apart; a number for one that is there
+    twice."""
+    paths = [folder.resolve() for folder in folders]
+    tails = (["/".join(p.parts[-k:]) for p in paths] for k in itertools.count(1))
+    names = next(tail for tail in tails if len(set(tail)) == len(set(paths)))
+    return [
+        name if (earlier := names[:k].count(name)) == 0 else f"{name} ({earlier + 1})"
+        for k, name in enumerate(names)
+    ]
 
 
 def write_text(path: Path, text: str):

@@ -44,7 +44,7 @@ class FlowSolution(eqx.Module):
 
     With `SaveAt(subs=...)` these hold trees like `subs`.
 
-    A solution of [`jaxflow.coarsen`][] also has `merges`, `labels`, `labels_at(t)`, `coarse` and
+    A solution of `jaxflow.coarsen` also has `merges`, `labels`, `labels_at(t)`, `coarse` and
     `bound`, of the tokens that have become one.
 
     ```python
@@ -136,7 +136,7 @@ class FlowSolution(eqx.Module):
     def merges(self) -> Any:
         """The mergers of tokens in the order of time: when, of which two clusters, and their size.
 
-        A [`jaxflow.observables.MergeTree`][]; of a batch of systems a list, one tree each.
+        A `jaxflow.observables.MergeTree`; of a batch of systems a list, one tree each.
 
         **Raises:** `ValueError` for a flow without coarsening, `TypeError` while it is traced.
         """

@@ -32,6 +32,16 @@ from .flow import AbstractAround, default_controller, flow_around
 from .geometry import AbstractGeometry, Ellipsoid, Sphere
 from .measure import Measure
 
+__all__ = [
+    "Coarsening",
+    "coarsen",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 PROBES = 16  # tokens at which a field is asked whether it knows their order
 
 
@@ -76,14 +86,14 @@ def coarsen(
 
     This changes the flow, by less than it is right to, and is fast. Where the flow itself is to
     stay as it is, or the field has masks, or clusters are asked for that are far from being one
-    point, [`jaxflow.events.merges`][] finds the mergers of the plain flow.
+    point, `jaxflow.events.merges` finds the mergers of the plain flow.
 
     **Arguments:**
 
-    - `field`: as in [`jaxflow.flow`][], where it depends on the law of the tokens alone: no mask by
+    - `field`: as in `jaxflow.flow`, where it depends on the law of the tokens alone: no mask by
       index (`causal`, `window`, `mask`), and no positions (`rotary`).
     - `mu0`, `t0`, `t1`, `dt0`, `solver`, `stepsize_controller`, `saveat`, `event`, `max_steps`,
-      `throw`, `progress_meter`, `observe`: as in [`jaxflow.flow`][]. All n tokens are saved; those
+      `throw`, `progress_meter`, `observe`: as in `jaxflow.flow`. All n tokens are saved; those
       that are one have the same coordinates. Use float64 for metastable times: in float32 and at
       the default tolerance, rounding alone keeps steps below about 100.
     - `delta`: the distance at which tokens merge; on a sphere or an ellipsoid an angle, in radians.
@@ -91,12 +101,12 @@ def coarsen(
     - `everywhere`: whether tokens merge also where they part, in time-dependent fields too. The
       solution's `bound` then says how far each may be from where it stands, at the cost of d
       derivatives of the field a step.
-    - `adjoint`: as in [`jaxflow.flow`][], but for `BacksolveAdjoint` and `ImplicitAdjoint`.
+    - `adjoint`: as in `jaxflow.flow`, but for `BacksolveAdjoint` and `ImplicitAdjoint`.
       Derivatives pass through mergers, whose times and pairs count as constants.
 
-    **Returns:** a [`jaxflow.FlowSolution`][], with more of it known:
+    **Returns:** a `jaxflow.FlowSolution`, with more of it known:
 
-    - `merges`: a [`jaxflow.observables.MergeTree`][], the times at which distances fell to delta,
+    - `merges`: a `jaxflow.observables.MergeTree`, the times at which distances fell to delta,
       the pairs of clusters and their sizes; a list of trees for a batch of systems. A time is
       interpolated within its step, as that of a distance that falls exponentially.
     - `labels`, `labels_at(t)`: the token that stands for each at the end, and at time t.
@@ -105,7 +115,7 @@ def coarsen(
       else `None`.
 
     **Raises:** `ValueError` for a field that tells tokens apart, a delta that is no such distance,
-    and an adjoint that solves another equation; and what [`jaxflow.flow`][] raises.
+    and an adjoint that solves another equation; and what `jaxflow.flow` raises.
 
     ```python
     >>> mu0 = jaxflow.measure.simplex(4, 4)  # four tokens at right angles meet at one time

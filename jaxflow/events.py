@@ -34,6 +34,20 @@ from .flow import FlowArgs, FlowError, flow, over_systems, particle_velocity
 from .measure import Measure
 from .observables import ClusterCount, MergeTree
 
+__all__ = [
+    "Crossing",
+    "log_times",
+    "merges",
+    "until_above",
+    "until_below",
+    "until_clustered",
+    "until_steady",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Crossing(eqx.Module):
     """The condition of an event: observable(t, mu) - level, of several systems the largest.
@@ -82,6 +96,15 @@ def until_below(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
     (t, mu); `level`, which may be traced.
 
     **Raises:** `ValueError` for a level that is no scalar.
+
+    ```python
+    >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
+    >>> near = jaxflow.events.until_below(lambda t, mu: jaxflow.observables.diameter(mu), 0.1)
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(beta=1.0), mu0, t1=10.0, event=near)
+    >>> bool(sol.ts[-1] < 10.0)
+    True
+
+    ```
     """
     return _event(Crossing(by_code(observable), _level(level), 1.0))
 
@@ -89,9 +112,17 @@ def until_below(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
 def until_above(observable: Callable[[Any, Measure], Any], level: ScalarLike) -> diffrax.Event:
     """Stops at the first time at which observable(t, mu) > level, in every system.
 
-    **Arguments:** as in [`jaxflow.events.until_below`][].
+    **Arguments:** as in `jaxflow.events.until_below`.
 
     **Raises:** `ValueError` for a level that is no scalar.
+
+    ```python
+    >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
+    >>> together = lambda t, mu: jaxflow.observables.order_parameter(mu)
+    >>> event = jaxflow.events.until_above(together, 0.99)
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(), mu0, t1=10.0, event=event)  # doctest: +SKIP
+
+    ```
     """
     return _event(Crossing(by_code(observable), _level(level), -1.0))
 
@@ -107,7 +138,7 @@ def until_clustered(
 
     **Arguments:** `count`; `threshold`, the least cosine of linked tokens, or `radius`, their
     largest distance; `min_mass`, the share of all mass from which on a component is a cluster: of
-    very many tokens a few stragglers then do not count ([`jaxflow.observables.cluster_labels`][]).
+    very many tokens a few stragglers then do not count (`jaxflow.observables.cluster_labels`).
 
     **Raises:** `ValueError` or `TypeError` for a count below 1, a share outside of [0, 1] and what
     links no tokens.
@@ -144,6 +175,13 @@ def until_steady(speed: ScalarLike = 1e-6) -> diffrax.Event:
     speed tells it from a steady state no better than the eye does.
 
     **Raises:** `ValueError` where the speed is not positive.
+
+    ```python
+    >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
+    >>> event = jaxflow.events.until_steady(1e-3)
+    >>> sol = jaxflow.flow(jaxflow.SelfAttention(), mu0, t1=50.0, event=event)  # doctest: +SKIP
+
+    ```
     """
     if is_concrete(speed) and not speed > 0:
         raise ValueError(f"the speed of a steady state must be positive, got {speed}.")
@@ -158,6 +196,12 @@ def log_times(
     For `SaveAt(ts=log_times(...))`: each decade of time is seen equally well.
 
     **Raises:** `ValueError` where `first` is not between 0 and t1 - t0, and for fewer than 2 times.
+
+    ```python
+    >>> jaxflow.events.log_times(1.0, 1000.0, 4).round().tolist()
+    [0.0, 1.0, 10.0, 100.0, 1000.0]
+
+    ```
     """
     if not 0 < first < t1 - t0:
         raise ValueError(f"log_times needs 0 < first < t1 - t0; got {first} and {t1 - t0}.")
@@ -188,23 +232,23 @@ def merges(
 
     The flow itself is not changed, so that this is the one for any field, masks and motion in time
     included, and for any distance, far ones too. Where tokens that have met stay together and
-    clusters last long, [`jaxflow.coarsen`][] finds the same tree in one solve and in far fewer
+    clusters last long, `jaxflow.coarsen` finds the same tree in one solve and in far fewer
     steps, for a small distance.
 
     Two clusters merge when a token of the one and a token of the other first have a cosine of
     `threshold`; clusters that have merged count as one from then on. The time is found by
     bisection, and the flow goes on from there: one solve and n^2 products of tokens a merge. For
-    more than some thousand tokens take [`jaxflow.observables.merge_tree`][], whose times are those
+    more than some thousand tokens take `jaxflow.observables.merge_tree`, whose times are those
     that a solution saved.
 
     **Arguments:** `threshold`; `progress(t, clusters)`, called after each merge; the others as in
-    [`jaxflow.flow`][], for one system, outside `jit`.
+    `jaxflow.flow`, for one system, outside `jit`.
 
-    **Returns:** a [`jaxflow.observables.MergeTree`][] with `links`, the two tokens that met; it is
+    **Returns:** a `jaxflow.observables.MergeTree` with `links`, the two tokens that met; it is
     complete if one cluster is left at t1. Where a solve fails on the way, the tree holds the
     mergers before, its `failure` says what happened, and a warning does, too.
 
-    **Raises:** `ValueError` for several systems, and what [`jaxflow.flow`][] raises for bad input.
+    **Raises:** `ValueError` for several systems, and what `jaxflow.flow` raises for bad input.
 
     ```python
     >>> mu0 = jaxflow.measure.simplex(4, 4)  # four tokens at right angles meet at one time

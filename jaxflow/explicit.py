@@ -21,6 +21,22 @@ from jaxtyping import Array
 from ._types import ScalarLike
 from .fields import AbstractField
 
+__all__ = [
+    "AbstractComposition",
+    "AbstractMethod",
+    "combined",
+    "evaluations_per_step",
+    "explicit_step",
+    "is_explicit",
+    "is_method",
+    "tableau",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Step = Callable[[AbstractField, Any, Any, Array], Array]
 Kind = TypeVar("Kind", bound=diffrax.AbstractSolver)
 
@@ -30,7 +46,7 @@ class AbstractMethod(diffrax.AbstractSolver):
 
     @abc.abstractmethod
     def evaluations(self, parts: int) -> tuple[int, int] | None:
-        """As [`jaxflow.explicit.evaluations_per_step`][]."""
+        """As `jaxflow.explicit.evaluations_per_step`."""
 
 
 class AbstractComposition(AbstractMethod):

@@ -72,6 +72,19 @@ from .solvers import (
     step_times,
 )
 
+__all__ = [
+    "FlowError",
+    "FlowSolution",
+    "default_controller",
+    "flow",
+    "memory_estimate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # These run the same solver on an augmented state, or save nothing but the state.
 _SAVING_STATES = diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint | ReversibleAdjoint
 _OF_FIRST_ORDER = diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint | ReversibleAdjoint
@@ -111,8 +124,8 @@ def flow(
 
     **Arguments:**
 
-    - `field`: X, a [`jaxflow.fields.AbstractField`][]; one whose parameters move in time is a
-      [`jaxflow.TimeDependent`][]. A step ends where they or their slopes jump: adaptive and fixed
+    - `field`: X, a `jaxflow.fields.AbstractField`; one whose parameters move in time is a
+      `jaxflow.TimeDependent`. A step ends where they or their slopes jump: adaptive and fixed
       steps stop there (`dt0` is then the longest step, and each piece has equal ones). The times of
       `StepTo(ts)` must hold the jumps of parameters; those of slopes alone cost accuracy where they
       are left out.
@@ -121,9 +134,9 @@ def flow(
     - `t0`, `t1`: the interval, t0 <= t1. To go back in time, flow along `-field`.
     - `dt0`: the step of a fixed-step solve, or the first step of an adaptive one (`None` chooses).
     - `solver`: any diffrax solver, each step of which is retracted to the geometry; or
-      [`jaxflow.solvers.Geodesic`][], which moves along geodesics; or
-      [`jaxflow.solvers.NormalisedEuler`][] with `dt0`, the step of most published scripts; or
-      [`jaxflow.solvers.LieTrotter`][] and [`jaxflow.solvers.Strang`][], which step with the parts
+      `jaxflow.solvers.Geodesic`, which moves along geodesics; or
+      `jaxflow.solvers.NormalisedEuler` with `dt0`, the step of most published scripts; or
+      `jaxflow.solvers.LieTrotter` and `jaxflow.solvers.Strang`, which step with the parts
       of a sum of fields one by one.
     - `stepsize_controller`: `None` is adaptive where the solver estimates its error, with
       rtol = atol = 1e-5 in float32 and 1e-8 in float64, and fixed steps `dt0` otherwise.
@@ -137,11 +150,11 @@ def flow(
       program are callbacks to the host: `throw=False` leaves them out, which programs need that
       are kept on disk or compiled for a device that is not there.
     - `observe`: `{name: fn}` with fn(t, mu), evaluated inside the solve at each saved time.
-    - `noise`: a [`jaxflow.Noise`][], Brownian motion beside the field. Steps are then fixed ones,
+    - `noise`: a `jaxflow.Noise`, Brownian motion beside the field. Steps are then fixed ones,
       `dt0`, unless `stepsize_controller` says otherwise, and `solver` one of diffrax's for
       stochastic equations, or `Geodesic`: `Geodesic(diffrax.Heun())` if it is left to the default.
 
-    **Returns:** a [`jaxflow.FlowSolution`][].
+    **Returns:** a `jaxflow.FlowSolution`.
 
     **Raises:** `ValueError` or `TypeError` for bad input, `MemoryError` where what is saved would
     not fit, `FlowError` where the solve fails or is not finite (under `jit`, the run-time error of
@@ -215,7 +228,7 @@ def flow_around(
 ) -> FlowSolution:
     """A flow, with something around its solver: `None`, or an `AbstractAround`.
 
-    The other arguments, what is returned and what is raised are those of [`jaxflow.flow`][]; that
+    The other arguments, what is returned and what is raised are those of `jaxflow.flow`; that
     each argument is of its class is known here, but for the times.
     """
     check_measure(field, mu0)
@@ -376,9 +389,9 @@ def integrate(
     """Solves an equation that is not one of tokens: of densities on a grid, of a few parameters.
 
     The terms, the state, `args` and times may change without a new compilation; breakpoints of
-    curves inside `args` end a step, as in [`jaxflow.flow`][].
+    curves inside `args` end a step, as in `jaxflow.flow`.
 
-    **Arguments:** as in `diffrax.diffeqsolve`, and [`jaxflow.flow`][] for the default of
+    **Arguments:** as in `diffrax.diffeqsolve`, and `jaxflow.flow` for the default of
     `stepsize_controller`. `y0`, arrays of one floating-point dtype.
 
     **Returns:** a `diffrax.Solution`, whose `result` says whether it succeeded.
@@ -661,10 +674,19 @@ def memory_estimate(
     factors, 2 (n d)^2 numbers. What attention needs beside them is not counted: some tens of MB,
     O(n * block).
 
-    **Arguments:** as in [`jaxflow.flow`][]. With an `adjoint`, the states that a gradient keeps are
-    counted too; see [`jaxflow.solvers.default_adjoint`][].
+    **Arguments:** as in `jaxflow.flow`. With an `adjoint`, the states that a gradient keeps are
+    counted too; see `jaxflow.solvers.default_adjoint`.
 
     **Returns:** a number of bytes.
+
+    ```python
+    >>> mu0 = jaxflow.measure.circle(1000)
+    >>> last = jaxflow.memory_estimate(mu0)
+    >>> saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 1.0, 101))
+    >>> jaxflow.memory_estimate(mu0, saveat=saveat) - last  # 100 times more, of 1000 x 2 numbers
+    800000
+
+    ```
     """
     dtype = accumulation_dtype(mu0.points.dtype)
     numbers = math.prod(mu0.points.shape)

@@ -21,6 +21,18 @@ from jaxtyping import Array, Bool, Float
 from ._rules import check_real, known, positive, reals
 from ._types import ArrayLike, accumulation_dtype, is_concrete
 
+__all__ = [
+    "AbstractGeometry",
+    "Ellipsoid",
+    "Euclidean",
+    "Sphere",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Vectors = Float[Array, "*shape d"]
 AnyVectors = Float[Array | np.ndarray, "*shape d"]
 AnyBools = Bool[Array | np.ndarray, "*shape"]

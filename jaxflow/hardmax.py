@@ -24,12 +24,22 @@ from .geometry import Euclidean
 from .measure import Measure
 from .measure import check_measure as check_is_measure
 
+__all__ = [
+    "HardmaxFlow",
+    "hardmax_flow",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 TERMS = 24  # of the series of e^s, |s| <= 1: the rest is below 1e-24
 LOOKS = 8  # times a step at which the leaders are looked at
 
 
 class HardmaxFlow(NamedTuple):
-    """What [`jaxflow.hardmax_flow`][] returns.
+    """What `jaxflow.hardmax_flow` returns.
 
     - `ts`: the times, shape `(ts,)`; `measures`: the measures at them, points `(ts, n, d)`.
     - `events`: the times at which leaders change, in order, `(events,)`.
@@ -89,19 +99,19 @@ def hardmax_flow(
 
     Where an adaptive method would reject steps at each change of leaders, this one finds its time
     to rounding; between two of them nothing is approximated. Ties are averaged, as in
-    [`jaxflow.Hardmax`][], whose tolerance says what a tie is.
+    `jaxflow.Hardmax`, whose tolerance says what a tie is.
 
     **Arguments:**
 
-    - `field`: [`jaxflow.SelfAttention`][] with `Hardmax()` on `Euclidean()`, sums and multiples of
-      such, and of [`jaxflow.LinearDrift`][]: `SelfAttention(interaction=Hardmax(),
+    - `field`: `jaxflow.SelfAttention` with `Hardmax()` on `Euclidean()`, sums and multiples of
+      such, and of `jaxflow.LinearDrift`: `SelfAttention(interaction=Hardmax(),
       geometry=Euclidean()) + LinearDrift(-1.0)` are the leaders of arXiv 2407.01602 in continuous
       time.
     - `mu0`: one measure, best in float64.
     - `t1`: the last time, from t = 0 on; `ts`: times to save, increasing, default t1 alone.
     - `max_events`: changes of leaders, at most.
 
-    **Returns:** a [`jaxflow.HardmaxFlow`][].
+    **Returns:** a `jaxflow.HardmaxFlow`.
 
     **Raises:** `ValueError` or `TypeError` for other fields and measures, and times that do not
     increase within [0, t1]; `RuntimeError` where leaders change more often than `max_events` times,

@@ -21,9 +21,18 @@ from .flow import flow
 from .geometry import AbstractGeometry, Euclidean
 from .measure import Measure
 
+__all__ = [
+    "LyapunovExponents",
+    "lyapunov_exponents",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class LyapunovExponents(NamedTuple):
-    """What [`jaxflow.lyapunov_exponents`][] returns.
+    """What `jaxflow.lyapunov_exponents` returns.
 
     - `exponents`: lambda_1, ..., lambda_k per unit of time, averages over the whole flow; in
       descending order once it is long enough to tell them apart.
@@ -61,16 +70,16 @@ def lyapunov_exponents(
     **Arguments:**
 
     - `field`, `mu0`, `t0`, `t1`, `dt0`, `solver`, `stepsize_controller`, `max_steps`: as in
-      [`jaxflow.flow`][]; `max_steps` holds for each interval. One system of points `(n, d)`.
+      `jaxflow.flow`; `max_steps` holds for each interval. One system of points `(n, d)`.
     - `k`: how many exponents; memory and time grow with it.
     - `intervals`: between two orthonormalisations tangent vectors should grow by less than 1e5 in
       float32, 1e12 in float64.
     - `key`: of the first tangent vectors, random; default `jax.random.key(0)`.
 
-    **Returns:** a [`jaxflow.lyapunov.LyapunovExponents`][].
+    **Returns:** a `jaxflow.lyapunov.LyapunovExponents`.
 
     **Raises:** `ValueError` where k is not between 1 and n times the dimension, for fewer than one
-    interval and several systems; what [`jaxflow.flow`][] raises for bad input.
+    interval and several systems; what `jaxflow.flow` raises for bad input.
 
     ```python
     >>> mu0 = jaxflow.measure.uniform_sphere(4, 3, key=jax.random.key(0))

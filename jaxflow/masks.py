@@ -47,12 +47,17 @@ __all__ = [
     "big_bird",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Shape = tuple[int, int]  # m queries, n keys
 Indices = Array | np.ndarray  # a list of whole numbers
 
 
 class AbstractMask(abc.ABC):
-    """Which keys a query sees: what `mask=` of [`jaxflow.softmax_expectation`][] takes."""
+    """Which keys a query sees: what `mask=` of `jaxflow.softmax_expectation` takes."""
 
     @abc.abstractmethod
     def objection(self, shape: Shape) -> str | None:

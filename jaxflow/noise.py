@@ -15,6 +15,15 @@ from .explicit import AbstractMethod, is_method
 from .geometry import AbstractGeometry, Euclidean, Sphere
 from .solvers import Geodesic
 
+__all__ = [
+    "Noise",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 FOR_NOISE = (
     diffrax.Euler, diffrax.EulerHeun, diffrax.Heun, diffrax.Midpoint, diffrax.Ralston,
     diffrax.ReversibleHeun, diffrax.AbstractSRK,

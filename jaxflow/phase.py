@@ -44,6 +44,19 @@ from .measure import Measure, uniform_sphere
 from .observables import AbstractObservable
 from .phase_rows import Rows, short
 
+__all__ = [
+    "PhaseDiagram",
+    "PhaseRow",
+    "crossing",
+    "equiangular_time",
+    "phase_diagram",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # A Gauss-Legendre rule on equal panels: exact to rounding up to beta = 50 n or so.
 PANELS, NODES = 64, 16
 
@@ -64,7 +77,7 @@ class PhaseDiagram(eqx.Module):
       and the systems. `standard_error`: its standard error, by the spread between systems (nan
       for one system). The systems start alike at each beta, so that rows err alike.
     - `curve`: for each beta the time at which equiangular tokens that start at right angles meet,
-      [`jaxflow.phase.equiangular_time`][]: the boundary for d -> infinity. nan where matrices
+      `jaxflow.phase.equiangular_time`: the boundary for d -> infinity. nan where matrices
       were drawn.
     - `threshold`: the inner product from which on two tokens count as met.
     - `n`, `d`, `systems`: how many tokens a system has, in which dimension, and how many systems
@@ -146,15 +159,15 @@ def phase_diagram(
     - `interaction`: `Softmax()` or `Unnormalised()`.
     - `tolerance`: rtol = atol of the solver.
     - `matrices`: `None` for V = Q = K = I, or a law such as
-      [`jaxflow.fields.GaussianMatrices`][]`(rank=2)`, of which each system has a draw of its own,
+      `jaxflow.fields.GaussianMatrices``(rank=2)`, of which each system has a draw of its own,
       the same for all betas. Each system then takes its own steps, up to the last time, and
       `curve` is nan.
     - `key`: PRNG key of the initial laws, the same for all betas, and of the matrices.
     - `path`: a folder that keeps each beta when it is done. Called again with it, the diagram goes
       on where it was; it is the same, bit for bit, as one that was not interrupted.
-    - `progress`: called with the [`jaxflow.phase.PhaseRow`][] of each beta in turn.
+    - `progress`: called with the `jaxflow.phase.PhaseRow` of each beta in turn.
 
-    **Returns:** a [`jaxflow.phase.PhaseDiagram`][].
+    **Returns:** a `jaxflow.phase.PhaseDiagram`.
 
     **Raises:** `ValueError` for bad input, for a folder that holds another diagram, and for a kept
     beta that is damaged; `MemoryError` where the systems would not fit; `FlowError` where a solve

@@ -16,6 +16,15 @@ from jaxtyping import Float
 
 from ._folder import read_json, sealed, write_text
 
+__all__ = [
+    "Rows",
+    "short",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class Rows(NamedTuple):
     """A folder of rows, one file a beta, and the settings that they belong to; or none."""

@@ -29,6 +29,10 @@ from .solvers import Grid
 __all__ = ["ReversibleAdjoint"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class ReversibleAdjoint(diffrax.AbstractAdjoint):
     """Derivatives of the steps themselves, whose states are made again from the last one.
 

@@ -10,15 +10,17 @@ Strang(solver)       half steps of 1, ..., K-1, a step of K, half steps of K-1, 
 PiecewiseSteps       fixed steps that end at the breakpoints of a field
 Grid                 steps that end at times which a program makes
 step_times           given steps that end at the jumps of a field
+ScanAdjoint          the derivative of a known number of explicit steps
 """
 
 import abc
 import math
-from functools import reduce
+from functools import partial, reduce
 from typing import ClassVar, cast
 
 import diffrax
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,22 @@ from .fields import AbstractField
 from .fields.base import same_geometry, unprojected
 from .fields.time import frozen, jumps
 from .geometry import AbstractGeometry, Euclidean
+
+__all__ = [
+    "AbstractFieldSolver",
+    "AbstractSplitting",
+    "Geodesic",
+    "LieTrotter",
+    "NormalisedEuler",
+    "RK4",
+    "ScanAdjoint",
+    "Strang",
+    "default_adjoint",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class AbstractFieldSolver(diffrax.AbstractWrappedSolver, AbstractComposition):
@@ -209,7 +227,7 @@ class NormalisedEuler(AbstractComposition):
     h X / (1 + h a), where a is near 1 inside a cluster. At h = 0.1 that makes long times about 10 %
     longer. Euler's step with X, `diffrax.Euler()`, is some 2 % early instead.
 
-    On an [`jaxflow.Ellipsoid`][] the step is LayerNorm(y + h F): Post-LN.
+    On an `jaxflow.Ellipsoid` the step is LayerNorm(y + h F): Post-LN.
 
     ```python
     >>> mu0 = jaxflow.measure.from_angles([0.0, 1.0])
@@ -289,7 +307,7 @@ class Geodesic(diffrax.AbstractAdaptiveSolver, diffrax.AbstractStratonovichSolve
     error estimate carry over and each stage lies on the manifold: a Runge-Kutta-Munthe-Kaas
     method of a homogeneous space (Munthe-Kaas 1999; Iserles et al., Lie-group methods, 2000). On
     R^d it is the method itself. `Geodesic(diffrax.Heun())` has order 2, `Geodesic()` order 4. With
-    [`jaxflow.Noise`][] its increment in the tangent space at y_k is part of u: without a drift the
+    `jaxflow.Noise` its increment in the tangent space at y_k is part of u: without a drift the
     tokens then walk along geodesics, and the weak order is 1.
 
     **Arguments:** `solver`, any explicit Runge-Kutta method of diffrax's, or `RK4()`.
@@ -537,3 +555,55 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
     if count("steps", steps, 0) < 1:
         raise ValueError(f"a solve has at least one step, got {steps}.")
     return diffrax.RecursiveCheckpointAdjoint(min(steps, math.ceil(8 * math.sqrt(steps))))
+
+
+class ScanAdjoint(diffrax.AbstractAdjoint):
+    """Differentiates a known number of explicit steps as `jax.lax.scan` does: in both modes, and to
+    any order.
+
+    The loop has as many steps whatever happens in it, so it is for `StepTo(ts)` with `max_steps =
+    len(ts) - 1`, an explicit method and no event. diffrax's own loop compiles what a step does once
+    more than this one, to reach states that are not kept.
+
+    **Arguments:**
+
+    - `keep`: whether all that a step computes is kept for its gradient, the scores of attention
+      too. Otherwise its state alone is, and the step is made again: 4 instead of 3 times the work
+      of a step.
+
+    **Raises:** `ValueError` in a solve whose steps are not known.
+    """
+
+    keep: bool = eqx.field(static=True, default=False)
+
+    def loop(
+        self, *, init_state, max_steps, throw, passed_solver_state, passed_controller_state, **given
+    ):
+        # What these are for, a fixed number of explicit steps does not have.
+        del throw, passed_solver_state, passed_controller_state
+        controller = given["stepsize_controller"]
+        known = isinstance(controller, diffrax.StepTo | Grid) and given["event"] is None
+        if not known or len(controller.ts) - 1 != max_steps:
+            raise ValueError(
+                "ScanAdjoint makes max_steps steps whatever happens, so it takes StepTo(ts) with "
+                f"max_steps = len(ts) - 1 and no event; got {type(controller).__name__} and "
+                f"max_steps={max_steps}. Use diffrax.RecursiveCheckpointAdjoint() for others."
+            )
+        return self._loop(
+            init_state=init_state,
+            max_steps=max_steps,
+            inner_while_loop=partial(eqxi.while_loop, kind="checkpointed"),
+            outer_while_loop=self._scan,
+            **given,
+        )
+
+    def _scan(self, cond_fun, body_fun, init, *, max_steps, buffers):
+        state, static = eqx.partition(jax.tree.map(jnp.asarray, init), eqx.is_array)
+
+        def step(state, _):
+            after = jax.tree.map(jnp.asarray, body_fun(eqx.combine(state, static)))
+            return eqx.filter(after, eqx.is_array), None
+
+        body = step if self.keep else jax.checkpoint(step)
+        state, _ = jax.lax.scan(body, state, length=max_steps)
+        return eqx.combine(state, static)

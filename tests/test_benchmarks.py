@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
+import time
 
 import diffrax
 import jax
@@ -10,15 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 
 import benchmarks
 from benchmarks import (
+    command,
     compile,
     derivatives,
     device,
     flow,
     kernels,
+    machine,
     observables,
+    pace,
     peak,
     phase,
     plots,
@@ -26,17 +33,22 @@ from benchmarks import (
     scale,
     scaling,
     shapes,
+    slopes,
     solvers,
+    tables,
     timing,
     training,
     transformers,
 )
-from benchmarks.__main__ import failures, main, table
+from benchmarks.__main__ import run
+from benchmarks.report import columns, failures, legend, table, write_csv
+from jaxflow.kernels import registry
 
 PARTICLES = shapes.Shape("tiny-particles", 48, 3)
 LANGUAGE = shapes.Shape("tiny-language", 20, 4, batch=3, causal=True, scale=0.5, modes=shapes.MODES)
-ONCE = timing.Options(repeats=(1, 1))
-QUICK = timing.Options(quick=True, repeats=(1, 1))
+SINGLE = timing.Samples(1, 1, cap_s=np.inf)
+ONCE = timing.Options(samples=SINGLE)
+QUICK = timing.Options(quick=True, samples=SINGLE)
 RATES = {"flops": 1e11, "exps": 1e9, "bytes": 1e12}
 TRAINING = training.Case(batch=2, n=6, dim=8, heads=2, layers=2, mode="gradient")
 has_torch = importlib.util.find_spec("torch") is not None
@@ -51,8 +63,7 @@ def ceilings():
 
 
 def contest(named, names):
-    chosen = {name: kernels.RIVALS[name.split()[0]] for name in names}
-    return kernels.contest(named, chosen, ONCE, timing.Watch())
+    return kernels.contest(named, names, ONCE, pace.Watch())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,7 @@ def report():
 def test_rivals_take_turns():
     order = []
     runs = {name: timing.Runner(lambda name=name: order.append(name)) for name in "abc"}
-    times = timing.in_turn(runs, repeats=(3, 3))
+    times = timing.in_turn(runs, samples=timing.Samples(3, 3))
     assert [len(ts) for ts in times.values()] == [3, 3, 3]
     changes = [x for i, x in enumerate(order) if i == 0 or x != order[i - 1]]
     # Once to see how long they take, then there, back and there.
@@ -81,7 +92,7 @@ def test_a_failing_rival_costs_the_others_nothing():
 
     rows: list[dict] = [{"rival": name} for name in ("bad", "good", "wrong")]
     answers = iter([0.0, 1.0])
-    timing.compete(rows, prepare, lambda found: next(answers), 1e-3, repeats=(1, 1))
+    timing.compete(rows, prepare, lambda found: next(answers), 1e-3, samples=SINGLE)
     assert rows[0] == {"rival": "bad", "note": "failed: RuntimeError: out of registers"}
     assert rows[1]["ms"] > 0 and rows[1]["vs_best"] is None
     assert rows[2]["note"].startswith("wrong") and "ms" not in rows[2]
@@ -90,7 +101,7 @@ def test_a_failing_rival_costs_the_others_nothing():
 def test_an_answer_that_is_not_finite_is_wrong():
     error = timing.relative_error([np.array([np.nan, 1.0])], [np.ones(2)])
     rows = [{"rival": "a"}]
-    timing.compete(rows, lambda row: timing.Runner(lambda: 0), lambda _: error, 1.0, repeats=(1, 1))
+    timing.compete(rows, lambda row: timing.Runner(lambda: 0), lambda _: error, 1.0, samples=SINGLE)
     assert rows[0]["note"].startswith("wrong")
 
 
@@ -101,10 +112,105 @@ def test_rank_compares_with_other_libraries():
     assert [row["vs_jnp"] for row in rows] == [0.5, 0.25, 1.0]
 
 
-def test_cases_over_the_budget_are_skipped():
-    watch = timing.Watch(budget_s=-1.0)
-    assert list(watch.each(["a", "b"])) == [] and watch.skipped == ["a", "b"]
-    assert list(timing.Watch().each(["a", "b"])) == ["a", "b"]
+def test_a_call_over_the_cap_is_not_repeated():
+    calls = {"slow": 0, "fast": 0}
+
+    def prepare(row):
+        def call():
+            calls[row["rival"]] += 1
+            time.sleep(0.3 if row["rival"] == "slow" else 0)
+
+        return timing.Runner(call)
+
+    rows: list[dict] = [{"rival": name} for name in calls]
+    samples = timing.Samples(3, 3, cap_s=0.2)
+    timing.compete(rows, prepare, lambda found: 0.0, 1.0, samples=samples)
+    assert calls["slow"] == 1 < calls["fast"]
+    assert rows[0]["note"] == "one sample, over the cap of 0.2 s" and rows[0]["ms"] >= 300
+    assert "note" not in rows[1] and rows[1]["load"] == rows[0]["load"]
+
+
+# ------------------------------------------------------------------ pace and machine
+
+
+def test_a_case_that_does_not_fit_is_skipped_and_named():
+    watch = pace.Watch(100.0, costs={"dear": 60.0, "cheap": 1.0}, pace=pace.Pace(2.0))
+    assert list(watch.each(["dear", "cheap", "new"])) == ["cheap", "new"]
+    assert watch.skipped == {"dear": "about 120 s, and 100 of 100 s are left"}
+    assert watch.cases.keys() == {"cheap", "new"}
+    spent = pace.Watch(budget_s=-1.0)
+    assert list(spent.each(["a"])) == [] and spent.skipped == {
+        "a": "the 0 s of the suite are spent"
+    }
+    assert list(pace.Watch().each(["a", "b"])) == ["a", "b"]
+
+
+def test_a_slow_machine_is_learnt_of():
+    clock = pace.Pace()
+    clock.learn(pace.TRUST_S, 9 * pace.TRUST_S)
+    assert clock.slowdown == 5
+    watch = pace.Watch(60.0, costs={"known": 2.0}, pace=clock, typical_s=25.0)
+    assert list(watch.each(["known", "unknown"])) == ["known"]
+    assert watch.skipped == {"unknown": "about 62 s, and 60 of 60 s are left"}
+
+
+def test_suites_share_the_time():
+    """What one leaves or overruns, those after it have more or less."""
+    budgets = {"a": 60.0, "b": 30.0, "c": 10.0}
+    assert pace.share(budgets, "a", 50.0) == 30 and pace.share(budgets, "b", 20.0) == 15
+    assert pace.share(budgets, "c", -5.0) == -5
+    budgets = {name: command.budget(name, True, 1.0) for name in benchmarks.SUITES}
+    assert command.total(budgets, quick=True, minutes=None) == command.QUICK_S < 8 * 60
+    assert command.total(budgets, quick=True, minutes=3.0) == 180
+    assert command.total({"a": 90.0}, quick=True, minutes=None) == 90
+
+
+def test_the_cost_is_said():
+    """Of a full run, of cases and a skipped one, of what no run has told."""
+    cases = {"cases": {"x": {"cpu_s": 4.0}}, "skipped": {"y": ""}}
+    earlier = {"a": {"seconds": 30.0, "skipped": []}, "b": {"seconds": 9.0} | cases}
+    said = command.plan(earlier, {"a": 60.0, "b": 90.0, "c": 20.0}, 90.0, 2.0)
+    assert said.startswith("About 3.3 min (a 60 s, b 98 s, c 40 s), at most 1.5 min: what does not")
+
+
+def test_a_run_ends_when_its_time_is_over(tmp_path, monkeypatch, capsys):
+    """Whatever it is at, with what it has found."""
+    codes = []
+    monkeypatch.setattr(command.os, "_exit", codes.append)
+    output = command.Output(tmp_path / "r.json")
+    console = [Console(file=sys.stdout), Console(file=sys.stderr)]
+    job = command.Run(ONCE, output, *console, current=("scaling", pace.Watch()))
+    job.current[1].rows.append({"shape": "first", "rival": "jaxflow", "ms": 1.0})
+    job.end_after(0.0)
+    while not codes:
+        time.sleep(0.01)
+    assert codes == [0]
+    (report,) = json.loads((tmp_path / "r.json").read_text())
+    assert [row["shape"] for row in report["rows"]] == ["first"]
+    shown = capsys.readouterr()
+    assert "first" in shown.out and "The time is over: what was measured is kept" in shown.err
+
+
+def test_threads_are_limited(monkeypatch):
+    kept = []
+    at_hand, keep = lambda pid: {0, 2, 5}, lambda pid, cores: kept.append(cores)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", at_hand, raising=False)
+    monkeypatch.setattr(machine.os, "sched_setaffinity", keep, raising=False)
+    for name in machine.POOLS:
+        monkeypatch.setenv(name, "")
+    machine.limit_threads(2)
+    assert kept == [[0, 2]] and {machine.os.environ[name] for name in machine.POOLS} == {"2"}
+    with pytest.raises(typer.BadParameter, match="between 1 and 3, .* got 4"):
+        run("kernels", threads=4)
+    assert rivals.distinct(["torch", "torch 1 thread"]) == ["torch", "torch 1 thread"]
+    monkeypatch.setattr(machine, "threads", lambda: 1)
+    assert rivals.distinct(["torch", "torch 1 thread"]) == ["torch"]
+
+
+def test_a_crowded_machine_is_warned_of(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    assert machine.warning(2.0) is None is machine.warning(None)
+    assert "load average is 3.5 on 2 cores" in str(machine.warning(3.5))
 
 
 # ------------------------------------------------------------------ kernels
@@ -257,7 +363,7 @@ def test_a_flow_at_equal_error(monkeypatch):
     monkeypatch.setattr(flow, "exact", flow.exact.__wrapped__)
     case = flow.Case("tiny", 16, 1e-3)
     names = ("jaxflow fixed", "numpy", "torchdiffeq")
-    rows = flow.contest(case, {name: flow.RIVALS[name] for name in names}, (1, 1))
+    rows = flow.contest(case, {name: flow.RIVALS[name] for name in names}, SINGLE)
     rows = {row["rival"]: row for row in rows}
     assert all(rows[name]["error"] <= 1e-3 and rows[name]["ms"] > 0 for name in names[:2])
     # Euler is of order one: fewer evaluations would not do.
@@ -284,7 +390,7 @@ def test_blocks_of_rows_agree_with_the_definition():
 )
 def test_derivatives_of_the_operation(mode):
     case = derivatives.Case("operation", 32, mode)
-    rows = derivatives.contest(case, tuple(derivatives.RIVALS), (1, 1))
+    rows = derivatives.contest(case, tuple(derivatives.RIVALS), SINGLE)
     rows = {row["rival"]: row for row in rows}
     assert all(rows[name]["error"] < 1e-5 and rows[name]["ms"] > 0 for name in ("jaxflow", "jnp"))
     refused = "custom_vjp" in rows["custom_vjp"].get("note", "")
@@ -294,7 +400,7 @@ def test_derivatives_of_the_operation(mode):
 @pytest.mark.slow
 def test_derivative_of_a_flow():
     case = derivatives.Case("flow", 16, "tangent")
-    (row,) = derivatives.contest(case, ("jaxflow",), (1, 1))
+    (row,) = derivatives.contest(case, ("jaxflow",), SINGLE)
     assert row["error"] < 1e-5 and row["ms"] > 0
 
 
@@ -302,24 +408,36 @@ def test_derivative_of_a_flow():
 
 
 def test_exponents_are_those_of_a_power_law():
+    """From the largest sizes that are four and span a decade."""
     rows = [
         {"mode": "forward", "rival": "a", "n": n, "ms": 3 * n**2 if n > 100 else 1.0, "peak_mib": n}
-        for n in (10, 100, 1000, 10000, 100000)
+        for n in (10, 100, 1000, 2000, 4000, 10000)
     ]
-    (fit,) = scaling.fits([*rows, {"mode": "forward", "rival": "b", "n": 10, "note": "absent"}])
-    assert fit["from_n"] == 1000
+    (fit,) = slopes.fits([*rows, {"mode": "forward", "rival": "b", "n": 10, "note": "absent"}])
+    assert fit["from_n"] == 1000 and "note" not in fit
     assert fit["time_exponent"] == pytest.approx(2) and fit["memory_exponent"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({10: 1.0, 100: 99.0, 1000: 9801.0}, "3 of 4 sizes"),
+        ({1: 1.0, 2: 4.0, 4: 16.0, 8: 64.0}, "sizes span a factor 8, below 10"),
+        ({1: 1.0, 2: 8.0, 4: 10.0, 16: 250.0}, "points are 40% off the line, over 15%"),
+    ],
+)
+def test_no_slope_is_given_where_points_carry_none(values, reason):
+    assert slopes.slope(values) == slopes.Slope(None, reason)
 
 
 def test_scaling_measures_every_size(monkeypatch):
     monkeypatch.setattr(scaling, "sizes", lambda platform, quick: {"forward": (32, 64)})
     monkeypatch.setattr(scaling, "peak", lambda suite, case, run: {"peak_mib": 2.0 * case["n"]})
     monkeypatch.setattr(scaling, "RIVALS", ("jaxflow",))
-    monkeypatch.setattr(kernels, "CPU_RIVALS", {})
-    report = scaling.run(ONCE, timing.Watch())
+    report = scaling.run(ONCE, pace.Watch())
     assert [(row["n"], row["peak_mib"]) for row in report["rows"]] == [(32, 64.0), (64, 128.0)]
     assert all(row["error"] < 1e-5 and row["ms"] > 0 for row in report["rows"])
-    assert report["fits"][0]["memory_exponent"] == pytest.approx(1)
+    assert report["fits"][0]["note"].startswith("no slope of time: 2 of 4 sizes")
 
 
 # ------------------------------------------------------------------ scale
@@ -337,14 +455,14 @@ def few_cases(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_cases")
 def test_many_tokens_against_all_pairs():
-    report = scale.run(QUICK, timing.Watch())
+    report = scale.run(QUICK, pace.Watch())
     mine = [row for row in report["rows"] if row["rival"].startswith("jaxflow")]
     assert {row["rival"] for row in mine} > {"jaxflow blocked", "jaxflow compressed"}
     for row in mine:
         # The tolerance of compressed measures; scores of size 16 are rounded at 1e-6.
         assert row["ms"] > 0 and row["error"] < 2e-5
     [fit] = report["fits"]
-    assert fit["from_n"] == 100 and np.isfinite(fit["time_exponent"])
+    assert fit["from_n"] == 100 and fit["note"] == "no slope of time: 2 of 4 sizes"
     # All pairs of so few queries, as if there were n / 50 as many.
     assert next(row for row in mine if row["n"] == 200)["note"] == "of 50 queries"
     shares = next(row for row in mine if "pruned" in row["rival"])
@@ -373,7 +491,7 @@ def test_a_baked_in_number_is_a_new_program(monkeypatch):
 
 def test_every_case_to_compile_has_a_rival():
     cases = compile.cases(("blocked",))
-    assert len(cases) == 4 * 3
+    assert len(cases) == 4 * 3 + 1
     x = jnp.ones((2, 3))
     named = {(case.what, case.rival): case.fn for case in cases}
     values = compile.VALUES[0]
@@ -402,13 +520,15 @@ def test_steps_of_training_agree(mode):
 
 
 @pytest.mark.slow
-def test_adaptive_training_agrees():
-    case = TRAINING._replace(mode="adaptive")
-    rows = training.contest(case, training.RIVALS["adaptive"], QUICK)
+def test_adaptive_training_agrees(monkeypatch):
+    """jaxflow's gradient is diffrax's: the same steps of the same solver, one program each."""
+    case = TRAINING._replace(mode="adaptive", layers=1, heads=1)
+    right = training.prepare(case, "diffrax", {})()
+    monkeypatch.setattr(training, "exact", lambda case: training.leaves(right))
+    rows = training.contest(case, ("jaxflow", "torchdiffeq"), QUICK)
     rows = {row["rival"]: row for row in rows}
-    assert all(rows[name]["error"] < training.SOLVE_ERROR for name in ("jaxflow", "diffrax"))
-    # The same steps of the same solver.
-    assert rows["jaxflow"]["error"] == pytest.approx(rows["diffrax"]["error"], rel=0.01)
+    # Rounding of sums over 12 tokens and 256 logits, through some ten steps.
+    assert rows["jaxflow"]["error"] < 1e-5
     assert rows["jaxflow"]["evaluations"] > 3 + 6
     assert ("ms" in rows["torchdiffeq"]) == (importlib.util.find_spec("torchdiffeq") is not None)
 
@@ -423,7 +543,9 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_of_training_grows_as_the_root_of_the_steps(monkeypatch):
-    rows = [training.temporaries(training.Solve("jaxflow", steps)) for steps in (6, 256, 1024)]
+    rows = [
+        training.temporaries(training.Solve("jaxflow", steps)) for steps in (6, 96, 256, 512, 1024)
+    ]
     assert rows[0]["peak_mib"] < rows[1]["peak_mib"]
     (fit,) = training.fits(rows)
     assert 0.4 < fit["memory_exponent"] < 0.6
@@ -434,7 +556,7 @@ def test_memory_of_training_grows_as_the_root_of_the_steps(monkeypatch):
 
 def test_without_its_rival_jaxflow_has_no_error_to_show(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.spatial", None)
-    ours, scipy = observables.contest(observables.Sample("hull", 60), (1, 1), with_memory=False)
+    ours, scipy = observables.contest(observables.Sample("hull", 60), SINGLE, with_memory=False)
     assert "error" not in ours and "ms" in ours
     assert "ModuleNotFoundError" in scipy["note"]
 
@@ -450,7 +572,7 @@ def test_a_library_that_does_not_load_is_named(monkeypatch):
 
 @pytest.mark.parametrize("what", observables.OPERATIONS)
 def test_functions_of_a_measure_agree_with_their_rivals(what):
-    rows = observables.contest(observables.Sample(what, 600), (1, 1), with_memory=False)
+    rows = observables.contest(observables.Sample(what, 600), SINGLE, with_memory=False)
     assert [row["rival"] for row in rows] == ["jaxflow", observables.OPERATIONS[what].rival]
     # float32 and sums of 600 terms; W_2 has an integral of squares, at 600 cumulated weights.
     assert rows[0]["error"] < 600 * 6e-8 and all(row["ms"] > 0 for row in rows)
@@ -467,7 +589,7 @@ def test_a_phase_diagram_at_equal_error(monkeypatch):
     for name, value in (("N", 6), ("D", 12), ("TIMES", np.linspace(0, 8, 41)), ("TARGET", 0.05)):
         monkeypatch.setattr(phase, name, value)
     monkeypatch.setattr(phase, "exact", phase.exact.__wrapped__)
-    rows = phase.contest(phase.Phase(1.0, 4), phase.RIVALS, (1, 1))
+    rows = phase.contest(phase.Phase(1.0, 4), phase.RIVALS, SINGLE)
     rows = {row["rival"]: row for row in rows}
     assert all(rows[name]["error"] <= 0.05 and rows[name]["ms"] > 0 for name in phase.RIVALS)
     assert rows["numpy"]["vs_numpy"] == 1 and rows["jaxflow"]["vs_numpy"] > 0
@@ -482,13 +604,13 @@ def test_a_phase_diagram_at_equal_error(monkeypatch):
 @pytest.mark.slow
 def test_solvers_wait_for_clusters(monkeypatch):
     """The quadrature gives the published times; a solver that stops short says how far it came."""
-    for beta, time in ((1.0, 1.917028), (4.0, 8.390296), (8.0, 194.134994)):
-        np.testing.assert_allclose(solvers.exact_time(beta), time, rtol=0, atol=5e-7)
+    for beta, when in ((1.0, 1.917028), (4.0, 8.390296), (8.0, 194.134994)):
+        np.testing.assert_allclose(solvers.exact_time(beta), when, rtol=0, atol=5e-7)
     monkeypatch.setattr(solvers, "SOLVERS", {"Tsit5": diffrax.Tsit5()})
     with jax.enable_x64(True):
-        (row,) = solvers.contest(solvers.Wait("two", 1.0), (1, 1))
+        (row,) = solvers.contest(solvers.Wait("two", 1.0), SINGLE)
         monkeypatch.setattr(solvers, "MAX_STEPS", 5)
-        (short,) = solvers.contest(solvers.Wait("two", 8.0), (1, 1))
+        (short,) = solvers.contest(solvers.Wait("two", 8.0), SINGLE)
     assert row["error"] < 1e-7 and row["evaluations"] == 6 * row["steps"] + 3 and row["ms"] > 0
     assert short["note"].endswith("after 5 steps") and "ms" not in short
 
@@ -510,16 +632,92 @@ def test_every_suite_has_a_budget():
 
 
 def test_command_writes_reports(tmp_path, capsys):
-    main("scaling", quick=True, only="no such case", json_file=tmp_path / "runs" / "r.json")
-    (report,) = json.loads((tmp_path / "runs" / "r.json").read_text())
-    assert report["suite"] == "scaling" and report["rows"] == [] == report["skipped"]
-    assert {"device", "versions", "commit"} <= report.keys()
-    assert "scaling" in capsys.readouterr().out
+    json_file, csv_file = tmp_path / "runs" / "r.json", tmp_path / "runs" / "r.csv"
+    run("scaling", quick=True, only="no such case", json_file=json_file, csv_file=csv_file)
+    (report,) = json.loads(json_file.read_text())
+    assert report["suite"] == "scaling" and report["rows"] == [] and report["skipped"] == {}
+    assert {"device", "versions", "commit", "cores", "threads", "cases"} <= report.keys()
+    assert csv_file.read_text() == "suite,device,commit\n"
+    shown = capsys.readouterr()
+    assert "scaling" in shown.out and "at most 1.0 min" in shown.err
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def contest(n, *_):
+        if n > 1024:
+            raise KeyboardInterrupt
+        return [{"shape": "first", "mode": "forward", "rival": "jaxflow", "n": n, "ms": 1.0}]
+
+    monkeypatch.setattr(scaling, "contest", contest)
+    json_file, csv_file = tmp_path / "r.json", tmp_path / "r.csv"
+    with pytest.raises(typer.Exit) as end:
+        run("scaling", minutes=9.0, json_file=json_file, csv_file=csv_file)
+    assert end.value.exit_code == 130
+    (report,) = json.loads(json_file.read_text())
+    assert [row["shape"] for row in report["rows"]] == ["first"]
+    assert csv_file.read_text().splitlines()[1].endswith(",first,1024,forward,jaxflow,1.0")
+    shown = capsys.readouterr()
+    assert "first" in shown.out and "Interrupted: what was measured is kept in" in shown.err
 
 
 def test_command_refuses_other_suites():
     with pytest.raises(typer.BadParameter, match="kernels"):
-        main("speed")
+        run("speed")
+
+
+def test_help_comes_without_jax():
+    """For it should come at once; and with the questions of the suites."""
+    code = (
+        "import sys, benchmarks.__main__ as cli\n"
+        "try: cli.main(['kernels', '--help'])\n"
+        "finally: print(sorted({'jax', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(f"{name}: " in done.stdout for name in benchmarks.SUITES)
+
+
+def test_columns_are_explained(report):
+    words = legend(report["rows"])
+    assert [line.split()[0] for line in words.splitlines()] == list(columns(report["rows"]))
+
+
+def test_rows_as_one_table(tmp_path):
+    about = {"device": "d", "commit": "c"}
+    first = about | {"suite": "a", "rows": [{"rival": "x", "ms": 1.5, "value": 3}]}
+    second = about | {"suite": "b", "rows": [{"rival": "y", "note": "one, two"}]}
+    write_csv(tmp_path / "r.csv", [first, second])
+    lines = (tmp_path / "r.csv").read_text().splitlines()
+    assert lines[0] == "suite,device,commit,rival,ms,note,value"
+    assert lines[1:] == ["a,d,c,x,1.5,,3", 'b,d,c,y,,"one, two",']
+
+
+# ------------------------------------------------------------------ the documents
+
+README = (tables.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_results():
+    """`python -m benchmarks tables` writes them."""
+    assert tables.update(write=False) == []
+    assert {*tables.TABLES, *tables.WORDS} == {m[2] for m in tables.MARKED.finditer(README)}
+    changed = README.replace("| flow-512-3 to 1e-03 | 33", "| flow-512-3 to 1e-03 | 11")
+    assert changed != README == tables.updated(changed)
+
+
+@pytest.mark.parametrize("section", ["Add a rival", "Add a backend"])
+def test_what_the_readme_adds(section, capsys):
+    [text] = re.findall(rf"^## {section}$(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    owners = kernels.RIVALS, registry.REGISTRY
+    before = [set(names) for names in owners]
+    try:
+        exec("\n".join(snippets), {})
+    finally:
+        for names, kept in zip(owners, before, strict=True):
+            for name in names.keys() - kept:
+                names.pop(name)
+    assert "mine" in capsys.readouterr().out
 
 
 def test_plots(tmp_path, report):
@@ -531,7 +729,7 @@ def test_plots(tmp_path, report):
     ]
     reports = [
         device.provenance() | {"suite": "kernels"} | report,
-        device.provenance() | {"suite": "scaling", "rows": grown, "fits": scaling.fits(grown)},
+        device.provenance() | {"suite": "scaling", "rows": grown, "fits": slopes.fits(grown)},
     ]
     (tmp_path / "r.json").write_text(json.dumps(reports))
     assert len(plots.draw(tmp_path / "r.json")) == 2

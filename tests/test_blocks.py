@@ -167,8 +167,8 @@ def test_every_block_generates_with_a_cache_what_it_does_without(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_every_block_learns_a_text(name, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "theory"])
+def test_a_block_learns_a_text(name, tmp_path):
     """A text of one letter pattern, in 40 steps; and the run gives back what was trained."""
     path = tmp_path / "text.txt"
     path.write_text("abcdefgh" * 200)

@@ -27,7 +27,6 @@ from jaxflow.cli.systems import OBSERVABLES, initial_measure, make_field, whole_
 from jaxflow.training.depths import MOST
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("plotly")
 
 # Every run of these has one shape, and so one program.
 SMALL = ["--n", "12", "--t1", "2", "--frames", "5"]
@@ -59,7 +58,7 @@ def test_simulate_writes_a_run_folder(tmp_path):
     energies = [row["energy"] for row in rows]
     assert energies == sorted(energies)
     assert (first / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert "Plotly.newPlot" in (first / "flow.html").read_text()
+    assert f'{len(energies)}], "points"' in (first / "flow.html").read_text()
     assert {p.name for p in first.iterdir()} == {
         "config.json", "metrics.jsonl", "summary.png", "flow.html",
     }  # fmt: skip
@@ -420,16 +419,23 @@ def test_sample(trained):
     assert encoded(jf.training.Chars("ab"), None).tolist() == [0]
     with jax.enable_x64(True):  # the precision is that of the run
         assert run("sample", trained, "--prompt", "the ", "--length", 6).output == texts[0]
+    early = run("sample", trained, "--prompt", "the ", "--length", 4, "--exit", 1).output
+    assert early.startswith("the ") and "1 of 2 evaluations a token" in early
     foreign = run("sample", trained, "--prompt", "[/x]")
     assert foreign.exit_code == 2 and "alphabet" in foreign.output
 
 
 def test_evaluate_on_another_text(trained, prose, tmp_path):
     """Of the run's own text the row has the loss of the training; another text is named."""
-    own = run("evaluate", trained, "--batches", 1)
+    own = run("evaluate", trained, "--batches", 1, "--exit", 0, "--exit", 1)
     assert own.exit_code == 0 and "not its own data" not in own.output, own.output
-    (row,) = (json.loads(line) for line in (trained / "evaluate.jsonl").read_text().splitlines())
+    lines = (trained / "evaluate.jsonl").read_text().splitlines()
+    row, whole, one = (json.loads(line) for line in lines)
     assert row["loss"] == pytest.approx(rows_of(trained)[-1]["validation_loss"], rel=1e-6)
+    # Tokens that exit: none of them before all steps, and each after the first.
+    assert whole["loss"] == pytest.approx(row["loss"], rel=1e-6) and "exit at 1" in own.output
+    found = [(r["exit"], r["num_evaluations"]) for r in (whole, one)]
+    assert found == [(0, row["num_evaluations"]), (1, 1)] and one["loss"] != row["loss"]
     other = tmp_path / "other.txt"
     other.write_text("lazy dog and quick fox: the brown one jumps over the hole. ".replace(":", ""))
     other.write_text(other.read_text() * 30)

@@ -96,6 +96,8 @@ READ = """
     sample simulated --samples -1 | sample simulated --seed 12345678901234567890
     sample simulated --steps 0 | sample simulated --steps 2 --tolerance 0.1
     evaluate absent | evaluate folder | evaluate simulated --steps 0 | evaluate simulated --layers 0
+    sample simulated --exit 2 | sample simulated --exit 0.1 --tolerance 0.1
+    sample simulated --exit 0.1 --length 0 | evaluate simulated --exit -1
     evaluate simulated --tolerance nan | evaluate simulated --batches 0
     evaluate simulated --text absent | evaluate simulated --labels prose.txt
     info --n 0 | info --d 0 | info --dtype float8 | compare | sample | evaluate | simulat

@@ -35,17 +35,7 @@ OWNERS = (
     jaxflow, measure, masks, fields, kernels, solvers, observables, events, density, closures,
     models, reversible, stability, training, viz,
 )  # fmt: skip
-# The most used names, each of which shows how.
-SHOWN = """
-    Measure uniform_sphere Sphere SelfAttention MultiHeadAttention FeedForward divergence
-    softmax_expectation select_backend TimeDependent PiecewiseConstant flow FlowSolution coarsen
-    until_clustered merges cluster_labels cluster_count InteractionEnergy lyapunov_exponents
-    phase_diagram LanguageModel fit Window Blocks Strided Global Random BlockSparse big_bird TopK
-    Hierarchical log_density solve evolve NormalisedEuler Rescaled L2 ALiBi Sigmoid MeanShift
-    BoundedConfidence AbstractInteraction hardmax_flow GaussianMatrices redrawn Noise compress
-    Compressed Box growth_rates fastest_mode wave_rates predict_clusters jacobian_spectrum
-    GatedFeedForward TiedAttention
-""".split()
+UNRUN = ("from_pretrained",)  # reads weights that are not here
 
 
 def public() -> dict[str, Any]:
@@ -94,18 +84,27 @@ def test_a_function_that_raises_is_found():
     assert not raises(models.layered)
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_examples_run(name):
-    owned = (getattr(owner, name, None) for owner in OWNERS)
-    value = next(v for v in owned if inspect.isclass(v) or inspect.isfunction(v))
+def examples(value: Any) -> tuple[list[doctest.Example], list[str]]:
+    """The lines behind prompts, and the blocks without any."""
     text = inspect.getdoc(value) or ""
-    names = {"jax": jax, "jnp": jnp, "diffrax": diffrax, "jaxflow": jaxflow}
-    examples = doctest.DocTestParser().get_doctest(text, names, name, None, 0)
-    if examples.examples:
-        result = doctest.DocTestRunner().run(examples)
-        assert result.failed == 0
-        return
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert blocks, f"{name} has no example"
+    return doctest.DocTestParser().get_examples(text), [b for b in blocks if ">>>" not in b]
+
+
+SHOWN = sorted(name for name, value in PUBLIC.items() if any(examples(value)))
+
+
+def test_each_public_function_shows_how():
+    listed = {name for owner in OWNERS for name in getattr(owner, "__all__", ())}
+    functions = {n for n, v in PUBLIC.items() if inspect.isfunction(v) and v.__name__ in listed}
+    assert functions - set(SHOWN) == set()
+
+
+@pytest.mark.parametrize("name", [n for n in SHOWN if n.split(".")[-1] not in UNRUN])
+def test_examples_run(name):
+    names = {"jax": jax, "jnp": jnp, "diffrax": diffrax, "jaxflow": jaxflow}
+    lines, blocks = examples(PUBLIC[name])
+    test = doctest.DocTest(lines, dict(names), name, None, 0, None)
+    assert doctest.DocTestRunner().run(test).failed == 0
     for block in blocks:
         exec(block, dict(names))

@@ -21,6 +21,7 @@ from jaxflow.kernels import (
 from jaxflow.kernels import (
     blocked,
     describe_backend,
+    explain_backend,
     pruned,
     registry,
     select_backend,
@@ -464,8 +465,17 @@ def test_lowers_for_every_platform(platform, call):
 
 
 def test_select_backend():
+    few, many = (jax.ShapeDtypeStruct((n, 2), jnp.float32) for n in (96, 97))
+    assert select_backend(few, few, few, platform="cpu") == "reference"
+    assert select_backend(many, many, many, platform="cpu") == "blocked"
+    tried = explain_backend(many, many, many, platform="cpu")
+    assert [c.verdict for c in tried] == [
+        "no: tiles are faster beyond 9,216 pairs a system, or 1,048,576 in a batch",
+        "runs: portable",
+    ]
     x = jnp.zeros((4, 2))
-    assert select_backend(x, x, x) == "blocked"
+    batch = jax.ShapeDtypeStruct((2**16 + 1, 4, 2), jnp.float32)
+    assert select_backend(batch, batch, batch, platform="cpu") == "blocked"
     assert select_backend(x, x, x, backend="reference") == "reference"
     with pytest.raises(
         ValueError, match="backend must be one of reference, blocked, .* or None.*'cud'"
@@ -568,7 +578,9 @@ def test_other_spellings_of_numbers(options, same):
 
 
 def test_a_backend_is_described():
-    assert describe_backend(X, X, X, platform="cpu") == "blocked (blocks of rows in XLA)"
+    assert describe_backend(X, X, X, platform="cpu") == "reference (the definition in jnp)"
+    chosen = describe_backend(X, X, X, backend="blocked")
+    assert chosen == "blocked (blocks of rows in XLA)"
     chosen = describe_backend(X, X, X, backend="reference", mode="tangent")
     assert chosen == "reference (the definition in jnp)"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxflow as jf
-from jaxflow import models
+from jaxflow import models, solvers
 from jaxflow.fields import time
 from jaxflow.models import Depth, ImageClassifier, LanguageModel, ResidualNetwork, generation
 from jaxflow.models.blocks import small
@@ -187,6 +187,17 @@ def test_language_models_are_causal(options):
 
 
 @pytest.mark.usefixtures("x64")
+def test_tokens_may_start_normalised():
+    """x(0) = N_0(E[token] + position), in NumPy; and nothing of it in a model without."""
+    model = language_model(normalised=True)
+    found = np.asarray(model.embed(TOKENS).points)
+    z = np.asarray(model.embedding)[TOKENS] + np.asarray(model.positions)[:6]
+    z = (z - z.mean(axis=-1, keepdims=True)) / np.sqrt(z.var(axis=-1, keepdims=True) + 1e-5)
+    expected = z * np.asarray(model.entry.gain) + np.asarray(model.entry.bias)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert language_model().entry is None
+
+
 def test_the_default_is_the_transformer():
     """x += attention(LN x); x += feedforward(LN x), layer by layer; logits = E LN(x)."""
     model = filled(lambda: LanguageModel(11, 8, 2, 2, 12, key=KEY))
@@ -359,6 +370,32 @@ def test_a_depth_that_is_not_reached_raises():
     assert not eqx.filter_jit(lambda m, x: m.solve(x))(model, jnp.ones((1, 3))).ok
     with pytest.raises(Exception, match="did not reach T"):
         jax.block_until_ready(call(model, jnp.ones((1, 3))))
+
+
+def test_fixed_steps_are_differentiated_by_one_scan():
+    """Its derivatives in both modes are that of diffrax's own loop; a step is made again for them
+    unless it is kept."""
+    model = models.ResidualNetwork(2, 2, 4, 2, width=8, key=KEY)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    x = jax.random.normal(KEY, (3, 2))
+
+    def loss(adjoint, params):
+        whole = eqx.combine(params, static)
+        return (whole.with_depth(Depth(1.0, steps=2, adjoint=adjoint))(x) ** 2).sum()
+
+    gradient = lambda adjoint: jax.grad(functools.partial(loss, adjoint))
+    expected = jax.jit(gradient(solvers.default_adjoint(2)))(params)
+    for adjoint, again in [(None, True), (solvers.ScanAdjoint(keep=True), False)]:
+        traced = jax.jit(gradient(adjoint)).trace(params)
+        assert any(name in str(traced.jaxpr) for name in ("remat", "checkpoint")) == again
+        found = traced.lower().compile()(params)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # sums in another order
+    along = jax.jit(lambda params: jax.jvp(functools.partial(loss, None), (params,), (params,))[1])
+    products = jax.tree.map(lambda a, g: (a * g).sum(), params, expected)
+    assert along(params) == pytest.approx(float(sum(jax.tree.leaves(products))), rel=1e-5)
+    with pytest.raises(ValueError, match="takes StepTo.* got PIDController and max_steps=4096"):
+        jf.flow(jf.LinearDrift(1.0), jf.Measure(x), t1=1.0, adjoint=solvers.ScanAdjoint())
 
 
 @pytest.mark.slow

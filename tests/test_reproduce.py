@@ -38,7 +38,7 @@ def fake(name, measured: Any = 1.0, tolerance=0.1):
         if isinstance(measured, Exception):
             raise measured
         rows = [Row("a <number>", measured, 1.0, tolerance, "a share of it")]
-        return Outcome(rows, panels(1)[0], [Scheme("a time", 364.0, 328.0)])
+        return Outcome(rows, lambda: panels(1)[0], [Scheme("a time", 364.0, 328.0)])
 
     return SimpleNamespace(
         ran=ran, result=Result(name, "2400.00000", f"of {name}", Seconds(1, 2), compute)
@@ -68,7 +68,7 @@ NAMES = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in R
 def test_a_result_is_reproduced(name):
     outcome = RESULTS[name].run(True)
     assert outcome.rows and all(row.passed for row in outcome.rows), outcome.rows
-    assert outcome.figure.axes
+    assert outcome.draw().axes
 
 
 def test_the_reduced_staircase_is_that_of_two_tokens(monkeypatch):

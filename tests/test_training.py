@@ -410,6 +410,29 @@ def test_adamw_refuses_numbers_that_no_step_survives(options, message):
         training.adamw(**{"steps": 10} | options)
 
 
+def test_adamw_is_one_program_for_any_number_of_steps_and_rate():
+    """Its rates are those of Optax's schedule, which counts them from 1 here."""
+    traces = []
+
+    @eqx.filter_jit
+    def rates(optimiser):
+        traces.append(1)
+
+        def step(state, _):  # Adam moves by the rate along a gradient that stays 1.
+            updates, state = optimiser.update(jnp.ones(1), state, jnp.ones(1))
+            return state, -updates[0]
+
+        return jax.lax.scan(step, optimiser.init(jnp.ones(1)), length=20)[1]
+
+    with jax.numpy_dtype_promotion("standard"):
+        for steps, warmup, rate in [(20, 2, 0.1), (8, 0, 0.3)]:
+            given = {"learning_rate": rate, "warmup": 3, "weight_decay": 0.0, "clip": None}
+            found = rates(training.adamw(steps, **given))
+            schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, rate / 10)
+            np.testing.assert_allclose(found, schedule(jnp.arange(1, 21)), rtol=1e-5)
+    assert len(traces) == 1
+
+
 # ------------------------------------------------------------------ losses and optimiser
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import typer
 
-from benchmarks import shapes, tune
-from benchmarks.__main__ import failures, main, table
+from benchmarks import shapes, timing, tune
+from benchmarks.__main__ import tune_tiles
+from benchmarks.report import failures, table
 from jaxflow.kernels import pallas_gpu
 from jaxflow.kernels.pallas_gpu import configs, hopper, particles, tensor_cores
 
@@ -65,7 +66,7 @@ def test_families_by_device():
 def test_right_candidates_are_timed_and_others_have_a_note(mode):
     case = tuned_case(PARTICLES, mode, particles.Config(64, 16), particles.Config(0))
     assert case.key == ("particles", mode, 4, 4)
-    default, other, broken = tune.contest(case, (1, 1), interpret=True)
+    default, other, broken = tune.contest(case, timing.Samples(1, 1), interpret=True)
     assert default["rival"] == "jaxflow" and default["config"] == "None"
     assert default["vs_default"] == 1 and other["vs_default"] > 0
     assert other["config"] == "particles.Config(64, 16, 1, 2)"
@@ -80,13 +81,13 @@ def test_right_candidates_are_timed_and_others_have_a_note(mode):
 @pytest.mark.slow
 def test_batches_of_causal_heads():
     case = tuned_case(HEADS, "cotangent", tensor_cores.Config(16, 32))
-    for row in tune.contest(case, (1, 1), interpret=True):
+    for row in tune.contest(case, timing.Samples(1, 1), interpret=True):
         assert row["error"] < 40 * 6e-8 and row["vs_default"] > 0
 
 
 def test_a_wrong_candidate_is_not_timed(monkeypatch):
     monkeypatch.setattr(tune, "truth", lambda case, operands: [np.ones((1, 40, 3))])
-    rows = tune.contest(tuned_case(PARTICLES, "forward"), (1, 1), interpret=True)
+    rows = tune.contest(tuned_case(PARTICLES, "forward"), timing.Samples(1, 1), interpret=True)
     assert rows[0]["note"].startswith("wrong") and "vs_default" not in rows[0]
     assert tune.best(rows) == {}
     # The kernels' own choice, wrong, is a failure of the package.
@@ -179,15 +180,10 @@ def test_the_table_is_formatted(tmp_path):
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a device")
 def test_without_a_gpu_the_command_says_what_is_needed(capsys):
     with pytest.raises(typer.Exit) as error:
-        main("tune", quick=True)
+        tune_tiles(quick=True)
     assert error.value.exit_code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "tune needs an NVIDIA GPU" in line and "jaxflow[cuda]" in line and "cpu only" in line
-
-
-def test_write_belongs_to_tune():
-    with pytest.raises(typer.BadParameter, match="tune --write"):
-        main("kernels", write=True)
 
 
 def test_the_command_writes_the_table_and_the_report(tmp_path, monkeypatch, capsys):
@@ -196,8 +192,8 @@ def test_the_command_writes_the_table_and_the_report(tmp_path, monkeypatch, caps
     monkeypatch.setattr(tune, "CONFIGS", copy)
     monkeypatch.setattr(tune, "missing", lambda: None)
     rows = [row | {"mode": "forward"} for row in timed(**{"particles.Config(64)": (0.5, 0.5)})]
-    monkeypatch.setattr(tune, "contest", lambda case, repeats, **_: rows)
-    main("tune", quick=True, only="heads", write=True, json_file=tmp_path / "r.json")
+    monkeypatch.setattr(tune, "contest", lambda case, samples, **_: rows)
+    tune_tiles(quick=True, only="heads", write=True, json_file=tmp_path / "r.json")
     shown = capsys.readouterr()
     assert "3 cases" in shown.err and "particles.Config(64)" in shown.out
     assert '("particles", "forward", 4, 4): particles.Config(64),' in copy.read_text()
@@ -212,12 +208,12 @@ def test_a_run_that_dies_leaves_what_it_found(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "missing", lambda: None)
     rows = [row | {"mode": "forward"} for row in timed(**{"particles.Config(64)": (0.5, 0.5)})]
 
-    def contest(case, repeats, *, cases=iter([rows]), **_):
+    def contest(case, samples, *, cases=iter([rows]), **_):
         return next(cases)
 
     monkeypatch.setattr(tune, "contest", contest)
     with pytest.raises(StopIteration):
-        main("tune", quick=True, only="heads", write=True, json_file=tmp_path / "r.json")
+        tune_tiles(quick=True, only="heads", write=True, json_file=tmp_path / "r.json")
     assert '("particles", "forward", 4, 4): particles.Config(64),' in copy.read_text()
     (report,) = json.loads((tmp_path / "r.json").read_text())
     assert report["rows"] == json.loads(json.dumps(rows))

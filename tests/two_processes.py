@@ -1,6 +1,7 @@
 """Run by test_devices.py in each process of a training: FOLDER STEPS DEVICES [resume].
 
-Prints the losses of its steps as JSON, from the first process."""
+Prints the losses of its steps as JSON, from the first process; after SIGTERM each process says at
+which step it ended."""
 
 import json
 import sys
@@ -8,7 +9,6 @@ import time
 from pathlib import Path
 
 import jax
-import optax
 
 import jaxflow as jf
 from jaxflow import training
@@ -39,7 +39,7 @@ if __name__ == "__main__":
         model,
         Slow(),
         steps=int(STEPS),
-        optimiser=optax.adam(1e-3),  # whose rate does not know the last step
+        optimiser=training.adamw(100),  # whose rate does not know the last step of this call
         log_every=1,
         evaluate_every=100,
         evaluation_batches=1,
@@ -49,5 +49,8 @@ if __name__ == "__main__":
         resume=bool(RESUME),
         progress=False,
     )
+    if fitted.reason == "SIGTERM":
+        print(fitted.reason, fitted.step)
+        raise SystemExit(143)
     if training.is_first():
         print(json.dumps([row["loss"] for row in fitted.history]))

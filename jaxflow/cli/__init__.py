@@ -1,9 +1,9 @@
-"""The command line: `jaxflow simulate`, `phase-diagram`, `compare`, `train`, `evaluate`, `sample`,
-`inspect`, `reproduce`, `info`.
+"""The command line: `jaxflow simulate`, `phase-diagram`, `compare`, `view`, `train`, `evaluate`,
+`sample`, `inspect`, `reproduce`, `info`.
 
 Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
 pictures. `jaxflow --install-completion` teaches the shell its commands and options. Help and
-completion import no JAX: a command imports its work when it runs.
+completion import neither JAX nor rich: a command imports its work when it runs.
 """
 
 import io
@@ -11,20 +11,45 @@ import sys
 
 import typer
 
+from .. import __version__
 from . import learning, reading, reproduction, simulation
-from .boundary import Boundary, leave
+from .boundary import Boundary, Group, leave
 from .settings import command
 
+__all__ = ["app", "main"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 app = typer.Typer(
-    help="Transformers as flows of measures.",
     cls=Boundary,
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 trainings = typer.Typer(
-    help="Train a model whose depth is time.", no_args_is_help=True, rich_markup_mode="markdown"
+    help="Train a model whose depth is time.",
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
+
+
+def _version(asked: bool):
+    if asked:
+        typer.echo(f"jaxflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and exit.", callback=_version, is_eager=True
+    ),
+):
+    """Transformers as flows of measures."""
 
 
 @command(app, "simulate", simulation.Simulation, simulation.of_config)
@@ -46,6 +71,13 @@ def _compare(settings: reading.Comparison):
     from .compare import compare
 
     compare(settings)
+
+
+@command(app, "view", reading.Viewing)
+def _view(settings: reading.Viewing):
+    from .view import view
+
+    view(settings)
 
 
 def _train(settings: learning.AbstractTraining):

@@ -31,7 +31,18 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-class Boundary(TyperGroup):
+class Group(TyperGroup):
+    """Commands, whose help and names take no import of Pydantic."""
+
+    def get_params(self, ctx: typer.Context) -> list[Any]:
+        """The options, all of them flags: typer has Pydantic read the default None as well."""
+        options = super().get_params(ctx)
+        for option in options:
+            option.default = False
+        return options
+
+
+class Boundary(Group):
     """The commands, and what becomes of their errors."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:

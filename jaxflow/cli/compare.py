@@ -1,15 +1,15 @@
 """`jaxflow compare RUN RUN ...`: what differs between runs, in their settings and their results."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 from .. import viz
-from .._folder import CONFIG, json_object, read_json, read_settings
+from .._folder import CONFIG, json_object, read_json, read_settings, short_names
 from ..viz.style import require
 from .choices import At
 from .console import say, table
+from .optional import available, figures
 from .reading import Comparison
 from .simulate import write_figure
 
@@ -19,32 +19,21 @@ Run = dict[str, Any]
 
 
 def compare(s: Comparison):
-    """Prints the settings that differ and the values, and draws the curves."""
-    require("matplotlib.figure")
+    """Prints the settings that differ and the values, and draws the curves where it can."""
+    drawn = available(figures, str(s.out))
     folder = next(parent for parent in s.out.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise ValueError(f"--out must be in a folder, and {folder} is a file.")
     runs = [_over(_read(run), s.at, run) for run in s.runs]
-    read = dict(zip(_names(s.runs), runs, strict=True))
+    read = dict(zip(short_names(s.runs), runs, strict=True))
     shared = _shared_metrics(read, s.metric)
     table("settings that differ", [("setting", *read), *_settings(read)])
     table("last value", [("metric", *read), *_results(read, shared)])
     title = f"at the largest common {_axis(read).replace('_', ' ')}"
     table(title, [("metric", _axis(read), *read), *_common(read, shared)])
-    _draw(read, shared, s.out)
-    say(f"Figure: {s.out}")
-
-
-def _names(runs: list[Path]) -> list[str]:
-    """As many of the last parts of each path as tell them apart; a number for one that is there
-    twice."""
-    paths = [run.resolve() for run in runs]
-    tails = (["/".join(p.parts[-k:]) for p in paths] for k in itertools.count(1))
-    names = next(tail for tail in tails if len(set(tail)) == len(set(paths)))
-    return [
-        name if (earlier := names[:k].count(name)) == 0 else f"{name} ({earlier + 1})"
-        for k, name in enumerate(names)
-    ]
+    if drawn:
+        _draw(read, shared, s.out)
+        say(f"Figure: {s.out}")
 
 
 def _read(folder: Path) -> Run:

@@ -17,16 +17,19 @@ from .. import models, training, viz
 from .._folder import write_text
 from ..fields import TimeDependent
 from ..fields.time import sample
-from ..viz.style import require
+from ..models.exits import check_exit
+from ..models.generation import can_be_cached
 from .boundary import interruptible
 from .choices import Solver
 from .console import progress, say, table
 from .device import prepare
 from .learning import TASKS, AbstractTraining, LanguageTraining, training_settings
+from .optional import available, figures
 from .reading import Evaluation
 from .simulate import write_figure
 from .train import read_data
 
+PICTURE = "evaluate.png"
 _COLUMNS = {"loss": ".4f", "accuracy": ".2%", "num_evaluations": ".4g"}
 
 
@@ -58,25 +61,31 @@ def trained(run: Path, *, latest: bool) -> Iterator[Trained]:
 
 def evaluate(s: Evaluation):
     """Prints, writes and draws the loss at each depth."""
-    require("matplotlib.figure")
+    drawn = available(figures, PICTURE)
     prepare()
     with trained(s.run, latest=s.latest) as run:
         data, about = _data(run, s)
         rows: list[dict[str, Any]] = []
         depths, notes = _depths(run.model.depth, s)
-        variants = [(run.model.with_depth(depth), {}) for depth in depths]
-        variants += [(_layered(run.model, count), {"layers": count}) for count in s.layers or []]
+        variants: list[tuple[Any, dict[str, Any], training.AbstractLoss]] = []
+        usual = training.FlowLoss(training.cross_entropy)
+        variants += [(run.model.with_depth(depth), {}, usual) for depth in depths]
+        variants += [(_layered(run.model, n), {"layers": n}, usual) for n in s.layers or []]
+        variants += [
+            (run.model, {"exit": exit}, _exiting(run.model, exit)) for exit in s.exit or []
+        ]
         with progress("evaluating", len(variants)) as show:
-            for variant, layers in variants:
-                row = interruptible(_row, variant, data, s.batches, not rows)
-                rows.append(row | layers | about)
+            for variant, others, loss in variants:
+                row = interruptible(_row, variant, data, s.batches, not rows, loss)
+                rows.append(row | others | about)
                 show(len(rows), f"{rows[-1]['solver']}, {rows[-1]['steps'] or 'adaptive'} steps")
     _print(rows, s.run, about)
     for note in dict.fromkeys(notes + [row["note"] for row in rows if "note" in row]):
         say(f"- {note}")
     write_text(s.run / "evaluate.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    _draw(rows, s.run / "evaluate.png")
-    say(f"Figure: {s.run / 'evaluate.png'}")
+    if drawn:
+        _draw(rows, s.run / PICTURE)
+        say(f"Figure: {s.run / PICTURE}")
 
 
 def depth_like(
@@ -119,6 +128,17 @@ def _layered(model: models.AbstractModel, count: int) -> models.AbstractModel:
     return model.with_curve(layers).with_depth(depth_like(model.depth, steps=count))
 
 
+def _exiting(model: models.AbstractModel, exit: float) -> training.ExitLoss:
+    """The loss of a model whose tokens exit early."""
+    if not isinstance(model, models.LanguageModel):
+        raise ValueError(
+            f"--exit is of the tokens of a text; the run has a {type(model).__name__}."
+        )
+    found = models.DistributionExit(exit)
+    check_exit(found, can_be_cached(model))
+    return training.ExitLoss(found)
+
+
 def _data(run: Trained, s: Evaluation) -> tuple[Any, dict[str, Any]]:
     """What to evaluate on: the run's own data, or others, which every row then names."""
     language = isinstance(run.settings, LanguageTraining)
@@ -150,11 +170,13 @@ def _data(run: Trained, s: Evaluation) -> tuple[Any, dict[str, Any]]:
     return data, {"data": str(given.resolve())}
 
 
-def _row(model, data, batches: int | None, own: bool) -> dict[str, Any]:
+def _row(
+    model, data, batches: int | None, own: bool, loss: training.AbstractLoss
+) -> dict[str, Any]:
     depth = model.depth
     row = {"solver": _name(depth), "steps": depth.steps, "tolerance": depth.tolerance}
     try:
-        row |= training.evaluate(model, data.validation_batches(batches))
+        row |= training.evaluate(model, data.validation_batches(batches), loss)
     except ValueError as error:  # steps that do not fit its layers
         if own:
             raise
@@ -174,6 +196,7 @@ def _print(rows: list[dict[str, Any]], run: Path, about: dict[str, Any]):
     for row in rows:
         steps = f"to {row['tolerance']:g}" if row["steps"] is None else str(row["steps"])
         steps = f"{row['layers']} layers" if "layers" in row else steps
+        steps = f"exit at {row['exit']:g}" if "exit" in row else steps
         numbers = (f"{row[name]:{form}}" if name in row else "-" for name, form in shown.items())
         cells.append((row["solver"], steps, *numbers))
     on = f"validation on {about['data']}, not its own data" if about else "validation"
@@ -185,7 +208,7 @@ def _draw(rows: list[dict[str, Any]], path: Path):
     drawn: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if "num_evaluations" in row:
-            name = row["solver"] + ", layers" * ("layers" in row)
+            name = row["solver"] + ", layers" * ("layers" in row) + ", early exit" * ("exit" in row)
             drawn.setdefault(name, []).append((row["num_evaluations"], row["loss"]))
     pairs = {}
     for name, points in drawn.items():

@@ -21,7 +21,7 @@ def info(s: Information):
     rows = [("python", platform.python_version()), ("jaxflow", __version__)]
     for package in ("jax", "jaxlib", "diffrax", "equinox", "optax", "numpy"):
         rows.append((package, metadata.version(package)))
-    for extra in ("matplotlib", "plotly", "ott-jax", "orbax-checkpoint", "tokenizers", "torch"):
+    for extra in ("matplotlib", "ott-jax", "orbax-checkpoint", "tokenizers", "torch"):
         try:
             rows.append((extra, metadata.version(extra)))
         except metadata.PackageNotFoundError:

@@ -9,11 +9,11 @@ import numpy as np
 from .. import models, training, viz
 from .._files import read_text
 from .._folder import write_text
-from ..viz.style import require
 from .boundary import interruptible
 from .console import say, table
 from .device import prepare
 from .evaluate import trained
+from .optional import figures
 from .reading import Inspecting
 
 CHARACTERS = 64  # read at most for each token
@@ -21,7 +21,7 @@ CHARACTERS = 64  # read at most for each token
 
 def inspect(s: Inspecting):
     """Writes the page."""
-    require("matplotlib.figure")
+    figures()  # the page is pictures
     prepare()
     if training.latest(s.model / "checkpoints") is None:
         _inspect(s, models.from_pretrained(s.model), _tokenizer(s.model))

@@ -216,6 +216,7 @@ class LanguageTraining(AbstractTransformer):
     vocabulary: int = flag(1024, "Number of byte-pair tokens.", Range(256, 2**20))
     context: int = flag(128, "Tokens the model sees.", COUNT)
     rotary: bool = flag(False, "Rotary positions, not learned ones.")
+    normalised: bool = flag(False, "Tokens are normalised before they flow, for adaptive steps.")
     cache: Path | None = flag(None, "Folder that keeps the tokens for the next run.")
     dim: int = flag(128, "Dimension of a token.", COUNT)
     batch: int = flag(16, "Samples a step.", COUNT)

@@ -20,15 +20,15 @@ from .. import __version__, fields, viz
 from .._folder import CONFIG, claim, write_bytes, write_settings, write_text
 from .._memory import PAIRS_AT_ONCE, check_fits
 from ..phase import PhaseDiagram, PhaseRow, crossing, phase_diagram
-from ..viz.style import require
 from .boundary import interruptible
 from .console import progress, say, table
 from .device import prepare
+from .optional import available, figures
 from .settings import to_json
 from .simulate import write_figure
 from .simulation import Phase
 
-KIND = "phase-diagram"
+KIND, PICTURE = "phase-diagram", "phase.png"
 INTERACTIONS = {"softmax": fields.Softmax(), "unnormalised": fields.Unnormalised()}
 MATRICES: dict[str, Callable[[Phase], fields.AbstractMatrices | None]] = {
     "identity": lambda s: None,
@@ -40,7 +40,7 @@ MATRICES: dict[str, Callable[[Phase], fields.AbstractMatrices | None]] = {
 
 def phase(s: Phase):
     """Draws the diagram of the settings, or goes on with it."""
-    require("matplotlib.figure")  # now, not after the solves
+    drawn = available(figures, PICTURE)  # now, not after the solves
     _check(s)
     prepare()
     with claim(s.resume or s.out, KIND, going_on=True if s.resume else None) as folder:
@@ -49,7 +49,11 @@ def phase(s: Phase):
         start = time.perf_counter()
         diagram = _solve(folder, s)
         _write_run(folder, diagram)
-    _summarise(folder, diagram, time.perf_counter() - start)
+        if drawn:
+            write_figure(folder / PICTURE, viz.phase_diagram(diagram).get_figure(root=True))
+    _summarise(diagram, time.perf_counter() - start)
+    if drawn:
+        say(f"Figure: {folder / PICTURE}")
 
 
 def _check(s: Phase):
@@ -150,12 +154,11 @@ def _write_run(folder: Path, diagram: PhaseDiagram):
         curve=diagram.curve,
     )
     write_bytes(folder / "phase.npz", content.getvalue())
-    write_figure(folder / "phase.png", viz.phase_diagram(diagram).get_figure(root=True))
 
 
-def _summarise(folder: Path, diagram: PhaseDiagram, seconds: float):
+def _summarise(diagram: PhaseDiagram, seconds: float):
     half = diagram.boundary()
     shown = np.unique(np.linspace(0, len(half) - 1, 7).astype(int))
     rows = [tuple(f"{x[i]:.4g}" for x in (diagram.betas, half, diagram.curve)) for i in shown]
     table("phase diagram", [("beta", "p = 1/2 at t", "equiangular tokens at t"), *rows])
-    say(f"{seconds:.1f} s. Figure: {folder / 'phase.png'}")
+    say(f"{seconds:.1f} s.")

@@ -1,5 +1,5 @@
-"""The settings of the commands that read runs, `evaluate`, `sample`, `inspect` and `compare`, and
-of `info`."""
+"""The settings of the commands that read runs, `evaluate`, `sample`, `inspect`, `compare` and
+`view`, and of `info`."""
 
 import dataclasses
 from pathlib import Path
@@ -17,6 +17,8 @@ from .settings import (
     argument,
     flag,
 )
+
+PROBABILITY = Range(0, 1)
 
 
 class Figure:
@@ -38,7 +40,9 @@ class Evaluation:
     The validation loss with each solver at each number of steps and each tolerance, in
     RUN/evaluate.jsonl; RUN/evaluate.png draws it against the evaluations of the field. Layers take
     a multiple of their number as steps. With --layers the parameters are those in the middle of
-    each of so many pieces, one step a piece.
+    each of so many pieces, one step a piece. With --exit the flow of each token of a text ends with
+    the first of the model's own steps that moves less than so much probability of the next one, as
+    it may at generation, and the evaluations are the mean of what a token takes.
 
     Examples:
 
@@ -47,6 +51,8 @@ class Evaluation:
     `jaxflow evaluate runs/shakespeare --solver tsit5 --tolerance 1e-2 --tolerance 1e-4`
 
     `jaxflow evaluate runs/shakespeare --layers 4 --layers 8 --layers 16`
+
+    `jaxflow evaluate runs/shakespeare --exit 0.01 --exit 0.1`
 
     `jaxflow evaluate runs/shakespeare --text marlowe.txt`
     """
@@ -57,6 +63,9 @@ class Evaluation:
     solver: list[Solver] | None = flag(None, "Another solver; repeatable.")
     layers: list[int] | None = flag(
         None, "Its curve sampled into so many layers; repeatable.", COUNT
+    )
+    exit: list[float] | None = flag(
+        None, "Tokens exit where a step moves less probability; repeatable.", PROBABILITY
     )
     batches: int | None = flag(None, "Validation batches (default: all of them).", COUNT)
     latest: bool = flag(False, "The last checkpoint, not the best.")
@@ -81,6 +90,8 @@ class Sampling:
     `jaxflow sample runs/shakespeare --prompt "ROMEO:" --temperature 0.8 --top-k 40`
 
     `jaxflow sample runs/shakespeare --solver heun --steps 8`
+
+    `jaxflow sample runs/shakespeare --exit 0.05`
     """
 
     run: Path = argument("Folder of a `jaxflow train lm` run.", InputFolder())
@@ -97,9 +108,14 @@ class Sampling:
     steps: int | None = flag(None, "Another number of steps.", COUNT)
     solver: Solver | None = flag(None, "Another solver.")
     tolerance: float | None = flag(None, "Adaptive steps with this tolerance.", SHARE)
+    exit: float | None = flag(None, "Tokens exit where a step moves less probability.", PROBABILITY)
 
     def check(self):
         """Raises ValueError for settings that do not go together."""
+        if self.exit is not None and self.tolerance is not None:
+            raise ValueError("--exit ends fixed steps: leave out --tolerance.")
+        if self.exit is not None and not self.length:
+            raise ValueError("--exit is of tokens that are added: take --length of at least 1.")
         if self.steps is not None and self.tolerance is not None:
             raise ValueError("a depth has either --steps or a --tolerance; give one of them.")
         if self.prompt == "":
@@ -159,6 +175,30 @@ class Comparison:
         """Raises ValueError for settings that do not go together."""
         if len(self.runs) < 2:
             raise ValueError(f"compare takes two or more run folders, got {len(self.runs)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Viewing:
+    """Show runs in a browser while they are written: simulations play, metrics are curves.
+
+    Several runs are laid over one another, with the settings that differ. The page is served on
+    this machine alone, under a URL with a random token, and nothing is written. Ctrl-C ends it.
+
+    Examples:
+
+    `jaxflow view runs/shakespeare`
+
+    `jaxflow view runs/layers runs/smooth`
+
+    `jaxflow view runs/sphere --no-browser --port 8080`
+    """
+
+    runs: list[Path] = argument("Run folders.", InputFolder())
+    browser: bool = flag(True, "Open the page in a browser.")
+    port: int = flag(0, "Of the server; 0 takes one that is free.", Range(0, 65535))
+
+    def check(self):
+        """These go together as they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 The run folder holds config.json, for each result NAME.json and NAME.png, and index.html, a page of
 all results in the folder. A record states its sha256 and that of its picture, so that one that is
-damaged, or cut off, is computed again.
+damaged, or cut off, is computed again. Without matplotlib there are no pictures.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ import typer
 
 from .. import __version__
 from .._folder import claim, json_object, sealed, write_bytes, write_settings, write_text
-from ..reproduce import RESULTS, Outcome, Result
+from ..reproduce import RESULTS, Result, Row, Scheme
 from ..reproduce.page import number, page
-from ..viz.style import require
 from .boundary import FAILED, interruptible
 from .console import progress, say, table
 from .device import prepare
+from .optional import available, figures
 from .reproduction import Reproduction
 from .settings import to_json
 
@@ -38,11 +39,11 @@ def reproduce(s: Reproduction):
         table("results", [(r.name, f"arXiv {r.arxiv}", r.line) for r in RESULTS.values()])
         return
     results = _chosen(s.names or [])
-    require("matplotlib.figure")  # now, not after the solves
+    drawn = available(figures, "pictures")  # now, not after the solves
     prepare()
     with claim(s.out, KIND, going_on=None) as folder:
         write_settings(folder, KIND, to_json(s) | {"jaxflow": __version__})
-        passed = _run(folder, results, s)
+        passed = _run(folder, results, s, drawn)
     if not passed:
         raise typer.Exit(FAILED)
 
@@ -56,7 +57,7 @@ def _chosen(names: list[str]) -> list[Result]:
     return [r for name, r in RESULTS.items() if name in names or "all" in names]
 
 
-def _run(folder: Path, results: list[Result], s: Reproduction) -> bool:
+def _run(folder: Path, results: list[Result], s: Reproduction, drawn: bool) -> bool:
     """Computes what is not there, writes the page, and says whether all passed."""
     there = {} if s.again else {r.name: _read(folder, r, s.quick) for r in results}
     kept = {name: record for name, record in there.items() if record and not record["error"]}
@@ -65,7 +66,7 @@ def _run(folder: Path, results: list[Result], s: Reproduction) -> bool:
     with progress("results", len(results)) as show:
         for done, result in enumerate(results):
             show(done, f"{result.name} ({done + 1} of {len(results)})")
-            record = kept.get(result.name) or _compute(folder, result, s.quick)
+            record = kept.get(result.name) or _compute(folder, result, s.quick, drawn)
             found.append(record)
             _tell(record, result.name in kept)
             _write_page(folder, s.quick)
@@ -108,38 +109,45 @@ def _tell(record: dict[str, Any], kept: bool):
 
 
 class _Found(NamedTuple):
-    outcome: Outcome | None
-    error: str | None
+    rows: Sequence[Row] = ()
+    schemes: Sequence[Scheme] = ()
+    picture: bytes | None = None
+    error: str | None = None
 
 
-def _compute(folder: Path, result: Result, quick: bool) -> dict[str, Any]:
+def _compute(folder: Path, result: Result, quick: bool, drawn: bool) -> dict[str, Any]:
     """Runs a result and writes its picture and its record; an error is its result."""
     start = time.perf_counter()
-    found = _attempt(result, quick)
-    outcome = found.outcome or Outcome([], None)
+    found = _attempt(result, quick, drawn)
     record = _about(result, quick) | {
         "seconds": time.perf_counter() - start,
-        "passed": found.error is None and all(row.passed for row in outcome.rows),
+        "passed": found.error is None and all(row.passed for row in found.rows),
         "error": found.error,
-        "rows": [_finite(row._asdict() | {"passed": row.passed}) for row in outcome.rows],
-        "schemes": [_finite(scheme._asdict()) for scheme in outcome.schemes],
+        "rows": [_finite(row._asdict() | {"passed": row.passed}) for row in found.rows],
+        "schemes": [_finite(scheme._asdict()) for scheme in found.schemes],
         "picture": None,
     }
-    if outcome.figure is not None:
-        content = io.BytesIO()
-        outcome.figure.savefig(content, dpi=120, format="png")
-        write_bytes(_picture(folder, result.name), content.getvalue())
-        record["picture"] = hashlib.sha256(content.getvalue()).hexdigest()
+    if found.picture is not None:
+        write_bytes(_picture(folder, result.name), found.picture)
+        record["picture"] = hashlib.sha256(found.picture).hexdigest()
     _write(folder, record)
     return record
 
 
-def _attempt(result: Result, quick: bool) -> _Found:
+def _attempt(result: Result, quick: bool, drawn: bool) -> _Found:
     try:
         with jax.enable_x64(True):
-            return _Found(interruptible(result.run, quick), None)
+            outcome = interruptible(result.run, quick)
+            picture = _png(outcome.draw()) if drawn else None
+        return _Found(outcome.rows, outcome.schemes, picture)
     except Exception as error:  # the others go on
-        return _Found(None, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return _Found(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _png(figure: Any) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    return content.getvalue()
 
 
 def _about(result: Result, quick: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import models, training
 from .._memory import check_fits
+from ..models.exits import evaluations
 from .boundary import interruptible
 from .console import say
 from .device import prepare
@@ -25,18 +26,24 @@ def sample(s: Sampling):
         model = run.model.with_depth(depth_like(run.model.depth, s.solver, s.steps, s.tolerance))
         tokenizer = training.tokenizer(s.run)
         tokens = jnp.asarray(encoded(tokenizer, s.prompt), jnp.int32)
-        draw = partial(
-            model.generate,
-            tokens,
-            s.length,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-        )
+        choice = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+        draw = partial(model.generate, tokens, s.length, **choice)
+        exit = models.DistributionExit(s.exit or 0.0)
+        early = partial(model.generate_early, tokens, s.length, exit, **choice)
         for number, key in enumerate(jax.random.split(jax.random.key(s.seed), s.samples)):
             if number:
                 say("-" * 72)
-            say(tokenizer.decode(interruptible(partial(draw, key=key))))
+            if s.exit is None:
+                say(tokenizer.decode(interruptible(partial(draw, key=key))))
+                continue
+            found = interruptible(partial(early, key=key))
+            say(tokenizer.decode(found.tokens))
+            say(f"- {found.evaluations.mean():.3g} of {_whole(model)} evaluations a token")
+
+
+def _whole(model: models.LanguageModel) -> int:
+    """The evaluations of a token that goes all the way."""
+    return int(evaluations(model, jnp.array(model.depth.steps)))
 
 
 def encoded(tokenizer, prompt: str | None) -> np.ndarray:

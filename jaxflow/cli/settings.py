@@ -263,11 +263,12 @@ def command(
             check(settings)
             fn(settings)
 
-        run.__doc__ = kind.__doc__
+        run.__doc__ = inspect.cleandoc(kind.__doc__ or "").replace("`", "")
         context = inspect.Parameter("ctx", _PLACE, annotation=typer.Context)
         parameters = [context, *_parameters(kind)]
         vars(run)["__signature__"] = inspect.Signature(parameters)
-        app.command(name)(run)
+        line = " ".join(run.__doc__.partition("\n\n")[0].split())
+        app.command(name, short_help=line)(run)
         return fn
 
     return register

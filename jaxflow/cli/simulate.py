@@ -2,7 +2,8 @@
 
 The run folder holds config.json (which repeats the run: --config), metrics.jsonl (a line a saved
 time), summary.png (or .pdf, .svg: --format) and flow.html; and, if asked for, merges.json and
-merges.png, and a film. --save writes the times and the tokens at them to a file of its own.
+merges.png, and a film. --save writes the times and the tokens at them to a file of its own. Without
+matplotlib the figures are left out.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from ..viz.style import require
 from .boundary import interruptible
 from .console import progress, say, table
 from .device import prepare
+from .optional import available, figures
 from .settings import to_json
 from .simulation import Simulation
 from .systems import EVENTS, OBSERVABLES, initial_measure, make_field
@@ -44,8 +46,7 @@ OUTPUTS = "metrics.jsonl", "summary.*", "flow.html", "merges.*", "film.*"
 
 def simulate(s: Simulation):
     """Flows the tokens of the settings and writes the run folder."""
-    require("matplotlib.figure")  # now, not after the flow
-    require("plotly.graph_objects")
+    drawn = _drawn(s)  # now, not after the flow
     prepare()
     with jax.enable_x64(s.double):
         mu0, words = initial_measure(s)
@@ -59,10 +60,18 @@ def simulate(s: Simulation):
             start = time.perf_counter()
             sol = _solve(s, field, mu0, ts, folder)
             seconds = time.perf_counter() - start
-            files = _write_run(folder, sol, words, s)
+            files = _write_run(folder, sol, words, s, drawn)
             if s.merges:
-                files |= _write_merges(folder, field, mu0, s)
+                files |= _write_merges(folder, field, mu0, s, drawn)
         _summarise(sol, seconds, words, s, files)
+
+
+def _drawn(s: Simulation) -> bool:
+    """Whether figures can be drawn here; says what is left out. A film is asked for by name, so
+    that it is an error to miss it."""
+    if s.film:
+        require("matplotlib.animation")
+    return available(figures, f"summary.{s.format}" + f" and merges.{s.format}" * s.merges)
 
 
 # ------------------------------------------------------------------ the solve
@@ -242,16 +251,18 @@ def _beside(path: Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
-def _write_run(folder: Path, sol: FlowSolution, words, s: Simulation) -> dict[str, str]:
+def _write_run(
+    folder: Path, sol: FlowSolution, words, s: Simulation, drawn: bool
+) -> dict[str, str]:
     _write_metrics(folder, sol)
-    summary = folder / f"summary.{s.format}"
-    write_figure(summary, viz.summary(sol, threshold=s.threshold))
-    with _beside(folder / "flow.html") as work:
-        viz.sphere(sol, labels=words, threshold=s.threshold).write_html(work)
-    files = {
-        "figure": str(summary),
-        "page": f"{folder / 'flow.html'} (open it in a browser)",
-    }
+    page = viz.sphere(sol, labels=words, threshold=s.threshold)
+    write_text(folder / "flow.html", page.html)
+    size = f"{len(page.html) / 1e6:.1f} MB"
+    files = {"page": f"{folder / 'flow.html'} ({size}, open it in a browser)"}
+    if drawn:
+        summary = folder / f"summary.{s.format}"
+        write_figure(summary, viz.summary(sol, threshold=s.threshold))
+        files["figure"] = str(summary)
     if s.save is not None:
         _save_points(s.save, sol)
         files["points"] = str(s.save)
@@ -272,19 +283,19 @@ def _save_points(path: Path, sol: FlowSolution):
     write_bytes(path, content.getvalue())
 
 
-def _write_merges(folder: Path, field, mu0: Measure, s: Simulation) -> dict[str, str]:
+def _write_merges(folder: Path, field, mu0: Measure, s: Simulation, drawn: bool) -> dict[str, str]:
     with progress("merges", s.t1) as show:
         tree = interruptible(_merges, s, field, mu0, show)
     links = [] if tree.links is None else tree.links.tolist()
     merged = zip(tree.times.tolist(), links, tree.sizes.tolist(), strict=True)
     rows = [{"t": t, "tokens": link, "size": size} for t, link, size in merged]
     write_text(folder / "merges.json", json.dumps(rows, indent=1) + "\n")
-    if not rows:
-        return {"merges": f"none, {folder / 'merges.json'}"}
+    if not rows or not drawn:
+        return {"merges": f"{len(rows) or 'none'}, {folder / 'merges.json'}"}
     figure = viz.merge_tree(tree).get_figure(root=True)
-    drawn = folder / f"merges.{s.format}"
-    write_figure(drawn, figure)
-    return {"merges": f"{len(rows)}, {folder / 'merges.json'}, {drawn}"}
+    picture = folder / f"merges.{s.format}"
+    write_figure(picture, figure)
+    return {"merges": f"{len(rows)}, {folder / 'merges.json'}, {picture}"}
 
 
 def _merges(s, field, mu0, show) -> observables.MergeTree:

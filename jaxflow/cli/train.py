@@ -1,7 +1,7 @@
 """`jaxflow train lm|image|resnet`: a model whose depth is time, trained through its flow.
 
 The run folder holds config.json (all that repeats the run), metrics.jsonl, loss.png and
-checkpoints/.
+checkpoints/. Without matplotlib there is no loss.png, and without orbax-checkpoint no checkpoints/.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from .. import __version__, models, observables, training, viz
 from .._folder import CONFIG, claim, read_settings
 from .._memory import check_fits
 from ..training import Fitted
-from ..viz.style import require
 from .choices import Block
 from .console import say, table
 from .device import prepare
@@ -32,16 +31,22 @@ from .learning import (
     ResidualTraining,
     task_of,
 )
+from .optional import available, figures
 from .settings import counts, to_json
 from .simulate import write_figure
 
+PICTURE = "loss.png"
+LOST = "checkpoints: the run cannot be resumed, and its model is lost when it ends"
 COPIES = 8  # of the parameters: gradients, moments, updates, the best ones
 BLOCK = 2**17  # bytes that a block costs, however small
 
 
 def train(s: AbstractTraining):
     """Trains the model of the settings, or goes on."""
-    require("matplotlib.figure")  # now, not after the training
+    drawn = available(figures, PICTURE)  # now, not after the training
+    if s.resume is not None:
+        training.checkpoints.require()
+    kept = available(training.checkpoints.require, LOST)
     if s.devices is not None:
         training.join()
     prepare()
@@ -60,14 +65,16 @@ def train(s: AbstractTraining):
         _say_cost(s, model, data)
         with _folder(s) as run:
             start = time.perf_counter()
-            fitted = _fit(s, run, model, data, described)
+            fitted = _fit(s, run, model, data, described, kept)
             if fitted.reason in ("SIGINT", "SIGTERM"):
-                say(f"{fitted.reason} after {fitted.step} steps: --resume {run} goes on.")
+                next_ = f"--resume {run} goes on" if kept else "it cannot go on"
+                say(f"{fitted.reason} after {fitted.step} steps: {next_}.")
                 raise typer.Exit(128 + signal.Signals[fitted.reason])
             if not training.is_first():
                 return
-            curve = viz.training_curve(fitted.history).get_figure(root=True)
-            write_figure(run / "loss.png", curve)
+            if drawn:
+                curve = viz.training_curve(fitted.history).get_figure(root=True)
+                write_figure(run / PICTURE, curve)
         _summarise(run, fitted, data, time.perf_counter() - start)
 
 
@@ -144,6 +151,7 @@ def _model_config(s: AbstractTraining, data: Any) -> dict[str, Any]:
     if isinstance(s, LanguageTraining):
         _check_size(s, data, data.vocab_size + s.context, block, s.context)
         own = {"model": "LanguageModel", "vocab_size": data.vocab_size, "context": s.context}
+        own |= {"normalised": True} if s.normalised else {}
         if s.block is None:
             return own | {"rotary": s.rotary, "bias": s.bias} | config
         config = {k: v for k, v in config.items() if k not in ("width", "placement")}
@@ -169,7 +177,9 @@ def _check_size(s: AbstractTraining, data: Any, ends: int, block: int, tokens: i
     )
 
 
-def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any]) -> Fitted:
+def _fit(
+    s: AbstractTraining, run: Path, model, data, described: dict[str, Any], kept: bool
+) -> Fitted:
     costs = {"kinetic": (s.kinetic, observables.KineticEnergy)}
     if isinstance(s, AbstractTransformer):
         costs |= {"entropy": (s.entropy, observables.AttentionEntropy)}
@@ -192,6 +202,7 @@ def _fit(s: AbstractTraining, run: Path, model, data, described: dict[str, Any])
         run=run,
         resume=s.resume is not None,
         checkpoint_every=s.checkpoint_every,
+        keep=2 if kept else 0,
         config=described,
         callbacks=[training.tensorboard(run / "tensorboard")] if s.tensorboard else [],
         minutes=s.minutes,
@@ -212,6 +223,8 @@ def _summarise(run: Path, fitted: Fitted, data, seconds: float):
     table("training", rows)
     if isinstance(data, training.Text):
         prompt = np.asarray(data.training[:8], np.int32)
-        text = fitted.best.generate(prompt, 200, temperature=0.8, key=jax.random.key(0))
+        # Beyond the context each token takes a flow of all, and another program.
+        length = max(1, fitted.best.context - len(prompt))
+        text = fitted.best.generate(prompt, length, temperature=0.8, key=jax.random.key(0))
         say("\na sample\n")
         say(data.tokenizer.decode(text))

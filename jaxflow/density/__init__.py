@@ -30,3 +30,7 @@ __all__ = [
     "log_density",
     "solve",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

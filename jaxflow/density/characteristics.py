@@ -55,7 +55,7 @@ def log_density(
     **Arguments:**
 
     - `field`: X, whose divergence is exact in closed form for attention
-      ([`jaxflow.divergence`][]).
+      (`jaxflow.divergence`).
     - `mu0`: the measure that moves the points, one system `(n, d)`.
     - `x0`: where the points start, shape `(m, d)`: tokens of mu0, or any probes. They move in the
       precision of mu0.
@@ -64,7 +64,7 @@ def log_density(
     - `key`, `samples`: `None` for the exact divergence; a PRNG key for Hutchinson's estimate with
       so many probes, the same ones at all times. The estimate of log rho is unbiased.
     - `t0`, `t1`, `dt0`, `solver`, `stepsize_controller`, `adjoint`, `max_steps`: as in
-      [`jaxflow.flow`][]. The error of a step counts log rho too. Splitting methods step with the
+      `jaxflow.flow`. The error of a step counts log rho too. Splitting methods step with the
       field as a whole.
     - `throw`: raise if the solve fails; otherwise its numbers are nan.
 

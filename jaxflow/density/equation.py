@@ -38,7 +38,7 @@ def solve(
     max_steps: int | None = 4096,
     throw: bool = True,
 ) -> DensitySolution:
-    """Moves a density along a field, the limit n -> infinity of [`jaxflow.flow`][].
+    """Moves a density along a field, the limit n -> infinity of `jaxflow.flow`.
 
         d_t rho + div(rho X_t[rho]) = (1/kappa) Laplace rho
 
@@ -51,8 +51,8 @@ def solve(
     - `field`: X, on the geometry of the grid.
     - `rho0`: the density at t0, a function of one point `(d,)`, or its values at `grid.points`,
       shape `(n,)`; up to a constant, since it is given mass 1.
-    - `grid`: [`jaxflow.density.Circle`][] and [`jaxflow.density.Box`][] (finite volumes: positive,
-      second order), [`jaxflow.density.FourierCircle`][] and [`jaxflow.density.SphereHarmonics`][]
+    - `grid`: `jaxflow.density.Circle` and `jaxflow.density.Box` (finite volumes: positive,
+      second order), `jaxflow.density.FourierCircle` and `jaxflow.density.SphereHarmonics`
       (spectral, for densities that stay smooth).
     - `kappa`: the inverse strength of the noise, positive; `None` is none.
     - `solver`: `None` is that of the grid, or with `kappa` `diffrax.KenCarp4()`: any method with an
@@ -60,12 +60,12 @@ def solve(
       is diagonal in the grid's modes. Other methods take both together.
     - `stepsize_controller`: `None` is adaptive, with rtol = atol = 1e-5 in float32 and 1e-8 in
       float64; steps end at the saved times.
-    - `t0`, `t1`, `dt0`, `saveat`, `adjoint`, `max_steps`: as in [`jaxflow.flow`][]; of `saveat` the
+    - `t0`, `t1`, `dt0`, `saveat`, `adjoint`, `max_steps`: as in `jaxflow.flow`; of `saveat` the
       times: `ts`, `t0`, `t1`, `steps`.
     - `throw`: raise if the solve fails, or the density loses mass or is negative by more than 1e-4
       of its mass; otherwise look at `ok` and `result`.
 
-    **Returns:** a [`jaxflow.density.DensitySolution`][].
+    **Returns:** a `jaxflow.density.DensitySolution`.
 
     **Raises:** `ValueError` or `TypeError` for bad input, `FlowError` where the solve fails (under
     `jit`, the run-time error of `equinox.error_if`).

@@ -17,7 +17,7 @@ DEFECT = 1e-4
 
 
 class DensitySolution(eqx.Module):
-    """What [`jaxflow.density.solve`][] returns.
+    """What `jaxflow.density.solve` returns.
 
     - `grid`; `ts`, the saved times, shape `(times,)`, padded with inf as diffrax does.
     - `densities`: rho at the points of the grid, `(times, n)`, in the shape of pictures

@@ -27,6 +27,7 @@ from .interactions import (
     weighted_sums,
 )
 from .literature import BoundedConfidence, MeanShift, weighted_attention
+from .lowrank import LowRank, adapters
 from .normalisation import (
     NGPT,
     AbstractNorm,
@@ -89,6 +90,7 @@ __all__ = [
     "Legendre",
     "Linear",
     "LinearDrift",
+    "LowRank",
     "MeanShift",
     "MultiHeadAttention",
     "NGPT",
@@ -113,6 +115,7 @@ __all__ = [
     "UnitNorm",
     "Unnormalised",
     "Whole",
+    "adapters",
     "alibi_slopes",
     "divergence",
     "redrawn",
@@ -120,3 +123,7 @@ __all__ = [
     "weighted_attention",
     "weighted_sums",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

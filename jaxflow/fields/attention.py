@@ -56,8 +56,8 @@ class SelfAttention(AbstractDivergenceField, AbstractCausalField):
     - `beta`: the inverse temperature, a scalar; a change does not recompile.
     - `interaction`: `Softmax()`, `Unnormalised()`, `Linear()`, `Hardmax()`, `Sinkhorn(...)`,
       `L2()`, `Sigmoid(bias)`, `ALiBi(slope)`, or one of your own, a
-      [`jaxflow.fields.AbstractInteraction`][].
-    - `causal`, `window`, `mask`, `backend`: as in [`jaxflow.softmax_expectation`][]. They compare
+      `jaxflow.fields.AbstractInteraction`.
+    - `causal`, `window`, `mask`, `backend`: as in `jaxflow.softmax_expectation`. They compare
       the index of a query with the index of a token; `mask=jaxflow.masks.TopK(k)` instead is top-k
       attention, softmax over the k largest scores of a query.
     - `geometry`: where the tokens live, and what P_x is.
@@ -203,8 +203,8 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
       i base^{-2k/p}, k < p/2, in the planes (k, k + p/2). A tuple of p/2 numbers has the rates
       themselves in place of base^{-2k/p}.
     - `interaction`, `causal`, `window`, `mask`, `geometry`, `backend`: as in
-      [`jaxflow.SelfAttention`][]. Vectors `(H,)` inside an interaction, such as the slopes of
-      [`jaxflow.ALiBi`][], have one number a head.
+      `jaxflow.SelfAttention`. Vectors `(H,)` inside an interaction, such as the slopes of
+      `jaxflow.ALiBi`, have one number a head.
     - `key`: PRNG key of the parameters: Q, K, V ~ N(0, 1/d), O ~ N(0, 1/d).
 
     The parameters are `query`, shape `(H, p, d)`, `key` and `value`, shape `(G, p, d)`, `output`,

@@ -61,6 +61,14 @@ def token_velocities(field: AbstractField, t: ScalarLike, mu: Measure) -> Float[
     """X_t[mu](x_i) at the tokens x_i of mu: where the equation of the flow closes on itself.
 
     **Raises:** `ValueError` where the field gives velocities of another shape.
+
+    ```python
+    >>> mu = jaxflow.measure.circle(3)  # at rest: no token is nearer to another
+    >>> v = jaxflow.fields.token_velocities(jaxflow.SelfAttention(beta=2.0), 0.0, mu)
+    >>> bool(jnp.abs(v).max() < 1e-6)
+    True
+
+    ```
     """
     velocity = field(t, mu.points, mu)
     if velocity.shape != mu.points.shape:
@@ -132,7 +140,7 @@ class AbstractCausalField(AbstractField):
 
 def can_be_continued(field: AbstractField) -> bool:
     """Whether a causal flow of the field can be continued token by token: whether it, and every
-    field inside it, is an [`jaxflow.fields.AbstractCausalField`][]."""
+    field inside it, is an `jaxflow.fields.AbstractCausalField`."""
     if isinstance(field, AbstractCompositeField):
         return all(can_be_continued(inner) for inner in field.inside(0.0))
     return isinstance(field, AbstractCausalField)
@@ -201,6 +209,8 @@ class AbstractWrapper(AbstractCompositeField):
     generation of text and observables of attention then see through it:
 
     ```python
+    from typing import ClassVar
+
     class Clipped(jaxflow.fields.AbstractWrapper):
         field: jaxflow.AbstractField
         linear: ClassVar[bool] = False

@@ -57,10 +57,10 @@ class ALiBi(AbstractInteraction):
 
     (Press, Smith and Lewis, arXiv 2108.12409.) It is for causal fields: of the distance only j
     depends on the key. (Rotary embeddings, the other encoding of positions, are the `rotary` of
-    [`jaxflow.MultiHeadAttention`][].)
+    `jaxflow.MultiHeadAttention`.)
 
     **Arguments:** `slope`: a number, or one a head, shape `(H,)`, for
-    [`jaxflow.MultiHeadAttention`][]; [`jaxflow.fields.alibi_slopes`][] are the published ones.
+    `jaxflow.MultiHeadAttention`; `jaxflow.fields.alibi_slopes` are the published ones.
 
     **Raises:** `ValueError` or `TypeError` for what is neither; a field that is not causal refuses
     it.
@@ -107,6 +107,12 @@ def alibi_slopes(heads: int) -> Float[Array, " H"]:
     """2^{-8 h / H} for the heads h = 1, ..., H (arXiv 2108.12409, for H a power of 2).
 
     **Raises:** `ValueError` or `TypeError` for no number of heads.
+
+    ```python
+    >>> jaxflow.fields.alibi_slopes(4).tolist()
+    [0.25, 0.0625, 0.015625, 0.00390625]
+
+    ```
     """
     heads = count("heads", heads)
     return 2.0 ** (-8 * jnp.arange(1, heads + 1).astype(float) / heads)

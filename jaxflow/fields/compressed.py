@@ -28,20 +28,20 @@ class Compressed(AbstractDivergenceField):
         X_t[mu](x)  =  X_t[compress(mu)](x)    up to the tolerance
 
     Attention asks a measure for its integrals against exp(<q, .>) alone, and
-    [`jaxflow.measure.compress`][] keeps those for all |q| up to a reach. A field evaluation then
+    `jaxflow.measure.compress` keeps those for all |q| up to a reach. A field evaluation then
     costs O(n) with a number of points that depends on beta and the tolerance: on the circle 46 at
     beta = 9 and 1e-5, on S^2 some 1,800. A measure with no more tokens than points is left as it
     is.
 
     **Arguments:**
 
-    - `field`: [`jaxflow.SelfAttention`][] or [`jaxflow.MultiHeadAttention`][] without masks or
+    - `field`: `jaxflow.SelfAttention` or `jaxflow.MultiHeadAttention` without masks or
       rotary embeddings, with an interaction that is smooth in the scores (`Softmax()`,
       `Unnormalised()`, `Linear()`); sums and multiples of such, with fields that move each token on
-      its own; or a [`jaxflow.TimeDependent`][] of these.
-    - `tolerance`: of the relative error of Z and of means, as in [`jaxflow.measure.compress`][].
+      its own; or a `jaxflow.TimeDependent` of these.
+    - `tolerance`: of the relative error of Z and of means, as in `jaxflow.measure.compress`.
     - `space`: where the tokens are: a sphere in R^2 or R^3, by default the field's geometry, or a
-      [`jaxflow.measure.Box`][] in one to three dimensions.
+      `jaxflow.measure.Box` in one to three dimensions.
     - `reach`: the length of the longest query, beta |K^T Q x|. `None` takes the largest on the
       space, of the parameters at hand. A field that moves in time, is trained or traced needs a
       number that it will not exceed.

@@ -18,7 +18,7 @@ def sample(curve: AbstractCurve, ts: ArrayLike) -> PiecewiseConstant:
 
     **Arguments:** `curve`, any curve; `ts`, the increasing edges of the L layers, shape `(L + 1,)`.
 
-    **Returns:** a [`jaxflow.PiecewiseConstant`][] of L fields.
+    **Returns:** a `jaxflow.PiecewiseConstant` of L fields.
 
     **Raises:** `ValueError` for fewer than two edges, or edges that do not increase; `TypeError`
     for what is no curve, and for traced edges.

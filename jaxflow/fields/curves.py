@@ -41,7 +41,7 @@ class AbstractCurve(eqx.Module):
     @abc.abstractmethod
     def breakpoints(self) -> tuple[float, ...]:
         """The ends of the smooth pieces, in order: the times at which the parameters jump, and, as
-        [`jaxflow.fields.Kink`][], those at which their slopes alone do."""
+        `jaxflow.fields.Kink`, those at which their slopes alone do."""
 
     @abc.abstractmethod
     def at(self, t: ScalarLike) -> AbstractField:
@@ -146,7 +146,7 @@ class PiecewiseLinear(AbstractLinearCurve):
 
     **Arguments:** `fields`: L fields of one structure; `ts`: L increasing times.
 
-    **Raises:** as [`jaxflow.PiecewiseConstant`][].
+    **Raises:** as `jaxflow.PiecewiseConstant`.
     """
 
     coefficients: AbstractField
@@ -214,7 +214,7 @@ class Legendre(AbstractLinearCurve):
     **Arguments:** `fields`: fields of one structure, whose arrays are the coefficients; `t0`, `t1`:
     the interval on which the polynomials are orthogonal, t0 < t1.
 
-    **Raises:** as [`jaxflow.PiecewiseConstant`][].
+    **Raises:** as `jaxflow.PiecewiseConstant`.
     """
 
     coefficients: AbstractField

@@ -92,7 +92,7 @@ class GatedFeedForward(AbstractTokenwiseField):
 
         X(x) = P_x ( W2 (sigma(W1 x) * W3 x) ),    * entry by entry
 
-    **Arguments:** as in [`jaxflow.FeedForward`][]; W1, W3 ~ N(0, 1/d) are `weight_in` and
+    **Arguments:** as in `jaxflow.FeedForward`; W1, W3 ~ N(0, 1/d) are `weight_in` and
     `weight_gated`, W2 ~ N(0, 1/width) is `weight_out`. There are no biases.
 
     **Raises:** `ValueError` for sizes below 1, `TypeError` for what is of another kind than these.
@@ -140,7 +140,7 @@ class LinearDrift(AbstractTokenwiseField):
     `SelfAttention(interaction=Hardmax(), geometry=Euclidean()) + LinearDrift(-1.0)` has the leaders
     of arXiv 2407.01602. To hardmax attention, whose weights do not change when all tokens are
     scaled, adding it is also the change of variable z = e^{-t} x; to softmax attention it is not:
-    the rescaled tokens of arXiv 2305.05465 are [`jaxflow.Rescaled`][].
+    the rescaled tokens of arXiv 2305.05465 are `jaxflow.Rescaled`.
 
     **Arguments:** `matrix`, A: a number a (for a I) or shape `(d, d)`; `geometry`.
 

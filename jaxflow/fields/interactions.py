@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
       `None` for equal weights. `weights` are the w_j, which add up to 1, `log_probabilities` their
       logarithms.
     - `causal`, `window`, `mask`, `backend`: which keys a query sees, and who computes, as in
-      [`jaxflow.softmax_expectation`][].
+      `jaxflow.softmax_expectation`.
     - `signs`: of the weights of a compressed measure, or `None`.
 
     `attend(q, values, scale, potential=None)` is the operation on them,
@@ -47,7 +47,7 @@ class Tokens(NamedTuple):
         mean_i = sum_j p_ij v_j,    p_ij proportional to w_j exp(scale <q_i, k_j> + potential_j),
 
     and the log-partition, log sum_j w_j exp(...), where there is a potential (without one the w_j
-    are as they were given). [`jaxflow.fields.weighted_sums`][] takes any other weight.
+    are as they were given). `jaxflow.fields.weighted_sums` takes any other weight.
     """
 
     queries: Queries
@@ -133,6 +133,15 @@ def weighted_sums(
 
     **Raises:** `NotImplementedError` for masks that are no patterns of indices; `ValueError` for
     weights that have signs.
+
+    ```python
+    >>> x = jnp.eye(2)
+    >>> tokens = jaxflow.fields.Tokens(x, x, log_weights=None)
+    >>> weight = lambda q, k: jnp.square(q @ k)  # of one query and one key
+    >>> jaxflow.fields.weighted_sums(x, tokens, 2.0 * x, weight).tolist()  # w_j = 1/2
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    ```
     """
     positive_weights(tokens, "weighted")
     dtype = accumulation_dtype(q.dtype)
@@ -157,7 +166,7 @@ class AbstractInteraction(eqx.Module):
     """The law mu_x of attention.
 
     To write one: subclass, and give it `expectation` and `trace`, by `tokens.attend` where it is a
-    Gibbs law of the scores and [`jaxflow.fields.weighted_sums`][] elsewhere. Fields, flows,
+    Gibbs law of the scores and `jaxflow.fields.weighted_sums` elsewhere. Fields, flows,
     derivatives, energies and pictures of the attention matrix then serve it:
 
     ```python
@@ -286,7 +295,7 @@ class Hardmax(AbstractInteraction):
 
     Ties are averaged, with the weights of mu: scores within `tolerance` times the largest
     |score| of the query's maximum tie (default 32 machine epsilons). It is piecewise constant in
-    x, so its divergence at fixed mu is 0. Of masks it takes patterns. [`jaxflow.hardmax_flow`][]
+    x, so its divergence at fixed mu is 0. Of masks it takes patterns. `jaxflow.hardmax_flow`
     is its flow in R^d, exact between changes of leaders.
 
     **Raises:** `ValueError` or `TypeError` for a tolerance that is no number, or negative;

@@ -123,14 +123,22 @@ def weighted_attention(
         X[mu](x) = P_x ( D E_{mu_x}[y] ),    mu_x by the scores beta <x, D y>
 
     With `Unnormalised()` it is the gradient flow of E[mu] = 1/(2 beta) int int e^{beta <x, D y>},
-    [`jaxflow.observables.InteractionEnergy`][] with `key=D`, and dE/dt = E|x'|^2; with `Softmax()`
+    `jaxflow.observables.InteractionEnergy` with `key=D`, and dE/dt = E|x'|^2; with `Softmax()`
     the same in another metric. A token at an eigenvector of D alone stays where it is.
 
-    **Arguments:** `matrix`: D, shape `(d, d)`; the others as in [`jaxflow.SelfAttention`][].
+    **Arguments:** `matrix`: D, shape `(d, d)`; the others as in `jaxflow.SelfAttention`.
 
-    **Returns:** a [`jaxflow.SelfAttention`][] with `key` and `value` D.
+    **Returns:** a `jaxflow.SelfAttention` with `key` and `value` D.
 
-    **Raises:** `ValueError` where D is not symmetric, and as [`jaxflow.SelfAttention`][].
+    **Raises:** `ValueError` where D is not symmetric, and as `jaxflow.SelfAttention`.
+
+    ```python
+    >>> field = jaxflow.fields.weighted_attention(jnp.diag(jnp.array([2.0, 1.0])))
+    >>> mu = jaxflow.measure.from_angles([0.0, 0.0])  # the eigenvector of the largest eigenvalue
+    >>> jnp.abs(field(0.0, mu.points, mu)).max().tolist()
+    0.0
+
+    ```
     """
     field = SelfAttention(
         key=matrix, value=matrix, beta=beta, interaction=interaction, geometry=geometry

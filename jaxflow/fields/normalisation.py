@@ -12,7 +12,7 @@ F is a field on R^d; N is UnitNorm, LayerNorm or RMSNorm, N_# mu the law of N(y)
 directions, theta' = P_theta A / s, at a speed s of its own: Post 1, Pre |x|, Peri |x| |A|,
 nGPT |A| / alpha, sqrt-scaling sqrt(t + 1).
 
-What LayerNorm's gain and bias do to Post-LN is the geometry [`jaxflow.Ellipsoid`][].
+What LayerNorm's gain and bias do to Post-LN is the geometry `jaxflow.Ellipsoid`.
 """
 
 import abc
@@ -175,10 +175,10 @@ class AddNorm(AbstractWrapper):
 
     Euler's step of length 1 is theirs, N(x + F[mu](x)) (Vaswani et al., arXiv 1706.03762). As a
     flow x relaxes to it. Where all norms have one gain and bias, tokens lie on one ellipsoid, on
-    which [`jaxflow.PostNorm`][] moves them.
+    which `jaxflow.PostNorm` moves them.
 
     **Arguments:** `field` F, on R^d; `norm` N; `dtype`, in which F is computed, as in
-    [`jaxflow.PreNorm`][].
+    `jaxflow.PreNorm`.
 
     **Raises:** `ValueError` for a field on another geometry, `TypeError` for what is no field, norm
     or floating-point dtype.

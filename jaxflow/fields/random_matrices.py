@@ -121,7 +121,7 @@ def redrawn(
     **Arguments:** `draw`: one key -> a field, all of one structure; `ts`: the L + 1 edges of the
     layers, increasing; `key`: PRNG key, of which each layer has its own.
 
-    **Returns:** a [`jaxflow.TimeDependent`][] of a [`jaxflow.PiecewiseConstant`][].
+    **Returns:** a `jaxflow.TimeDependent` of a `jaxflow.PiecewiseConstant`.
 
     **Raises:** `ValueError` or `TypeError` for times that do not increase, fewer than two, and
     fields that differ in structure.

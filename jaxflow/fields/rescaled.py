@@ -28,7 +28,7 @@ class Rescaled(AbstractCurve):
     same points at t = 0. Softmax attention alone grows like e^{t lambda}, lambda the eigenvalues of
     V; the rescaled tokens stay bounded, and settle at the corners of a polytope or on planes.
 
-    **Arguments:** `attention`, a [`jaxflow.SelfAttention`][] on `Euclidean()` whose `query`, `key`
+    **Arguments:** `attention`, a `jaxflow.SelfAttention` on `Euclidean()` whose `query`, `key`
     and `value` are matrices or `None`.
 
     **Raises:** `ValueError` for another geometry, and for maps that are no matrices; `TypeError`

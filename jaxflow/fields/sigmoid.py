@@ -18,7 +18,7 @@ class Sigmoid(AbstractInteraction):
     **Arguments:** `bias`, a number, which may be traced.
 
     **Raises:** `ValueError` or `TypeError` for what is no finite number; in use as
-    [`jaxflow.fields.weighted_sums`][].
+    `jaxflow.fields.weighted_sums`.
 
     ```python
     >>> mu = jaxflow.measure.circle(2)  # x and -x: sigma(1) x / 2 - sigma(-1) x / 2

@@ -22,7 +22,7 @@ class TiedAttention(AbstractCausalField):
         X[mu](x) = P_x ( sum_h A_h^T E_{mu_x^h}[A_h y] )
         mu_x^h(dy) proportional to exp(beta_h <A_h x, A_h y>) mu(dy)
 
-    For one head it is [`jaxflow.SelfAttention`][] with Q = K = A and V = A^T A = Q^T K, the case in
+    For one head it is `jaxflow.SelfAttention` with Q = K = A and V = A^T A = Q^T K, the case in
     which attention ascends an interaction energy (Burger et al., arXiv 2501.03096); with A = I it
     is the model of Geshkovski et al. (arXiv 2312.10794). A token keeps one vector a head.
 
@@ -30,7 +30,7 @@ class TiedAttention(AbstractCausalField):
 
     - `dim`: d; `heads`: H; `head_dim`: p, by default d/H, for which H must divide d.
     - `beta`: inverse temperatures, a number or one a head, shape `(H,)`; they are parameters.
-    - `causal`, `geometry`, `backend`: as in [`jaxflow.SelfAttention`][].
+    - `causal`, `geometry`, `backend`: as in `jaxflow.SelfAttention`.
     - `key`: PRNG key of A_h ~ N(0, 1/d).
 
     **Raises:** `ValueError` for heads that do not divide the dimension, and numbers that are not

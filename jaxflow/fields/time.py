@@ -64,6 +64,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class TimeDependent(AbstractDivergenceField, AbstractCompositeField):
     """X_t[mu](x) = F_{theta(t)}[mu](x), theta a curve.
 

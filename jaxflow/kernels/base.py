@@ -56,6 +56,7 @@ class Problem:
     constant_scale: float | None = None  # a scale that is a Python number, of 16-bit operands
     mean_only: bool = False  # the log-partition has no cotangent
     mask: AbstractPattern | TopK | None = None  # of the keys in the band
+    partial: bool = False  # the keys are some of those that the log-partition is of
 
     @property
     def all_pairs(self) -> bool:

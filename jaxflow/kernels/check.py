@@ -35,35 +35,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._cache import cache_folder
 from . import proof
 from .base import (
     MODES,
-    Band,
-    Cotangent,
-    Forward,
-    Mode,
-    Operands,
-    Problem,
     Results,
-    Shapes,
-    Tangent,
     evaluate,
 )
-from .blocked import Blocked
+from .cases import TOLERANCE, Case, difference, line, portable
 from .proof import About, Kernel, Verdicts
 from .registry import OTHERWISE, PREFERENCE, default_platform, kernel_of, load
 
 RUNS = 3  # of a case, for what is right by luck
 THREADS = 8  # that compile the cases of a kernel
-# The largest difference over the largest entry. Float32: sums of some 1,000 terms that are rounded
-# by 6e-8 each, also where they are three products in TF32; one product in TF32 is off by 5e-4. In
-# 16 bits ten roundings: operands are exact as given; weights, their derivatives, the mean and the
-# result are rounded once each, and differences of them cancel.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 10 * 2.0**-8, "float16": 10 * 2.0**-11}
 COMMAND = (sys.executable, "-m", "jaxflow.kernels.check")
 Log = Callable[[str], Any]
 
@@ -73,50 +59,6 @@ class CheckError(RuntimeError):
 
 
 # ------------------------------------------------------------------ what is checked
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A shape of operands; `masked` keys have the log-weight -inf, and in the first system all."""
-
-    name: str
-    m: int
-    n: int
-    p: int
-    r: int
-    batch: int = 1
-    band: Band = (None, None)
-    weighted: bool = False
-    mean_only: bool = False
-
-    def problem(self, dtype: str) -> Problem:
-        constant = self.p**-0.5 if jnp.dtype(dtype).itemsize == 2 else None
-        return Problem(self.band, self.weighted, constant, self.mean_only)
-
-    def shapes(self, dtype: str) -> Shapes:
-        describe = lambda *shape: jax.ShapeDtypeStruct((self.batch, *shape), jnp.dtype(dtype))
-        return Shapes(describe(self.m, self.p), describe(self.n, self.p), describe(self.n, self.r))
-
-    def operands(self, mode: Mode, dtype: str) -> Operands:
-        """Normal ones, the same for a case, whatever runs it."""
-        rng = np.random.default_rng(self.m + self.n)
-        normal = lambda *shape: jnp.asarray(rng.standard_normal((self.batch, *shape), np.float32))
-        low = lambda *shape: normal(*shape).astype(dtype)
-        q, k, v = low(self.m, self.p), low(self.n, self.p), low(self.n, self.r)
-        b, db = jnp.zeros((2, self.batch, self.n), jnp.float32)
-        if self.weighted:
-            b = normal(self.n).at[:, ::7].set(-jnp.inf).at[0].set(-jnp.inf)
-            db = normal(self.n)
-        primal = Forward(q, k, v, b, jnp.full(self.batch, self.p**-0.5, jnp.float32))
-        if mode == "forward":
-            return primal
-        mean, lse = _right(primal, self.problem(dtype))
-        mean = mean.astype(dtype)
-        if mode == "cotangent":
-            h = jnp.zeros_like(lse) if self.mean_only else normal(self.m)
-            return Cotangent(*primal, mean, lse, low(self.m, self.r), h)
-        directions = low(self.n, self.p), low(self.n, self.r)
-        return Tangent(*primal, mean, lse, normal(self.m, self.p), *directions, db)
 
 
 # What a family refuses, another one of the backend takes: particles 3 and 16 channels in float32,
@@ -183,7 +125,7 @@ def judge(kernel: Kernel, trials: Sequence[Trial], begin: Callable[[str], Any]) 
         try:
             reason = _fault(program, expected, TOLERANCE[kernel.dtype])
         except Exception as error:
-            raise LostError(f"{case}: it did not run: {_line(error)}") from error
+            raise LostError(f"{case}: it did not run: {line(error)}") from error
         if reason is not None:
             return f"{case}: {reason}"
     return None
@@ -193,12 +135,12 @@ def _ready(kernel: Kernel, trial: Trial) -> Ready:
     (_, mode, dtype), case, backend = kernel, trial.case, load(trial.backend)
     problem, operands = case.problem(dtype), case.operands(mode, dtype)
     # Without weights their cotangent, the fourth, may be anything.
-    expected = _right(operands, problem)[: None if case.weighted else 3]
+    expected = portable(operands, problem)[: None if case.weighted else 3]
     try:
         run = jax.jit(functools.partial(evaluate, backend, problem=problem))
         program = functools.partial(run.lower(operands).compile(), operands)
     except Exception as error:
-        program = f"it did not compile: {_line(error)}"
+        program = f"it did not compile: {line(error)}"
     return Ready(case.name, program, expected)
 
 
@@ -206,37 +148,9 @@ def _fault(program: Callable[[], Results], expected: Results, tolerance: float) 
     for _ in range(RUNS):
         for f, e in zip(program(), expected, strict=False):
             f, e = np.asarray(f, np.float64), np.asarray(e, np.float64)
-            if (reason := _difference(f, e, tolerance)) is not None:
+            if (reason := difference(f, e, tolerance)) is not None:
                 return reason
     return None
-
-
-@functools.partial(jax.jit, static_argnames="problem")
-def _blocked(operands: Operands, problem: Problem) -> Results:
-    return evaluate(Blocked(), operands, problem)
-
-
-def _right(operands: Operands, problem: Problem) -> Results:
-    """By the portable backend, in float32; one program for all dtypes."""
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), operands)
-    return _blocked(wide, Problem(problem.band, problem.weighted))
-
-
-def _difference(found: np.ndarray, expected: np.ndarray, tolerance: float) -> str | None:
-    finite = np.isfinite(expected)
-    if not np.array_equal(found[~finite], expected[~finite]):
-        return "a query that sees no key must have the log-partition -inf"
-    if not np.isfinite(found[finite]).all():
-        return "it gave numbers that are not finite"
-    largest = np.abs(expected[finite]).max(initial=0) or 1.0
-    error = np.abs(found[finite] - expected[finite]).max(initial=0) / largest
-    if error > tolerance:
-        return f"it is off by {error:.1e} of the largest entry, over {tolerance:.0e}"
-    return None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # ------------------------------------------------------------------ the child

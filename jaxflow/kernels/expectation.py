@@ -76,9 +76,9 @@ def softmax_expectation(
       `jaxflow.masks.Blocks(64)`. Indices of queries and keys are counted from the first.
     - `backend`: a name in `jaxflow.kernels.BACKENDS`, or `None` for the best on the platform that
       the program is compiled for, of those that are proved on its device (see
-      [`jaxflow.kernels.select_backend`][]). "pruned:1e-4" asks only for the pairs that matter, to
+      `jaxflow.kernels.select_backend`). "pruned:1e-4" asks only for the pairs that matter, to
       that tolerance of means (relative to the largest value) and log-partitions, and pays where
-      tokens have clustered ([`jaxflow.kernels.pruning`][] counts the pairs); it is never chosen
+      tokens have clustered (`jaxflow.kernels.pruning` counts the pairs); it is never chosen
       unasked. "ring:tokens" is for tokens that are divided among devices along the axis "tokens" of
       a mesh: keys and values travel from device to device, and none holds all of them ("ring" where
       the mesh has one axis; "ring:tokens:pallas_gpu" names what runs on each device). Second and
@@ -150,9 +150,11 @@ def select_backend(
     can, "blocked" for all else, and a warning says so once. A kernel that failed the check never
     runs, also by name; one that was not checked runs by name. The environment variable
     JAXFLOW_KERNELS=all (default: proved) takes all kernels, proved or not: also for programs that
-    are lowered for a device that is not at hand.
+    are lowered for a device that is not at hand. Elsewhere, as on a CPU, "reference" runs where the
+    pairs of queries and keys are few, 96 x 96 of a system and 2^20 of a batch, and "blocked" else:
+    `jaxflow.kernels.explain_backend` says which, and why.
 
-    **Arguments:** as [`jaxflow.softmax_expectation`][] (only shapes and dtypes matter; leading
+    **Arguments:** as `jaxflow.softmax_expectation` (only shapes and dtypes matter; leading
     axes are a batch), and
 
     - `platform`: "cpu", "cuda" (or "gpu"), "rocm" or "tpu"; JAX's default platform if `None`.
@@ -172,6 +174,7 @@ def select_backend(
 
     x = jnp.zeros((512, 3))
     assert jf.select_backend(x, x, x, platform="cpu") == "blocked"
+    assert jf.select_backend(x[:64], x[:64], x[:64], platform="cpu") == "reference"
     ```
     """
     shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
@@ -194,7 +197,14 @@ def describe_backend(
 ) -> str:
     """The backend that runs, and in brackets its kernels: "pallas_gpu (particles)".
 
-    Arguments and errors are those of [`jaxflow.kernels.select_backend`][].
+    Arguments and errors are those of `jaxflow.kernels.select_backend`.
+
+    ```python
+    >>> x = jnp.zeros((64, 3))
+    >>> jaxflow.kernels.describe_backend(x, x, x, platform="cpu")
+    'blocked (blocks of rows in XLA)'
+
+    ```
     """
     shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
     name = _select(shapes, problem, backend, platform, mode)
@@ -217,7 +227,14 @@ def explain_backend(
     """The backends that are tried in turn where none is asked for, up to the one that runs, each
     with its kernel and a `verdict`: why it runs, or why not.
 
-    Arguments and errors are those of [`jaxflow.kernels.select_backend`][].
+    Arguments and errors are those of `jaxflow.kernels.select_backend`.
+
+    ```python
+    >>> x = jnp.zeros((64, 3))
+    >>> [c.name for c in jaxflow.kernels.explain_backend(x, x, x, platform="cpu")]
+    ['blocked']
+
+    ```
     """
     shapes, problem = _described(q, k, v, log_weights, scale, causal, window, mask)
     return list(candidates(_mode(mode), _platform(platform), shapes, problem))

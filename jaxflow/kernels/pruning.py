@@ -48,17 +48,17 @@ def pruning(
     Where most pairs would have to be asked, or all are few, it hands over to "blocked".
 
     **Arguments:** `q`, `k`, `v`, `log_weights` and `scale` as for
-    [`jaxflow.softmax_expectation`][], and
+    `jaxflow.softmax_expectation`, and
 
     - `tolerance`: a number below 1. The least is 1e-6 where sums are kept in float32 and 1e-13 in
       float64; `None` is 1e-6 and 1e-10. As a backend it is written "pruned:1e-4", or "pruned" for
       the default.
 
-    **Returns:** a [`jaxflow.kernels.Pruning`][]: the numbers of pairs asked, replaced and skipped,
+    **Returns:** a `jaxflow.kernels.Pruning`: the numbers of pairs asked, replaced and skipped,
     whether it hands over, and the promised bound tolerance R of the error of the mean, which is 0
     where it hands over.
 
-    **Raises:** the errors of [`jaxflow.softmax_expectation`][] with the backend "pruned";
+    **Raises:** the errors of `jaxflow.softmax_expectation` with the backend "pruned";
     `TypeError` for traced operands, for pairs are counted outside of `jax.jit`.
 
     **Example:**

@@ -1,17 +1,19 @@
 """Which backends there are, and which of them runs.
 
-A new backend is a file with a subclass of `AbstractBackend`, and an entry here.
+A new backend of this package is a file with a subclass of `AbstractBackend`, and an entry here;
+one of a user goes through `register_backend`. `REGISTRY` is the one list of names.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .._rules import flag
 from . import proof
 from .base import (
     MODES,
@@ -28,8 +30,9 @@ from .base import (
 )
 from .blocked import Blocked
 from .pruned import Pruned
-from .reference import Reference
+from .reference import Reference, too_many
 from .ring import Ring
+from .unbatched import Unbatched
 
 
 def _pallas_gpu(interpret: bool = False) -> AbstractBackend:
@@ -59,7 +62,6 @@ class Entry(NamedTuple):
     masks: bool = False
 
 
-BACKENDS = ("reference", "blocked", "pallas_gpu", "pallas_tpu", "cudnn", "pruned", "ring")
 REGISTRY = {
     "reference": Entry(Reference, masks=True),
     "blocked": Entry(Blocked, masks=True),
@@ -68,13 +70,87 @@ REGISTRY = {
     "cudnn": Entry(_cudnn, "cuda"),
     "pruned": Entry(Pruned),
     "ring": Entry(Ring),
-    # In Pallas's interpreter, for tests.
-    "pallas_gpu:interpret": Entry(partial(_pallas_gpu, interpret=True)),
-    "pallas_tpu:interpret": Entry(partial(_pallas_tpu, interpret=True)),
 }
+BACKENDS = REGISTRY.keys()  # as they are at any time: what users register joins them
+# In Pallas's interpreter, for tests: the name with ":interpret" behind it.
+INTERPRETED = {"pallas_gpu": _pallas_gpu, "pallas_tpu": _pallas_tpu}
 # The order in which a platform tries them; the last one refuses nothing and wants no proof.
 PREFERENCE = {"cuda": ("cudnn", "pallas_gpu", "blocked"), "tpu": ("pallas_tpu", "blocked")}
-OTHERWISE = ("blocked",)
+OTHERWISE = ("reference", "blocked")
+
+
+def register_backend(
+    name: str, backend: AbstractBackend | Callable[..., Any], *, masks: bool = False
+) -> None:
+    """Makes a backend of your own usable as `backend=name` wherever a backend is named.
+
+        fn(q, k, v, log_weights, scale) -> (mean, log_partition)
+        s_ij = scale <q_i, k_j> + log_weights_j
+        log_partition_i = logsumexp_j s_ij,    mean_i = sum_j exp(s_ij - log_partition_i) v_j
+
+    The shortest backend is a function of one system: it is mapped over batches and heads, its
+    derivatives in both modes are JAX's own, or those that its `jax.custom_jvp` gives; with a
+    `jax.custom_vjp` it has those of reverse mode alone. It is given float32 or float64, also for
+    operands of 16 bits, and no query that sees no key. A subclass of
+    `jaxflow.kernels.AbstractBackend` instead computes the three functions of `jaxflow.kernels.base`
+    for a whole batch, in the operands' own dtype, and says what it refuses; only such a one can be
+    what the ring goes around. Second derivatives are the portable backend's for all backends, and
+    no backend of yours is chosen unasked. `jaxflow.kernels.check_backend` compares it with the
+    definition.
+
+    **Arguments:**
+
+    - `name`: a word that no backend has, without a colon, which separates a name from its options.
+      It means this backend until the process ends, for compiled programs hold it.
+    - `backend`: a function of the shapes `(m, p)`, `(n, p)`, `(n, r)`, `(n,)` and `()` that returns
+      `(m, r)` and `(m,)`, or an instance of a subclass of `jaxflow.kernels.AbstractBackend`.
+    - `masks`: whether it takes `causal`, `window` and `mask`. A function then has a sixth argument,
+      `visible`, Booleans of shape `(m, n)`: the keys that each query sees.
+
+    **Raises:** `TypeError` for what is no name or no backend, `ValueError` for a name that is taken
+    or has a colon. A function whose results have other shapes raises `ValueError` where it is used.
+
+    **Example:**
+
+    ```python
+    import jax
+    import jax.numpy as jnp
+    import jaxflow as jf
+
+    def written_out(q, k, v, log_weights, scale):
+        s = scale * q @ k.T + log_weights[None, :]
+        return jax.nn.softmax(s, axis=1) @ v, jax.nn.logsumexp(s, axis=1)
+
+    jf.kernels.register_backend("written out", written_out)
+    mu = jf.Measure(jnp.eye(3))
+    mine, blocked = (
+        jf.SelfAttention(beta=4.0, backend=name)(0.0, mu.points, mu)
+        for name in ("written out", "blocked")
+    )
+    assert jnp.allclose(mine, blocked, atol=1e-6)
+    ```
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a backend must be a string, got {name!r}.")
+    if not name.strip() or ":" in name:
+        raise ValueError(
+            "the name of a backend must be a word without a colon, which separates a name from its "
+            f"options; got {name!r}."
+        )
+    if name in REGISTRY:
+        raise ValueError(
+            f"the backend {name!r} is registered already, and compiled programs hold its name: it "
+            f"means one backend until the process ends. Take another name than "
+            f"{', '.join(BACKENDS)}."
+        )
+    takes_masks = flag("masks", masks)
+    if isinstance(backend, type) or not (isinstance(backend, AbstractBackend) or callable(backend)):
+        raise TypeError(
+            "backend must be a function of one system or an instance of a subclass of "
+            f"jaxflow.kernels.AbstractBackend, got {backend!r}."
+        )
+    made = backend if isinstance(backend, AbstractBackend) else Unbatched(backend, takes_masks)
+    REGISTRY[name] = Entry(lambda: made, masks=takes_masks)
 
 
 def load(name: str, platform: str = "cpu") -> AbstractBackend:
@@ -97,19 +173,20 @@ def entry(name: str) -> Entry:
         return Entry(partial(Pruned, tolerance_of(rest)))
     if kind == "ring" and colon:
         return Entry(partial(Ring, ring_of(name)[0]))
+    if kind in INTERPRETED and rest == "interpret":
+        return Entry(partial(INTERPRETED[kind], interpret=True))
     return REGISTRY[name]
 
 
 def ring_of(name: str) -> tuple[str | None, str | None]:
     """The axis of a ring, and the backend that it goes around; None for what is not said.
 
-    **Raises:** as [`entry`][jaxflow.kernels.registry.entry].
+    **Raises:** as `jaxflow.kernels.registry.entry`.
     """
     _, _, rest = name.partition(":")
     axis, _, around = rest.partition(":")
     if around:
-        entry(around)
-        if around.partition(":")[0] in ("reference", "ring"):
+        if isinstance(entry(around).load(), Reference | Ring | Unbatched):
             raise ValueError(
                 f"the ring goes around a backend whose derivatives take the log-partition of all "
                 f"keys, which {around!r} finds anew; got {name!r}. Leave it out to take the best "
@@ -135,20 +212,31 @@ def tolerance_of(given) -> float:
     return number
 
 
-def check_named(name, shapes: Shapes, problem: Problem):
-    """Whether a backend asked for by name can run these operands on its platform.
+def check_known(name):
+    """Whether a name is that of a backend.
 
-    **Raises:** `TypeError` for what is no name, `ValueError` for an unknown one,
-    `NotImplementedError` with the reason where the backend cannot.
+    **Raises:** `TypeError` for what is no name, `ValueError` for an unknown one.
     """
     known = f"one of {', '.join(BACKENDS)} or None"
-    remedy = "Leave it None to take the best for the platform."
+    remedy = (
+        "Leave it None to take the best for the platform, or register your own by "
+        "jaxflow.kernels.register_backend."
+    )
     if not isinstance(name, str):
         raise TypeError(f"backend must be the name of {known}, got {name!r}. {remedy}")
     try:
         entry(name)
     except KeyError:
         raise ValueError(f"backend must be {known}, got {name!r}. {remedy}") from None
+
+
+def check_named(name, shapes: Shapes, problem: Problem):
+    """Whether a backend asked for by name can run these operands on its platform.
+
+    **Raises:** as [`check_known`][jaxflow.kernels.registry.check_known], and `NotImplementedError`
+    with the reason where the backend cannot.
+    """
+    check_known(name)
     for mode in MODES:
         if (reason := refusal(name, mode, shapes, problem)) is not None:
             raise NotImplementedError(
@@ -214,6 +302,8 @@ def candidates(mode: Mode, platform: str, shapes: Shapes, problem: Problem) -> I
     """The backends that a platform tries, up to the one that runs."""
     for name in PREFERENCE.get(platform, OTHERWISE):
         found = _candidate(name, mode, platform, shapes, problem)
+        if name == "reference" and found.refusal is None:
+            found = found._replace(refusal=too_many(shapes))
         yield found
         if found.objection is None:
             return
@@ -243,8 +333,7 @@ def choose(mode: Mode, platform: str, shapes: Shapes, problem: Problem, name: st
         return _best(mode, platform, shapes, problem)
     home = entry(name).platform
     if home not in (None, platform):
-        interpreted = f"{name}:interpret"
-        slow = f", or {interpreted!r} for a slow run" if interpreted in REGISTRY else ""
+        slow = f", or '{name}:interpret' for a slow run" if name in INTERPRETED else ""
         raise NotImplementedError(
             f"the backend {name!r} runs on {home}, and this program is compiled for {platform}. "
             f"Leave backend None to take the best for the platform{slow}."

@@ -29,3 +29,7 @@ __all__ = [
     "uniform_sphere",
     "von_mises_fisher",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -26,7 +26,7 @@ class Measure(eqx.Module):
       `(*batch, n)`. `-inf` is a token without mass (padding). `None` is the uniform weight 1/n.
 
     - `signs`: `None`, or 1 and -1, `(*batch, n)`, for weights exp(log_weights) signs that are not
-      all positive: what [`jaxflow.measure.compress`][] gives. Fields of attention take such a
+      all positive: what `jaxflow.measure.compress` gives. Fields of attention take such a
       measure, and what needs positive weights, such as a count of clusters, refuses it.
 
     Indexing, iteration and `len` run over the leading axis: `sol.measures[-1]`.
@@ -204,6 +204,11 @@ def check_measure(name: str, value: Any, *, signed: bool = False):
     """A measure, as functions of a measure ask for one; with signs only where they say so.
 
     **Raises:** `TypeError` for anything else.
+
+    ```python
+    >>> jaxflow.measure.check_measure("mu", jaxflow.measure.circle(3))  # and no more
+
+    ```
     """
     if isinstance(value, Measure) and value.signs is not None and not signed:
         raise TypeError(

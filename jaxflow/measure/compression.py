@@ -117,13 +117,13 @@ def compress(
     **Arguments:**
 
     - `mu`: points `(*batch, n, d)` of the space, in float32 or float64.
-    - `space`: `jaxflow.Sphere(radius)` with d = 2 or 3, or a [`jaxflow.measure.Box`][] around the
+    - `space`: `jaxflow.Sphere(radius)` with d = 2 or 3, or a `jaxflow.measure.Box` around the
       tokens in one to three dimensions.
     - `reach`: the longest query; for attention with inverse temperature beta, beta |K^T Q x|.
     - `tolerance`: of the relative error above, which also bounds that of means (relative to the
       largest value). Rounding comes on top: float32 allows 1e-6, float64 2e-15 at the least.
 
-    **Returns:** a signed [`jaxflow.Measure`][], whose `weights` are s_g, with points `(points, d)`
+    **Returns:** a signed `jaxflow.Measure`, whose `weights` are s_g, with points `(points, d)`
     or, for batches, `(*batch, points, d)`.
 
     **Raises:** `ValueError` or `TypeError` for spaces, reaches and tolerances that are not such,
@@ -245,7 +245,7 @@ def check_tolerance(tolerance: float) -> float:
 def grid_of(space: Space, d: int, reach: float, tolerance: float, dtype) -> Grid:
     """The grid for tokens of dimension d; the rules on what it is chosen by.
 
-    **Raises:** as [`jaxflow.measure.compress`][].
+    **Raises:** as `jaxflow.measure.compress`.
     """
     instance("space", space, (Sphere, Box), "jaxflow.Sphere()")
     reach = constant("reach, the longest query,", reach, "positive and finite", positive)

@@ -21,6 +21,7 @@ from .blocks import attention, gpt2, llama, parallel, theory
 from .config import BLOCKS, CURVES, SOLVERS, build, depth
 from .curves import fourier, hypernetwork, interpolated, layered, shared, smooth
 from .encoder import Encoder
+from .exits import AbstractExit, DistributionExit, VelocityExit
 from .image import ImageClassifier
 from .inspection import Inspection, inspect
 from .language import LanguageModel
@@ -31,14 +32,17 @@ __all__ = [
     "BLOCKS",
     "CURVES",
     "SOLVERS",
+    "AbstractExit",
     "AbstractModel",
     "Depth",
+    "DistributionExit",
     "Encoder",
     "ImageClassifier",
     "Inspection",
     "LanguageModel",
     "ResidualNetwork",
     "Solved",
+    "VelocityExit",
     "attention",
     "build",
     "depth",
@@ -55,3 +59,7 @@ __all__ = [
     "smooth",
     "theory",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,12 +16,15 @@ from .._memory import check_fits
 from .._rules import constant, count, instance, positive
 from .._solution import FlowSolution, Sides
 from .._types import ArrayLike, ScalarLike, error_where
-from ..fields import AbstractCurve, AbstractField, Legendre, TimeDependent
+from ..explicit import is_explicit
+from ..fields import AbstractCurve, AbstractField, Legendre, LowRank, TimeDependent
 from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
 from ..reversible import ReversibleAdjoint
-from ..solvers import Grid, LieTrotter, default_adjoint
+from ..solvers import Grid, LieTrotter, ScanAdjoint, default_adjoint
+
+SCANNED = 64  # steps
 
 
 class Depth(eqx.Module):
@@ -35,7 +38,7 @@ class Depth(eqx.Module):
     - `solver`: any diffrax solver. The default is Lie-Trotter splitting with Euler's method, a
       transformer's residual stream; adaptive steps need an embedded error, such as
       `diffrax.Tsit5()`.
-    - `adjoint`: any diffrax adjoint; `None` is [`jaxflow.solvers.default_adjoint`][] of the steps.
+    - `adjoint`: any diffrax adjoint; `None` is `jaxflow.solvers.default_adjoint` of the steps.
     - `max_steps`: of an adaptive solve: the budget of function evaluations is this times the
       stages of the method.
     - `grid`: the ends of the steps where they are not equal, which `jittered` draws.
@@ -85,7 +88,9 @@ class Depth(eqx.Module):
     def memory(self, mu0: Measure) -> int:
         """The bytes of the states that a gradient through the flow of mu0 keeps, and of a step."""
         steps = self.steps or self.max_steps
-        adjoint = self.adjoint or default_adjoint(steps)
+        adjoint = self._adjoint(steps, observed=False)
+        if isinstance(adjoint, ScanAdjoint):
+            adjoint = diffrax.RecursiveCheckpointAdjoint(steps)
         kept = adjoint if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint) else None
         return memory_estimate(mu0, solver=self.solver, max_steps=steps, adjoint=kept)
 
@@ -130,6 +135,13 @@ class Depth(eqx.Module):
         moved = times[1:-1] + jitter * (self.t1 / (len(times) - 1)) * moves
         return dataclasses.replace(self, grid=times.at[1:-1].set(moved))
 
+    def _adjoint(self, steps: int, *, observed: bool) -> diffrax.AbstractAdjoint:
+        if self.adjoint is not None:
+            return self.adjoint
+        few = self.steps is not None and steps <= SCANNED and is_explicit(self.solver)
+        # What is saved at each step is part of the state, which a scan would keep as often.
+        return ScanAdjoint() if few and not observed else default_adjoint(steps)
+
     def flow(
         self,
         field: AbstractField,
@@ -142,7 +154,7 @@ class Depth(eqx.Module):
 
         The solution has the measure at t1 as its `final` one; with `observe`, what is observed at
         each step.
-        `throw`: raise if it fails, as in [`jaxflow.flow`][].
+        `throw`: raise if it fails, as in `jaxflow.flow`.
         """
         if self.grid is not None:
             controller, max_steps = Grid(self.grid), len(self.grid) - 1
@@ -166,7 +178,7 @@ class Depth(eqx.Module):
             t1=self.t1,
             solver=self.solver,
             stepsize_controller=controller,
-            adjoint=_backwards(self.adjoint or default_adjoint(max_steps), controller),
+            adjoint=_backwards(self._adjoint(max_steps, observed=bool(observe)), controller),
             max_steps=max_steps,
             throw=throw,
             saveat=saveat,
@@ -215,7 +227,7 @@ class AbstractModel(eqx.Module):
 
     def with_curve(self, curve: AbstractCurve):
         """The same model with its parameters along another curve of its blocks, such as layers that
-        [`jaxflow.fields.time.sample`][] takes from its own."""
+        `jaxflow.fields.time.sample` takes from its own."""
         return eqx.tree_at(lambda model: model.field, self, TimeDependent(curve))
 
     def smoothed(self, coefficients: int):
@@ -230,22 +242,47 @@ class AbstractModel(eqx.Module):
         **Raises:** `ValueError` or `TypeError` for more coefficients than steps, for adaptive
         steps, and for a model whose parameters are no curve in time.
         """
-        instance("the field of the model", self.field, TimeDependent, "one of a LanguageModel")
-        times, t1 = self.depth.times[:-1], self.depth.t1
+        curve, times, t1 = self._curve, self.depth.times[:-1], self.depth.t1
         if count("coefficients", coefficients) > len(times):
             raise ValueError(
                 f"{len(times)} steps determine as many coefficients, got {coefficients}."
             )
-        curve = cast(TimeDependent, self.field).curve
         like = Legendre([curve.at(0.0)] * coefficients, 0.0, t1)
         return self.with_curve(fit(curve, like, t1=t1, at=times))
+
+    def adapted(self, rank: int, *, key: PRNGKeyArray):
+        """The same model with a low-rank change of each matrix of its curve, nothing at the start,
+        to be trained alone:
+
+        `fit(model, data, steps=500, trainable=jaxflow.fields.adapters(model))`
+
+        **Arguments:** `rank` and `key`, as of `jaxflow.fields.LowRank`.
+
+        **Raises:** as that, and `TypeError` for a model whose parameters are no curve in time.
+        """
+        return self.with_curve(LowRank(self._curve, rank, key=key))
+
+    def merged(self):
+        """The same model with its low-rank changes added to what they change: the curve that it
+        had before it was adapted, with other numbers, and the same outputs to rounding.
+
+        **Raises:** `TypeError` for a model that is not adapted.
+        """
+        example = "that of model.adapted(rank, key=...)"
+        adapted = instance("the curve to merge", self._curve, LowRank, example)
+        return self.with_curve(adapted.merged())
+
+    @property
+    def _curve(self) -> AbstractCurve:
+        instance("the field of the model", self.field, TimeDependent, "one of a LanguageModel")
+        return cast(TimeDependent, self.field).curve
 
     def solve(self, inputs: ArrayLike, observe: Observables | None = None) -> FlowSolution:
         """The flow of the embedded inputs; its `final` measure is what `read_out` takes.
 
         `observe` is evaluated at each step, and on both sides of it where parameters of the field
-        jump: `observed` then holds [`jaxflow.flow.Sides`][]. Look at `ok`: a solve that fails
-        raises nothing.
+        jump: `observed` then holds two arrays, `before` and `after`. Look at `ok`: a solve that
+        fails raises nothing.
         """
         watched = dict(instance("observe", observe or {}, Mapping, "{name: fn}"))
         if jumps(self.field):

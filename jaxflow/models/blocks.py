@@ -64,7 +64,7 @@ def gpt2(
 ) -> BlockOf:
     """The block of GPT-2: attention, then a feed-forward layer, each of normalised tokens.
 
-    **Arguments:** `dim`, `heads`, `layers`; the others as in [`jaxflow.models.LanguageModel`][], a
+    **Arguments:** `dim`, `heads`, `layers`; the others as in `jaxflow.models.LanguageModel`, a
     `width` of 0 for no feed-forward layer; `causal`, whether a token sees those before it alone.
 
     **Returns:** a function of a PRNG key.
@@ -117,7 +117,7 @@ def llama(
     the largest divisor of the heads that is at most their half; `width` of the gated layer, by
     default 8 d / 3 rounded up to a multiple of 8, which has the parameters of an ungated one of
     width 4 d; `base` of the rotary positions; `dtype`, `backend` as in
-    [`jaxflow.models.LanguageModel`][].
+    `jaxflow.models.LanguageModel`.
 
     **Returns:** a function of a PRNG key.
 
@@ -161,7 +161,7 @@ def parallel(
 
     A splitting method steps with it as a whole.
 
-    **Arguments:** `dim`, `heads`, `layers`; the others as in [`jaxflow.models.LanguageModel`][].
+    **Arguments:** `dim`, `heads`, `layers`; the others as in `jaxflow.models.LanguageModel`.
 
     **Returns:** a function of a PRNG key.
 
@@ -203,7 +203,7 @@ def attention(
     `FlowLoss(cross_entropy, {"kinetic": (weight, jaxflow.observables.KineticEnergy)})`.
 
     **Arguments:** `dim`, `heads`, `layers`; `norm`, of the tokens that attention sees, or `None`
-    for none; `bias`, `backend` as in [`jaxflow.models.LanguageModel`][]; `causal`, whether a token
+    for none; `bias`, `backend` as in `jaxflow.models.LanguageModel`; `causal`, whether a token
     sees those before it alone.
 
     **Returns:** a function of a PRNG key.
@@ -233,12 +233,12 @@ def theory(
 
         X[mu](x) = P_x ( sum_h A_h^T E_{mu_x^h}[A_h y] )
 
-    It is [`jaxflow.fields.TiedAttention`][]. Matrices have the scale N(0, 1/d) that moves tokens by
+    It is `jaxflow.fields.TiedAttention`. Matrices have the scale N(0, 1/d) that moves tokens by
     about 1 in a unit of time, whatever the number of blocks.
 
     **Arguments:** `dim`, `heads`, `layers`; `beta`, where the inverse temperatures start, in units
     of d/p: the scores of two equal tokens are about `beta`; `backend` as in
-    [`jaxflow.models.LanguageModel`][].
+    `jaxflow.models.LanguageModel`.
 
     **Returns:** a function of a PRNG key.
 

@@ -69,7 +69,7 @@ def depth(
     tolerance: float | None = None,
     solver: str = "lie-trotter",
 ) -> Depth:
-    """A [`jaxflow.models.Depth`][] whose solver is named."""
+    """A `jaxflow.models.Depth` whose solver is named."""
     return Depth(t1=t1, steps=steps, tolerance=tolerance, solver=_named("solver", solver, SOLVERS))
 
 
@@ -79,7 +79,7 @@ def build(config: Mapping[str, Any]) -> AbstractModel:
     **Arguments:**
 
     - `config`: `{"model": "LanguageModel", "seed": 0, "depth": {...}, ...}`: the name of a class,
-      the seed of its PRNG key, the arguments of [`jaxflow.models.depth`][], and those of the class
+      the seed of its PRNG key, the arguments of `jaxflow.models.depth`, and those of the class
       with names from `CURVES`, `NORMS` and `ACTIVATIONS` where it takes a function. A `block` is a
       name from `BLOCKS`, or `{"name": "llama", "kv_heads": 2, ...}` with arguments of it; `dim`,
       `heads` and `layers` are those of the model.

@@ -17,7 +17,7 @@ class Encoder(AbstractModel):
 
         x_i(0) = W N(E[token_i] + position_i + type_0) + b,   hidden_i = x_i(T)
 
-    [`jaxflow.models.from_pretrained`][] makes one.
+    `jaxflow.models.from_pretrained` makes one.
 
     **Arguments:**
 

@@ -7,7 +7,7 @@ each stage are kept, and a new token is integrated alone.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,6 +22,8 @@ from ..fields.base import can_be_continued
 from ..fields.time import jumps
 from ..measure import Measure
 from ..solvers import along, step_times
+from .exits import AbstractExit, Exited, evaluations, over_steps
+from .exits import step as frozen_step
 
 
 class Chooser(eqx.Module):
@@ -216,3 +218,87 @@ def _flow_of_token(model, x: Float[Array, "1 d"], caches, index) -> tuple[Array,
         return explicit_step(solver, field, t0, t1, y, evaluate), tuple(kept)
 
     return _over_steps(model, step, x, caches)
+
+
+# ------------------------------------------------------------------ with early exits
+
+
+class Early(NamedTuple):
+    """Texts whose tokens exited early.
+
+    - `tokens`: each prompt and what was added, integers `(*b, n + length)`.
+    - `evaluations`: of the field for each token that was added, integers `(*b, length)`: those of
+      the token before it, whose flow it is read from.
+    - `made`: the evaluations that were made for each, of all prompts together, integers
+      `(length,)`: those of the token of the batch that exits last, and for the first of the token
+      of the prompts that does.
+    """
+
+    tokens: Int[Array, "*b n_and_length"]
+    evaluations: Int[Array, "*b length"]
+    made: Int[Array, " length"]
+
+
+@partial(eqx.filter_jit, donate="none")
+def exiting(model, tokens: Int[Array, "*b n"], length: int, choose: Chooser, keys, exit) -> Early:
+    """Each token by its own flow up to its exit, past the keys and values that the others left."""
+    if tokens.ndim == 1:
+        found = _exiting(model, tokens[None], length, choose, keys[None], exit)
+        return Early(found.tokens[0], found.evaluations[0], found.made)
+    return _exiting(model, tokens, length, choose, keys, exit)
+
+
+def _exiting(model, tokens: Int[Array, "b n"], length: int, choose: Chooser, keys, exit) -> Early:
+    n = tokens.shape[1]
+    flowed = _exits_of_prompts(model, model.embed(tokens).points, n + length, exit)
+
+    def drawn(flowed, keys):
+        last = flowed.points[:, -1:]
+        chosen = jax.vmap(lambda x, key: choose(_logits(model, x), key))(last, keys)
+        counted = flowed.steps[:, -1], flowed.made
+        return chosen.astype(tokens.dtype), jax.tree.map(partial(evaluations, model), counted)
+
+    first, spent = drawn(flowed, keys[:, 0])
+
+    def step(carry, inputs):
+        token, caches = carry
+        index, keys = inputs
+        flowed = _exits_of_tokens(model, model.embed_at(token[:, None], index), caches, index, exit)
+        token, spent = drawn(flowed, keys)
+        return (token, flowed.kept), (token, spent)
+
+    inputs = n + jnp.arange(length - 1), jnp.moveaxis(keys[:, 1:], 1, 0)
+    _, (rest, spent_later) = jax.lax.scan(step, (first, flowed.kept), inputs)
+    stacked = lambda a, later: jnp.moveaxis(jnp.concatenate([a[None], later]), 0, -1)
+    text = jnp.concatenate([tokens, stacked(first, rest)], axis=1)
+    return Early(text, *jax.tree.map(stacked, spent, spent_later))
+
+
+def _exits_of_prompts(model, x: Float[Array, "b n d"], room: int, exit: AbstractExit) -> Exited:
+    pad = lambda a: jnp.pad(a, [(0, room - len(a))] + [(0, 0)] * (a.ndim - 1))
+
+    def one(moves, t0, t1, y, done, _):
+        kept = []
+
+        def velocity(part, t, z):
+            kept.append(jax.tree.map(pad, part.keys_values(t, z)))
+            return part(t, z, Measure(z)) if moves else jnp.zeros_like(z)
+
+        return frozen_step(model, t0, t1, y, done, velocity), tuple(kept)
+
+    return over_steps(model, exit, x, one, None)
+
+
+def _exits_of_tokens(model, x: Float[Array, "b 1 d"], caches, index, exit) -> Exited:
+    put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, index, axis=0)
+
+    def one(moves, t0, t1, y, done, cache):
+        kept, stages = [], iter(cache)
+
+        def velocity(part, t, z):
+            kept.append(jax.tree.map(put, next(stages), part.keys_values(t, z, index)))
+            return part.attend(t, z, kept[-1], index) if moves else jnp.zeros_like(z)
+
+        return frozen_step(model, t0, t1, y, done, velocity), tuple(kept)
+
+    return over_steps(model, exit, x, one, caches)

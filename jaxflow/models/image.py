@@ -26,7 +26,7 @@ class ImageClassifier(AbstractModel):
     - `shape`: (height, width, channels) of the images; `classes`; `patch`: the side of a patch, a
       divisor of height and width.
     - `dim`, `heads`, `layers`, `width`, `activation`, `curve`, `depth`, `placement`, `norm`,
-      `dtype`, `backend`, `key`: as in [`jaxflow.models.LanguageModel`][].
+      `dtype`, `backend`, `key`: as in `jaxflow.models.LanguageModel`.
     - `class_token`: read out from a token of its own instead of from the mean of the patches.
 
     Called with images `(*batch, height, width, channels)`, in floating point and scaled as for

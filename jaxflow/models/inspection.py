@@ -32,7 +32,7 @@ BETAS = np.geomspace(0.05, 200, 60)  # of the curve of the theory
 
 
 class Inspection(NamedTuple):
-    """What [`jaxflow.models.inspect`][] finds of n tokens at K times, H heads in all at each.
+    """What `jaxflow.models.inspect` finds of n tokens at K times, H heads in all at each.
 
     - `ts`: the ends of the steps, shape `(K,)`. `points`: the tokens there, `(K, n, d)`.
     - `clusters`: how many there are at the thresholds of `THRESHOLDS`, `(K, 3)`.
@@ -64,7 +64,7 @@ def inspect(model: AbstractModel, tokens: ArrayLike) -> Inspection:
     """Follows a text through a model.
 
     **Arguments:** `model`, with softmax attention in its field, of a text: a
-    [`jaxflow.models.LanguageModel`][] or a [`jaxflow.models.Encoder`][]; `tokens`, integers `(n,)`,
+    `jaxflow.models.LanguageModel` or a `jaxflow.models.Encoder`; `tokens`, integers `(n,)`,
     at least two.
 
     **Raises:** `ValueError` or `TypeError` for a model or tokens of another kind.

@@ -19,6 +19,7 @@ from .base import AbstractModel, Depth, depth_or_steps
 from .blocks import STD, BlockOf, gpt2
 from .curves import CurveOf, field_of, layered
 from .ends import check_numbers, check_size, project
+from .exits import AbstractExit, check_exit
 
 
 class LanguageModel(AbstractModel):
@@ -34,20 +35,23 @@ class LanguageModel(AbstractModel):
     - `vocab_size`; `dim`: d; `heads`: H; `layers`: L, the number of blocks; `context`: the
       longest input.
     - `block`: a function of a PRNG key that makes one block, any causal field of tokens of
-      dimension d, such as [`jaxflow.models.llama`][](d, H, L). The default is
-      [`jaxflow.models.gpt2`][] with `heads`, `width`, `activation`, `placement`, `norm`, `rotary`,
+      dimension d, such as `jaxflow.models.llama`(d, H, L). The default is
+      `jaxflow.models.gpt2` with `heads`, `width`, `activation`, `placement`, `norm`, `rotary`,
       `bias`, `dtype` and `backend`.
     - `width`: of the feed-forward layers, default 4 d, 0 for none; `activation`: theirs.
-    - `curve`: makes the parameters' curve from L blocks and t1; see [`jaxflow.models.layered`][].
+    - `curve`: makes the parameters' curve from L blocks and t1; see `jaxflow.models.layered`.
     - `depth`: default L steps of length 1.
     - `placement`: "pre", "peri" or "post", where tokens are normalised
       (jaxflow/fields/normalisation.py); `norm`: `LayerNorm` or `RMSNorm`.
     - `rotary`: rotary embeddings of positions instead of learned ones. Of another `block`: whether
       no positions are learned; `None` is yes where it has rotary attention.
     - `bias`: whether attention has biases.
+    - `normalised`: start at x_i(0) = N_0(E[token_i] + position_i), as BERT does, with another norm
+      of `norm`. Without, tokens start at a size of 0.02, where the norms in the blocks turn fast:
+      the first layers of a transformer step over that, and adaptive steps resolve it.
     - `tied`: R = E; else R has weights of its own.
     - `dtype`: of attention and feed-forward, such as bfloat16; parameters and state are float32.
-    - `backend`: of attention, as in [`jaxflow.softmax_expectation`][].
+    - `backend`: of attention, as in `jaxflow.softmax_expectation`.
     - `key`: PRNG key. Weights are N(0, 0.02^2), those that end a block over sqrt(2 L) (GPT-2).
 
     Called with tokens `(*batch, n)`, integers below `vocab_size`, it returns logits
@@ -71,6 +75,7 @@ class LanguageModel(AbstractModel):
     embedding: Float[Array, "vocabulary d"]
     positions: Float[Array, "context d"] | None
     field: AbstractField
+    entry: AbstractNorm | None
     norm: AbstractNorm
     output: Float[Array, "vocabulary d"] | None
     depth: Depth
@@ -94,6 +99,7 @@ class LanguageModel(AbstractModel):
         norm: Callable[[int], AbstractNorm] = LayerNorm,
         rotary: bool | None = None,
         bias: bool = False,
+        normalised: bool = False,
         tied: bool = True,
         dtype: Any = None,
         backend: str | None = None,
@@ -121,6 +127,7 @@ class LanguageModel(AbstractModel):
         self.embedding = STD * jax.random.normal(keys[1], (vocab_size, dim))
         self.positions = None if rotary else STD * jax.random.normal(keys[2], (context, dim))
         self.norm = function("norm", norm)(dim)
+        self.entry = norm(dim) if flag("normalised", normalised) else None
         self.output = None if tied else STD * jax.random.normal(keys[3], (vocab_size, dim))
         self.context = context
         self.dtype = dtype
@@ -144,7 +151,7 @@ class LanguageModel(AbstractModel):
         if self.positions is not None:
             here = jax.lax.dynamic_slice_in_dim(self.positions, start, n)
             x = x + jnp.broadcast_to(here.astype(x.dtype), x.shape)
-        return self.field.geometry.retract(x)
+        return self.field.geometry.retract(x if self.entry is None else self.entry(x))
 
     def read_out(self, mu: Measure) -> Float[Array, "*batch n vocabulary"]:
         return project(self.hidden(mu), self.unembedding, self.dtype)
@@ -167,6 +174,7 @@ class LanguageModel(AbstractModel):
         top_k: int | None = None,
         top_p: float | None = None,
         cache: bool = True,
+        exit: AbstractExit | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Int[Array, "*b n_and_length"]:
         """The prompt, or each of a batch of them, continued by `length` tokens.
@@ -181,14 +189,22 @@ class LanguageModel(AbstractModel):
           probabilities add up to p (Holtzman et al., arXiv 1904.09751).
         - `cache`: keep keys and values of each stage of the solver, so that a token costs one
           column of attention instead of the whole flow; for explicit methods with fixed steps, and
-          fields that are [`jaxflow.fields.AbstractCausalField`][] throughout.
+          fields that are `jaxflow.fields.AbstractCausalField` throughout.
           While the text fits in the context the result is the same without. Beyond, the model
           sees the last `context` tokens, and each is computed anew.
+        - `exit`: let each token exit where its flow hardly changes any more, such as
+          `jaxflow.models.DistributionExit`(0.01); `generate_early` says what it cost.
         - `key`: PRNG key, unless the temperature is 0.
 
         **Raises:** `ValueError` or `TypeError` for bad arguments, tokens outside the vocabulary
         among them; `MemoryError` where the tokens do not fit.
         """
+        if exit is not None:
+            if not flag("cache", cache):
+                raise ValueError("a token that exits leaves its keys and values: take cache=True.")
+            return self.generate_early(
+                prompt, length, exit, temperature=temperature, top_k=top_k, top_p=top_p, key=key
+            ).tokens
         prompt = array("the prompt", prompt)
         generation.check(prompt, len(self.embedding), length, temperature, top_k, top_p, key)
         choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
@@ -202,6 +218,45 @@ class LanguageModel(AbstractModel):
         if length > keep:
             tokens = generation.plainly(self, tokens, length - keep, choose, of(keep, length))
         return tokens
+
+    def generate_early(
+        self,
+        prompt: ArrayLike,
+        length: int,
+        exit: AbstractExit,
+        *,
+        temperature: ScalarLike = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> generation.Early:
+        """The prompt continued as by `generate`, by tokens of which each exits early.
+
+        The flow of a token ends with the first step that changes less than the tolerance, and it is
+        read out there. Those of the prompt exit as well, so that a text goes on from any part of it
+        as from its beginning. Of a batch the steps go on until all tokens have exited; those that
+        follow are not made, but for the keys and values that later tokens need.
+
+        **Arguments:** `exit`: when, such as `jaxflow.models.DistributionExit`(0.01), or
+        `jaxflow.models.VelocityExit`; the others as of `generate`.
+
+        **Returns:** `tokens` `(*b, n + length)`, the `evaluations` `(*b, length)` of the field that
+        each added token took, and `made` `(length,)`, those of the whole batch.
+
+        **Raises:** as `generate`; `ValueError` for a text longer than the context, a length of 0,
+        and a model that keeps no keys and values.
+        """
+        prompt = array("the prompt", prompt)
+        generation.check(prompt, len(self.embedding), length, temperature, top_k, top_p, key)
+        check_exit(exit, generation.can_be_cached(self))
+        if count("length, the number of tokens to add,", length) > self.context - prompt.shape[-1]:
+            raise ValueError(
+                f"tokens that exit early are of texts within the context of {self.context}; got "
+                f"{prompt.shape[-1]} and {length} to add. Take exit=None, or a shorter prompt."
+            )
+        choose = generation.Chooser(jnp.asarray(temperature, float), top_k, top_p)
+        keys = generation.split(key, prompt.shape[:-1], length)
+        return generation.exiting(self, prompt.astype(jnp.int32), length, choose, keys, exit)
 
 
 # ------------------------------------------------------------------ own blocks

@@ -24,7 +24,7 @@ class ResidualNetwork(AbstractModel):
 
     **Arguments:** `inputs`, `outputs`: the numbers of features; `dim`: of the state; `layers`;
     `width`: of the hidden layer; `activation`, `curve`, `depth`, `key` as in
-    [`jaxflow.models.LanguageModel`][].
+    `jaxflow.models.LanguageModel`.
 
     Called with features `(*batch, inputs)`, or with images of that many numbers `(*batch, height,
     width, channels)`, it returns `(*batch, outputs)`.

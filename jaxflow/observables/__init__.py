@@ -68,3 +68,7 @@ __all__ = [
     "sinkhorn_divergence",
     "wasserstein",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

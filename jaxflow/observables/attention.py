@@ -137,10 +137,10 @@ def attention_rank(
     """The number of singular values above `tolerance` times the largest.
 
     In d = 1 with V > 0, QK > 0 the matrix tends to a Boolean one of rank <= 2 (arXiv 2305.05465).
-    Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 it saturates at `probes`, and is
+    Of `jaxflow.observables.attention_spectrum`: for n > 512 it saturates at `probes`, and is
     to be believed below it. It is -1 where a token with mass is not finite.
 
-    **Raises:** as [`jaxflow.observables.attention_spectrum`][], and where the tolerance is not in
+    **Raises:** as `jaxflow.observables.attention_spectrum`, and where the tolerance is not in
     [0, 1).
     """
     tolerance = _tolerance(tolerance)
@@ -159,9 +159,9 @@ def effective_rank(
     """exp(-sum_k p_k log p_k), p_k = s_k / sum_l s_l, s the singular values (Roy and Vetterli
     2007).
 
-    Of [`jaxflow.observables.attention_spectrum`][]: for n > 512 of its `probes` largest.
+    Of `jaxflow.observables.attention_spectrum`: for n > 512 of its `probes` largest.
 
-    **Raises:** as [`jaxflow.observables.attention_spectrum`][].
+    **Raises:** as `jaxflow.observables.attention_spectrum`.
     """
     values = attention_spectrum(field, mu, probes=probes, key=key)
     p = values / values.sum(axis=-1, keepdims=True)
@@ -169,10 +169,10 @@ def effective_rank(
 
 
 class AttentionRank(AbstractObservable):
-    """t, mu -> [`jaxflow.observables.attention_rank`][], nan where that is -1.
+    """t, mu -> `jaxflow.observables.attention_rank`, nan where that is -1.
 
-    **Arguments:** `field`, a [`jaxflow.SelfAttention`][]; `tolerance`, which may be traced, and
-    `probes` as in [`jaxflow.observables.attention_rank`][].
+    **Arguments:** `field`, a `jaxflow.SelfAttention`; `tolerance`, which may be traced, and
+    `probes` as in `jaxflow.observables.attention_rank`.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments.
     """
@@ -263,7 +263,7 @@ def attention_entropy(
 
 
 class AttentionEntropy(AbstractObservable):
-    """(t, mu) -> [`jaxflow.observables.attention_entropy`][] of the field at time t.
+    """(t, mu) -> `jaxflow.observables.attention_entropy` of the field at time t.
 
     **Arguments:** `field`, with softmax attention somewhere in it.
     """

@@ -82,7 +82,7 @@ def cluster_count(
     radius: ScalarLike | None = None,
     min_mass: ScalarLike = 0.0,
 ) -> Int[Array, "*batch"]:
-    """The number of clusters of [`jaxflow.observables.cluster_labels`][], shape `(*batch,)`.
+    """The number of clusters of `jaxflow.observables.cluster_labels`, shape `(*batch,)`.
 
     Of the saved measures of a flow, the number at each time; systems with many tokens are taken
     one after the other, in the memory of one. It is -1 where a token with mass is not finite, as
@@ -102,10 +102,10 @@ def cluster_count(
 
 
 class ClusterCount(AbstractObservable):
-    """t, mu -> [`jaxflow.observables.cluster_count`][], nan where that is -1.
+    """t, mu -> `jaxflow.observables.cluster_count`, nan where that is -1.
 
     **Arguments:** `threshold`, `radius` and `min_mass` as in
-    [`jaxflow.observables.cluster_labels`][]; each may be traced.
+    `jaxflow.observables.cluster_labels`; each may be traced.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments.
     """

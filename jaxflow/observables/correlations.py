@@ -60,9 +60,9 @@ def pair_correlations(
     **Arguments:**
 
     - `edges`: of the bins, ascending, shape `(bins + 1,)`.
-    - `queries`: pairs of this many tokens with all others, tokens evenly spaced in the kd-order
-      of [`jaxflow.observables.tiles`][]: an estimate with standard error at most
-      sqrt(q (1 - q) / queries) for the mass q of a bin. `None` is all tokens for
+    - `queries`: pairs of this many tokens with all others, tokens evenly spaced in the order of
+      a k-d tree: an estimate with standard error at most sqrt(q (1 - q) / queries) for the mass q
+      of a bin. `None` is all tokens for
       n <= 32,768, and 4,096 for more; pass n for the exact density of any measure.
 
     Time O(queries n (d + the edges that boxes leave open)), memory O(n d + bins); systems one
@@ -81,7 +81,7 @@ def pair_distances(
 ) -> Float[Array, "*batch bins"]:
     """The density of |x_i - x_j| over pairs i != j, each of weight w_i w_j.
 
-    As [`jaxflow.observables.pair_correlations`][], with edges in the units of the points.
+    As `jaxflow.observables.pair_correlations`, with edges in the units of the points.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
     """

@@ -71,7 +71,7 @@ def _inverse_temperature(beta: ScalarLike) -> Scalar:
 
 
 class InteractionEnergy(AbstractObservable):
-    """t, mu -> [`jaxflow.observables.interaction_energy`][].
+    """t, mu -> `jaxflow.observables.interaction_energy`.
 
     **Arguments:** `beta`, the inverse temperature, and the matrices `query` and `key`, of which
     `None` is the identity; all may be traced.

@@ -134,7 +134,7 @@ def merge_tree(
 ) -> MergeTree:
     """The mergers of clusters over the saved times of a flow: `merge_tree(sol.ts, sol.measures)`.
 
-    The clusters are those of [`jaxflow.observables.cluster_labels`][], made cumulative: what has
+    The clusters are those of `jaxflow.observables.cluster_labels`, made cumulative: what has
     merged stays merged, even where tokens part again. A merger carries the first saved time at
     which its tokens are in one cluster; clusters of the first time merge at that time. Tokens
     without mass are left out. On the host, one time after the other, O(n) memory.
@@ -144,9 +144,9 @@ def merge_tree(
     - `ts`: the times, ascending, shape `(times,)`; times that are not finite (not reached) are
       left out.
     - `measures`: points `(times, n, d)`.
-    - `threshold`, `radius`: as in [`jaxflow.observables.cluster_labels`][].
+    - `threshold`, `radius`: as in `jaxflow.observables.cluster_labels`.
 
-    **Returns:** a [`jaxflow.observables.MergeTree`][].
+    **Returns:** a `jaxflow.observables.MergeTree`.
 
     **Raises:** `ValueError` or `TypeError` for times and measures that are not those of a flow, and
     where a token with mass is not finite at a time that was reached.

@@ -45,7 +45,7 @@ def wasserstein(
     finite.
 
     **Raises:** `ValueError` for other dimensions, where
-    [`jaxflow.observables.sinkhorn_divergence`][] serves; `TypeError` for other geometries and what
+    `jaxflow.observables.sinkhorn_divergence` serves; `TypeError` for other geometries and what
     is no measure.
     """
     check_measure("mu", mu)

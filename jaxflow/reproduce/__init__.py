@@ -48,3 +48,7 @@ RESULTS: dict[str, Result] = {
 }
 
 __all__ = ["RESULTS", "Outcome", "Result", "Row", "Scheme", "Seconds"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
 """The contract of a result: what is measured, what is expected, and a figure of both.
 
     RESULT = Result("staircase", "2410.06833", "Five tokens at beta = 4 ...", Seconds(9, 9), run)
-    run(quick) -> Outcome(rows, figure, schemes)
+    run(quick) -> Outcome(rows, draw, schemes)
 
 A row passes where |measured - expected| <= tolerance. Expected values are closed forms, quadratures
 or numbers of the literature, and each tolerance says what it allows for. All is in float64.
@@ -48,10 +48,11 @@ class Scheme(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a result found: rows, a figure of matplotlib, and what the published step gives."""
+    """What a result found: rows, what draws a figure of matplotlib, which need not be there, and
+    what the published step gives."""
 
     rows: Sequence[Row]
-    figure: Any
+    draw: Callable[[], Any]
     schemes: Sequence[Scheme] = ()
 
 
@@ -92,7 +93,7 @@ def exact(field: AbstractField, mu0: Measure, ts: ArrayLike, **options: Any) -> 
 
 
 def time_of(event: diffrax.Event, field: AbstractField, mu0: Measure, t1: float) -> float:
-    """When an event of [`jaxflow.events`][] happens in the flow; t1 where it does not before."""
+    """When an event of `jaxflow.events` happens in the flow; t1 where it does not before."""
     options = {"stepsize_controller": TIGHT, "max_steps": 100_000}
     return float(flow(field, mu0, t1=t1, event=event, **options).ts[-1])
 

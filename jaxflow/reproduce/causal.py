@@ -8,6 +8,8 @@ slower than sum_{j<k} e^{beta (cos angle_jk - 1)}, since its weight of itself is
 derived here, and integrated along the flow.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def run(quick: bool) -> Outcome:
             "the solver, as a centre moves by less than its bound",
         )
     )
-    return Outcome(rows, draw(ts, x, centres), [late])
+    return Outcome(rows, partial(draw, ts, x, centres), [late])
 
 
 def distance(mu: Measure, start: Measure):

@@ -8,6 +8,8 @@ which for v > 0 is infinite at 1 / (v |S(0) (A + A^T)|) and for v < 0 falls like
 tokens with Gauss-Hermite weights, exact for Gaussian integrals, and by the equations of m and S.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -47,7 +49,7 @@ def run(quick: bool) -> Outcome:
             "1 / tr S at the last step, and the solver",
         )
     )
-    return Outcome(rows, draw(spans, moved))
+    return Outcome(rows, partial(draw, spans, moved))
 
 
 def attention(v: float) -> SelfAttention:

@@ -7,6 +7,8 @@ only shrink. Who follows it comes nearer by the factor 1/(1+a) a step, and like 
 x' = y - x, which is solved exactly between changes of leaders.
 """
 
+from functools import partial
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,7 @@ def run(quick: bool) -> Outcome:
             "those who follow one that itself is on its way are slower",
         ),
     ]
-    return Outcome(rows, draw(sol, away, leaders, gaps))
+    return Outcome(rows, partial(draw, sol, away, leaders, gaps))
 
 
 def field() -> AbstractField:

@@ -53,7 +53,7 @@ def run(quick: bool) -> Outcome:
     if not quick:
         swept.append(Sweep(Attention(3, 2.5), SphereHarmonics(8), (1.648,)))
         rows += swept[-1].rows(1.648)
-    return Outcome(rows, draw(swept))
+    return Outcome(rows, partial(draw, swept))
 
 
 def _excess(d: int, beta: float) -> float:

@@ -6,6 +6,8 @@ beside n, and tokens move as at beta = 0; above it they stand still, at n^{1 - g
 that rate. This is derived here from the equation. It is half where n^{gamma (1 - rho)} = n + 1.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq
@@ -44,7 +46,7 @@ def run(quick: bool) -> Outcome:
             "n^{-1/2} of the smaller n, which the limit leaves out",
         )
     )
-    return Outcome(rows, draw(tokens))
+    return Outcome(rows, partial(draw, tokens))
 
 
 def rate(mu: Measure, gamma: float) -> float:

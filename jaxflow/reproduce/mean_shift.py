@@ -6,6 +6,8 @@ beta = 1 on and one below. One step x <- E_{mu_x}[y] takes N(0, s) to N(0, s^3 /
 Both are derived here, from the Gaussian kernel.
 """
 
+from functools import partial
+
 import diffrax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,7 @@ def run(quick: bool) -> Outcome:
             for k, (found, theory) in enumerate(zip(variances, shrunk(BETA, 3), strict=True))
         ),
     ]  # fmt: skip
-    return Outcome(rows, draw(ts, paths, mode))
+    return Outcome(rows, partial(draw, ts, paths, mode))
 
 
 def climb(beta: float, starts: np.ndarray, ts: np.ndarray) -> np.ndarray:

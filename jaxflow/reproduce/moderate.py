@@ -10,6 +10,8 @@ The mean of e^{beta <x, y>} rho(y) dy is x + (1/beta) (grad log rho - (d-1)/2 x)
 Both are derived here, by Laplace's method; corrections to the fast phase are of order 1/beta.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def run(quick: bool) -> Outcome:
     loop = fallen(jnp.asarray(published(field, mu0, 10)[1][-1]), mu0.points)
     name = f"exponent of u in the fast phase, n = {sizes[0]}"
     schemes = [Scheme(name, loop, float(exponents[0]))]
-    return Outcome(rows, draw(betas, exponents, rates), schemes)
+    return Outcome(rows, partial(draw, betas, exponents, rates), schemes)
 
 
 def fast(n: int, beta: float) -> float:

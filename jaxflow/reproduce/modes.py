@@ -6,6 +6,8 @@ win, its rate being near. Where the fastest one leads, cos(k theta - phase), clu
 maxima, and stay: theta -> theta + 2 pi / k keeps that mode.
 """
 
+from functools import partial
+
 import diffrax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ def run(quick: bool) -> Outcome:
                 "a cell of the grid",
             )
         )
-    return Outcome(rows, draw(rates, pictures), [_published(beta) for beta in BETAS])
+    return Outcome(rows, partial(draw, rates, pictures), [_published(beta) for beta in BETAS])
 
 
 def growth(beta: float, k: int, grid: FourierCircle = FourierCircle(64)) -> float:

@@ -6,6 +6,7 @@ The same attention moves equiangular tokens under each scheme; 1 - rho then fall
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import diffrax
@@ -38,8 +39,7 @@ class _Scheme(NamedTuple):
 
 
 def run(quick: bool) -> Outcome:
-    figure, (left, right) = panels(2)
-    rows = []
+    rows, curves = [], []
     for name, scheme in schemes().items():
         start, end = scheme.late
         ts = np.concatenate([np.geomspace(0.1, 0.99 * start, 40), [start, end]])
@@ -47,15 +47,22 @@ def run(quick: bool) -> Outcome:
         clock = scheme.clock(ts)
         found = float((np.log(gap[-1]) - np.log(gap[-2])) / (clock[-1] - clock[-2]))
         rows.append(Row(f"rate of {name}", found, scheme.rate, 0.01, "what is not late yet, 0.5 %"))
+        curves.append((name, ts, gap, np.diff(np.log(gap)) / np.diff(clock) / scheme.rate))
+    return Outcome(rows, partial(draw, curves), [_published()])
+
+
+def draw(curves):
+    figure, (left, right) = panels(2)
+    for name, ts, gap, rates in curves:
         left.loglog(ts, gap, label=name)
-        right.semilogx(gap[1:], np.diff(np.log(gap)) / np.diff(clock) / scheme.rate, label=name)
+        right.semilogx(gap[1:], rates, label=name)
     left.set(xlabel="$t$", ylabel=r"$1 - \rho$", ylim=(1e-12, 2))
     right.axhline(1, color="grey", lw=0.8)
     right.set(xlabel=r"$1 - \rho$", ylabel="rate, measured / theory", ylim=(0, 1.3))
     right.invert_xaxis()
     for axes in (left, right):
         axes.legend()
-    return Outcome(rows, figure, [_published()])
+    return figure
 
 
 def _published() -> Scheme:

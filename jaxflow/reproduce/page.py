@@ -5,18 +5,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 66rem; padding: 0 1rem;
-  color: #222; background: #fff }
-h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem }
-table { border-collapse: collapse; margin: 1rem 0; width: 100% }
-td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e4e4;
-  vertical-align: top }
-td a { white-space: nowrap }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-img { max-width: 100% }
-.pass { color: #00734f } .fail { color: #b3261e; font-weight: 600 } .small { color: #666 }
-"""
+from .._page import assemble
 
 
 def page(results: Sequence[tuple[dict[str, Any], bytes | None]], about: str) -> str:
@@ -27,13 +16,13 @@ def page(results: Sequence[tuple[dict[str, Any], bytes | None]], about: str) -> 
     """
     passed = sum(record["passed"] for record, _ in results)
     index = "".join(_line(record) for record, _ in results)
-    return (
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>jaxflow reproduce</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style><h1>Published results</h1>"
-        f'<p>{passed} of {len(results)} pass. <span class="small">{html.escape(about)}</span></p>'
-        f"<table>{index}</table>{''.join(_section(*result) for result in results)}</html>\n"
+    body = (
+        f"<h1>Published results</h1><p>{passed} of {len(results)} pass. "
+        f'<span class="small">{html.escape(about)}</span></p>'
+        f'<div class="wide"><table class="results">{index}</table></div>'
+        f"{''.join(_section(*result) for result in results)}"
     )
+    return assemble("jaxflow reproduce", body, styles=["results.css"])
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -71,7 +60,7 @@ def _rows(rows: list[dict[str, Any]]) -> str:
         f'<td class="small">{html.escape(row["why"])}'
         for row in rows
     )
-    return f"<table>{head}{body}</table>"
+    return f'<div class="wide"><table class="results">{head}{body}</table></div>'
 
 
 def _numbers(row: dict[str, Any]) -> str:
@@ -86,7 +75,7 @@ def _schemes(schemes: list[dict[str, Any]]) -> str:
         f'<td class="number">{number(s["exact"])}'
         for s in schemes
     )
-    return f"<table>{head}{body}</table>"
+    return f'<div class="wide"><table class="results">{head}{body}</table></div>'
 
 
 def _verdict(passed: bool) -> str:

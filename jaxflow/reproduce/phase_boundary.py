@@ -10,6 +10,8 @@ this is derived here, with the same share as tolerance. Of V drawn as well nothi
 last panel shows what happens.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 
@@ -37,12 +39,17 @@ def run(quick: bool) -> Outcome:
     few = {**axes, "systems": 4}
     free = phase_diagram(betas[:: 3 if quick else 9], ts[::4], d=16, matrices=moved, **few)
     rows = [_equiangular(), *_boundaries(checked), *_random(random)]
-    figure, axes = panels(len(identity) + 1)
-    for axis, diagram in zip(axes, [*identity, free], strict=True):
+    return Outcome(rows, partial(draw, [*identity, free]), [_scheme()])
+
+
+def draw(diagrams: list[PhaseDiagram]):
+    """The last one is of random matrices."""
+    figure, axes = panels(len(diagrams))
+    for axis, diagram in zip(axes, diagrams, strict=True):
         draw_diagram(diagram, ax=axis)
     axes[-1].set_title(f"random Q, K, V, $n$ = {N}, $d$ = 16")
     axes[-1].get_legend().remove()  # of the curve, which there is none of
-    return Outcome(rows, figure, [_scheme()])
+    return figure
 
 
 def _equiangular() -> Row:

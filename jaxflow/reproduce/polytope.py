@@ -12,6 +12,8 @@ eigenvector, <w, z_i> of z = e^{-tV} x tends to one of three values at most, tha
 three parallel hyperplanes.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,7 @@ def run(quick: bool) -> Outcome:
         )
         for seed, found in heights.items()
     ]
-    return Outcome(rows, draw(z, boolean["plane"], late, scaled, heights[RANDOM[0]]))
+    return Outcome(rows, partial(draw, z, boolean["plane"], late, scaled, heights[RANDOM[0]]))
 
 
 def along_leading(seed: int) -> np.ndarray:

@@ -6,6 +6,8 @@ Where the columns of p sum to 1 as its rows do, the mean m obeys m' = V m exactl
 t = 2 pi; under softmax it is not, whose column sums are off.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def run(quick: bool) -> Outcome:
             "the solver",
         ),
     ]
-    return Outcome(rows, draw(means, circle))
+    return Outcome(rows, partial(draw, means, circle))
 
 
 def attention(iterations: int | None) -> SelfAttention:

@@ -8,6 +8,8 @@ so that they meet after int du / g(phi(u)), u = log tan(phi / 2). This is derive
 from the angle of the flow at t = 60, where the other tokens are within e^{-30} of their clusters.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -70,8 +72,8 @@ def run(quick: bool) -> Outcome:
             "what two clusters see of each other, 2 p q e^{beta (cos phi - 1)}",
         ),
     ]
-    figure = draw(ts, share, sol.observed["clusters"], Measure(jnp.asarray(loop)), steps)
-    return Outcome(rows, figure, [Scheme(rows[0].what, late, met)])
+    picture = partial(draw, ts, share, sol.observed["clusters"], Measure(jnp.asarray(loop)), steps)
+    return Outcome(rows, picture, [Scheme(rows[0].what, late, met)])
 
 
 def least(mu: Measure):

@@ -7,6 +7,8 @@ D >= 0, for all tokens at one eigenvector of it; tokens on one side of it go the
 for D = I, d + 1 tokens end with all <x_i, x_j> = -1/d, the vertices of a regular simplex.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,7 @@ def run(quick: bool) -> Outcome:
     loop = published(weighted_attention(MATRIX, beta=BETA), side, 20)[1][-1]
     reached = float(energy(2.0, Measure(jnp.asarray(loop))))
     schemes = [Scheme("energy at t = 2, softmax", reached, float(curves["softmax"][200]))]
-    return Outcome(rows, draw(ts, curves, products), schemes)
+    return Outcome(rows, partial(draw, ts, curves, products), schemes)
 
 
 def simpson(values: np.ndarray, ts: np.ndarray) -> float:

@@ -6,7 +6,7 @@
     predict_clusters   how many clusters nearly uniform tokens on the circle form, where and when
     jacobian_spectrum  rates of n tokens together, at any configuration
 
-Along a flow the rates are Lyapunov exponents: [`jaxflow.lyapunov_exponents`][].
+Along a flow the rates are Lyapunov exponents: `jaxflow.lyapunov_exponents`.
 """
 
 from .jacobian import jacobian_spectrum
@@ -22,3 +22,7 @@ __all__ = [
     "predict_clusters",
     "wave_rates",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -36,7 +36,7 @@ def jacobian_spectrum(
         J v = P D_v X,    v a tangent vector of n tokens
 
     At an equilibrium they are its rates, and the Lyapunov exponents from there are their real
-    parts; along a flow see [`jaxflow.lyapunov_exponents`][].
+    parts; along a flow see `jaxflow.lyapunov_exponents`.
 
     **Arguments:**
 

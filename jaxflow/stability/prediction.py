@@ -22,7 +22,7 @@ from .uniform import growth_rates
 
 
 class ClusterPrediction(NamedTuple):
-    """What [`jaxflow.predict_clusters`][] returns.
+    """What `jaxflow.predict_clusters` returns.
 
     - `degree`: of the mode that leads, which is the number of clusters.
     - `phase`: of that mode, phi in cos(degree a - phi).
@@ -62,20 +62,20 @@ def predict_clusters(
         k = argmin log(1 / 2 |c_k|) / lambda_k,    angles (phi_k + 2 pi j) / k
 
     It is linear response, from the Fourier modes c_k of mu and the rates of
-    [`jaxflow.growth_rates`][]. It is right where one mode leads by far: other modes, within a
+    `jaxflow.growth_rates`. It is right where one mode leads by far: other modes, within a
     factor of some tens when the first has size 1, move clusters and can join two. These are the
     metastable clusters; a flow joins them later.
 
     **Arguments:**
 
-    - `field`: on the circle, as [`jaxflow.growth_rates`][] takes it; so are `kappa` and `t`.
+    - `field`: on the circle, as `jaxflow.growth_rates` takes it; so are `kappa` and `t`.
     - `mu`: tokens near the uniform law, d = 2, with any weights.
     - `most`: how many modes compete.
 
-    **Returns:** a [`jaxflow.stability.ClusterPrediction`][].
+    **Returns:** a `jaxflow.stability.ClusterPrediction`.
 
     **Raises:** `ValueError` for other dimensions and several systems, where the uniform law is
-    stable, and as [`jaxflow.growth_rates`][]; `TypeError` for what is no field or no measure.
+    stable, and as `jaxflow.growth_rates`; `TypeError` for what is no field or no measure.
 
     ```python
     >>> a = jnp.linspace(0, 2 * jnp.pi, 64, endpoint=False)

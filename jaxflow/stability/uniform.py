@@ -124,14 +124,14 @@ def fastest_mode(
     """The mode of the sphere that grows fastest off the uniform law, of degree up to `most`.
 
     On the circle its degree is the number of clusters into which the uniform law breaks, near
-    sqrt(2 beta) for softmax attention (arXiv 2410.23228); [`jaxflow.predict_clusters`][] says
+    sqrt(2 beta) for softmax attention (arXiv 2410.23228); `jaxflow.predict_clusters` says
     where. If its rate is negative the uniform law is stable.
 
-    **Arguments:** `field`, `d`, `kappa`, `t`, `nodes`: as in [`jaxflow.growth_rates`][].
+    **Arguments:** `field`, `d`, `kappa`, `t`, `nodes`: as in `jaxflow.growth_rates`.
 
-    **Returns:** a [`jaxflow.stability.Mode`][]: `degree` and `rate`.
+    **Returns:** a `jaxflow.stability.Mode`: `degree` and `rate`.
 
-    **Raises:** as [`jaxflow.growth_rates`][]; `ValueError` where the fastest is the last, `most`.
+    **Raises:** as `jaxflow.growth_rates`; `ValueError` where the fastest is the last, `most`.
 
     ```python
     >>> mode = jaxflow.fastest_mode(jaxflow.SelfAttention(beta=7.0), 2)
@@ -165,13 +165,13 @@ def wave_rates(
 
         rho = 1 + epsilon cos <xi, x>,    lambda = -div X'[cos <xi, .>](0) - |xi|^2 / kappa
 
-    It makes sense for fields that know neither a place nor a direction: [`jaxflow.MeanShift`][],
+    It makes sense for fields that know neither a place nor a direction: `jaxflow.MeanShift`,
     for which it is |xi|^2 / beta e^{-|xi|^2 / 2 beta}, fastest at |xi| = sqrt(2 beta), and
-    [`jaxflow.BoundedConfidence`][]. A torus has the wavenumbers 2 pi k / L.
+    `jaxflow.BoundedConfidence`. A torus has the wavenumbers 2 pi k / L.
 
     **Arguments:**
 
-    - `field`, `kappa`, `t`: as in [`jaxflow.growth_rates`][], the field on R^d.
+    - `field`, `kappa`, `t`: as in `jaxflow.growth_rates`, the field on R^d.
     - `wavenumbers`: |xi|, of any shape; may be traced.
     - `d`: the dimension.
     - `reach`: the half side of the cube around a token that holds all the tokens that move it,
@@ -181,7 +181,7 @@ def wave_rates(
 
     **Returns:** rates per unit of time, of the shape of `wavenumbers`.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.growth_rates`][] does.
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.growth_rates` does.
 
     ```python
     >>> rate = jaxflow.stability.wave_rates(jaxflow.MeanShift(2.0), 2.0, reach=6.0)

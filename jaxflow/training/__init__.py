@@ -12,6 +12,7 @@ from .devices import FullySharded
 from .loop import Data, Fitted, fit
 from .losses import (
     AbstractLoss,
+    ExitLoss,
     FlowLoss,
     Valued,
     accuracy,
@@ -33,6 +34,7 @@ __all__ = [
     "Chars",
     "Data",
     "Elastic",
+    "ExitLoss",
     "Fitted",
     "FlowLoss",
     "FullySharded",
@@ -65,3 +67,7 @@ __all__ = [
     "tokenizer",
     "tokenizer_from_dict",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

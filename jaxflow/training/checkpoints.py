@@ -54,7 +54,7 @@ def save(
 
     - `folder`: of the run's checkpoints; made if need be.
     - `state`: any PyTree. Its arrays (JAX, NumPy, PRNG keys) are stored, by their names in the
-      tree; everything else comes from `like` in [`jaxflow.training.restore`][].
+      tree; everything else comes from `like` in `jaxflow.training.restore`.
     - `step`: the number of steps done, which names the checkpoint. One that has this number
       already is replaced.
     - `config`, `cursor`, `metrics`: JSON objects: what rebuilds the run, where its data go on, how
@@ -102,7 +102,7 @@ def restore(folder: str | Path, like: Any, *, partial: bool = False) -> tuple[An
 
     **Arguments:**
 
-    - `folder`: a checkpoint, as [`jaxflow.training.latest`][] finds it.
+    - `folder`: a checkpoint, as `jaxflow.training.latest` finds it.
     - `like`: a PyTree with arrays, or `jax.ShapeDtypeStruct`, of the saved names, shapes and
       dtypes. Arrays go to the devices that those of `like` were put on.
     - `partial`: whether `like` may leave out whole parts of the checkpoint: arrays under none of

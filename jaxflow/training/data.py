@@ -83,7 +83,7 @@ def _rows(n: int, batch_size: int) -> Iterator[Integer[np.ndarray, " batch"]]:
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens of a text on disk, and windows of them: what [`jaxflow.training.text_data`][] returns.
+    """Tokens of a text on disk, and windows of them: what `jaxflow.training.text_data` returns.
 
     - `training`, `validation`: the tokens before and after the split, mapped from disk.
     - `tokenizer`: its `encode`, `decode`, `vocab_size`, `to_dict`.
@@ -244,7 +244,7 @@ def _cache_folder(cache: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images in memory: what [`jaxflow.training.image_data`][] returns.
+    """Labelled images in memory: what `jaxflow.training.image_data` returns.
 
     - `images`, `labels`: the training part, `(n, height, width, channels)` as stored and `(n,)`.
     - `validation_images`, `validation_labels`: the validation part.

@@ -33,7 +33,7 @@ class Elastic:
     **Arguments:**
 
     - `depths`: among which each step draws, all as likely: numbers of equal steps, with the solver
-      and the T of the model's own depth, or a [`jaxflow.models.Depth`][], of any solver. At most
+      and the T of the model's own depth, or a `jaxflow.models.Depth`, of any solver. At most
       32, as each is a program to compile.
     - `jitter`: from 0 to less than 1; a step then is (1 - jitter) to (1 + jitter) times as long as
       an equal one, at random, for models whose parameters do not jump in time. It is no further
@@ -90,7 +90,7 @@ class Steps:
     evaluated: dict[str, Step]
 
     def at(self, seed: Sequence[int], number: int) -> Step:
-        """The step of a number; `seed` is what [`seed_of`][] makes of the key of the run."""
+        """The step of a number; `seed` is what `seed_of` makes of the key of the run."""
         # The words of a SeedSequence are the same in every version of NumPy.
         [word] = np.random.SeedSequence([*seed, number]).generate_state(1)
         return self.drawn[int(word) % len(self.drawn)]

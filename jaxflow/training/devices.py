@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,11 @@ class Placement:
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda a: put(a, self._sharding(a)), tree)
+
+    def constants(self, tree: Any) -> Any:
+        """The arrays among the leaves of a tree, as those of a state; the rest as it is."""
+        arrays, rest = eqx.partition(tree, eqx.is_array)
+        return eqx.combine(self.state(arrays), rest)
 
     def kept(self, tree: Any) -> Any:
         """A new state, inside a program: it lies where `state` has put the one before."""

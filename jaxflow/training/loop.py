@@ -27,6 +27,7 @@ from .depths import Elastic, Steps, steps_of
 from .devices import Devices, Placement, placement
 from .losses import AbstractLoss, FlowLoss, cross_entropy, valued
 from .optimisers import adamw
+from .parts import frozen, parted
 from .processes import gathered, is_first, of_first
 from .record import Place, Record
 from .step import State, Step, TrainingError, diagnosis, evaluated, update
@@ -73,6 +74,7 @@ def fit(
     loss: AbstractLoss | Callable[[Array, Array], Array] = cross_entropy,
     key: PRNGKeyArray | None = None,
     depths: Elastic | None = None,
+    trainable: Any = eqx.is_inexact_array,
     accumulate: int = 1,
     devices: Devices = None,
     evaluate_every: int = 250,
@@ -97,20 +99,23 @@ def fit(
 
     **Arguments:**
 
-    - `model`: a [`jaxflow.models.AbstractModel`][], or any Equinox module that a loss of your own
+    - `model`: a `jaxflow.models.AbstractModel`, or any Equinox module that a loss of your own
       takes. Its floating-point arrays are trained.
-    - `data`: what [`jaxflow.training.text_data`][] or [`jaxflow.training.image_data`][] return, or
+    - `data`: what `jaxflow.training.text_data` or `jaxflow.training.image_data` return, or
       an object with their `batch`, `validation_batches` and `describe`.
     - `steps`: of the optimiser.
-    - `optimiser`: any Optax optimiser; `None` is [`jaxflow.training.adamw`][] of the steps.
-    - `loss`: (outputs, targets) -> number, or an [`jaxflow.training.AbstractLoss`][], such as
+    - `optimiser`: any Optax optimiser; `None` is `jaxflow.training.adamw` of the steps.
+    - `loss`: (outputs, targets) -> number, or an `jaxflow.training.AbstractLoss`, such as
       `FlowLoss(cross_entropy, costs={"kinetic": (0.01, jaxflow.observables.KineticEnergy)})`.
     - `key`: PRNG key of losses that draw numbers; a resumed run goes on with its own.
-    - `depths`: draw the depth of each step anew, as [`jaxflow.training.Elastic`][] says; `None` is
+    - `depths`: draw the depth of each step anew, as `jaxflow.training.Elastic` says; `None` is
       the model's own. The loss is then also evaluated at other depths, as "validation_loss@12".
+    - `trainable`: what is trained, a filter of Equinox's: a tree of booleans like the model, such
+      as `jaxflow.fields.adapters` of it, or a function of an array. The rest stays as it is,
+      and is not in the checkpoints of a run, which name it by its sha256.
     - `accumulate`: batches whose gradients are averaged into one step.
     - `devices`: how many, or which ones, share each batch, all with the same parameters; or a
-      [`jaxflow.training.FullySharded`][], whose devices share the parameters and the optimiser's
+      `jaxflow.training.FullySharded`, whose devices share the parameters and the optimiser's
       state as well. The losses are those of one device, to rounding. `None` is one device, with a
       warning that names those that are idle. A run may go on with another number of devices.
     - `evaluate_every`: steps between evaluations of the loss, and one after the last step, each
@@ -124,15 +129,17 @@ def fit(
       XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment, before JAX starts: cuDNN's
       gradient of attention else adds up in the order in which its blocks end.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
-      the last stay, two at least, as the step after the last may fail. The best one stays too.
+      the last stay, two at least, as the step after the last may fail. The best one stays too. With
+      `keep=0` there are none, nor need of orbax-checkpoint: such a run cannot go on, and its model
+      is in what is returned alone.
     - `log_every`: steps between lines of metrics.jsonl.
     - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
       own, and another one may differ from it in the entries of
-      `jaxflow.training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
+      `training.record.CHANGEABLE` alone, such as "steps" and "learning_rate".
     - `progress`: show a progress bar; where there is no terminal, print a line a log.
     - `callbacks`: functions (step, metrics, model), called after each step that is logged,
       evaluated or saved, with the number of steps done, a dictionary of what was measured, and a
-      copy of the model: see [`jaxflow.training.tensorboard`][], and `jaxflow.training.callbacks`
+      copy of the model: see `jaxflow.training.tensorboard`, and `jaxflow.training.callbacks`
       for Weights & Biases and MLflow.
     - `minutes`: of wall time for this call, compilation included. The step that is underway then
       is evaluated and saved; a run that goes on has so many minutes anew.
@@ -141,9 +148,11 @@ def fit(
       https://ui.perfetto.dev show.
 
     SIGTERM and Ctrl-C end the step, or the evaluation after its batch, save, and return. An
-    evaluation that was cut off is made when the run goes on.
+    evaluation that was cut off is made when the run goes on. A script that would start something
+    else asks first: `if fitted.reason == "SIGTERM": raise SystemExit(143)`, as SLURM and Kubernetes
+    kill what has not ended some seconds later.
 
-    Several processes ([`jaxflow.training.join`][]) call `fit` with the same arguments, and
+    Several processes (`jaxflow.training.join`) call `fit` with the same arguments, and
     `devices` of all of them. The first alone writes; a signal to any of them, and the end of
     `minutes`, count from the next step that is logged.
 
@@ -157,7 +166,7 @@ def fit(
     step, but where a callback, an evaluation or a checkpoint looks at the model, or a budget is to
     be kept.
 
-    **Returns:** a [`jaxflow.training.Fitted`][].
+    **Returns:** a `jaxflow.training.Fitted`.
 
     **Raises:**
 
@@ -193,22 +202,22 @@ def fit(
         patience=patience,
         budget=budget,
     )
-    keep = count("keep", keep)
+    keep = count("keep", keep, least=0)
     if minutes is not None:
         minutes = constant("minutes", minutes, "finite and greater than 0", positive)
     callbacks = called.check(callbacks)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
-    if run is not None:
+    if resume or (run is not None and keep):
         checkpoints.require()
-    about = _about(data, config, accumulate)
-    params, static = eqx.partition(model, eqx.is_inexact_array)
+    params, static = parted(model, trainable)
+    about = _about(data, config, accumulate) | frozen(static)
     optimiser = adamw(steps) if optimiser is None else optimiser
     key = jax.random.key(0) if key is None else key
     _check_parts(optimiser, loss, key)
     loss = loss if isinstance(loss, AbstractLoss) else FlowLoss(loss)
     placing = placement(devices)
-    step = Step(static, optimiser, loss, placing)
+    step = Step(placing.constants(static), optimiser, loss, placing)
     at_depths = steps_of(step, depths)
     # The step gives its state's memory to the next one, and the caller keeps the model.
     state = placing.state(jax.tree.map(jnp.copy, State(params, optimiser.init(params), key)))
@@ -225,7 +234,7 @@ def fit(
         if resumed is None:
             kept.begin()
         state, best, place = resumed or (state, None, Place())
-        cost = _cost(model, params, first[0][0], at_depths.depths)
+        cost = _cost(model, params, static, first[0][0], at_depths.depths)
         ahead = Ahead(
             at_depths, lambda number: _batches(data, number, accumulate, placing), state, place.step
         )
@@ -527,10 +536,12 @@ def _check_evaluations(at_depths: Steps, state: State, batch):
 # ------------------------------------------------------------------ the outside world
 
 
-def _cost(model, params, inputs, depths: Sequence[Depth]) -> str:
+def _cost(model, params, static, inputs, depths: Sequence[Depth]) -> str:
     """What training takes, before it starts."""
     count = sum(a.size for a in jax.tree.leaves(params))
     text = f"{count:,} parameters: {16 * count / 1e6:.3g} MB with gradients and Adam's moments"
+    if others := sum(a.size for a in jax.tree.leaves(eqx.filter(static, eqx.is_inexact_array))):
+        text += f"; {others:,} others stay as they are"
     if isinstance(model, AbstractModel):
         mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(inputs))
         memory = max(depth.memory(mu0) for depth in depths or [model.depth])

@@ -16,11 +16,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .._rules import constant, count
+from .._rules import constant, count, instance
 from .._types import accumulation_dtype
 from ..fields import AbstractField
-from ..models import LanguageModel
+from ..models import AbstractExit, LanguageModel
 from ..models.ends import project
+from ..models.exits import check_exit
+from ..models.exits import solve as exited
+from ..models.generation import can_be_cached
 from .data import IGNORED
 
 CHUNK = 2**24  # logits at a time
@@ -51,7 +54,7 @@ class FlowLoss(AbstractLoss):
 
     **Arguments:**
 
-    - `outputs`: (outputs, targets) -> a number, such as [`jaxflow.training.cross_entropy`][].
+    - `outputs`: (outputs, targets) -> a number, such as `jaxflow.training.cross_entropy`.
     - `costs`: `{name: (weight, cost)}`; `cost(field)` is an observable (t, mu) -> number, such as
       `jaxflow.observables.KineticEnergy`, the transport regulariser int |x'|^2 dt (Finlay et al.,
       arXiv 2002.02798). Its integral over the steps of the solve, a mean over the batch, is
@@ -60,7 +63,7 @@ class FlowLoss(AbstractLoss):
     - `consistency`: w, the weight of what the outputs o_h change when each step of the solver is
       cut into two, which Richardson takes for the error of the solve: a model that makes it small
       has a flow that other solvers find as well. The outputs of a
-      [`jaxflow.models.LanguageModel`][] are its normalised tokens, before the vocabulary. The
+      `jaxflow.models.LanguageModel` are its normalised tokens, before the vocabulary. The
       solves take three times the evaluations, which are all counted; the mean is logged as
       "consistency", and the depth must have fixed steps.
 
@@ -110,6 +113,33 @@ class FlowLoss(AbstractLoss):
         return self.outputs(model.read_out(mu), targets)
 
 
+class ExitLoss(AbstractLoss):
+    """The cross-entropy of a language model each token of which exits early, as at generation.
+
+    "num_evaluations" is then the mean over the tokens of what each takes when it is generated; the
+    loss is measured with all of them at once, which skips nothing.
+
+        evaluate(model, batches, ExitLoss(jaxflow.models.DistributionExit(0.01)))
+
+    **Arguments:** `exit`: when, as in `jaxflow.models.LanguageModel``.generate_early`.
+
+    **Raises:** `TypeError` for what is no exit.
+    """
+
+    exit: AbstractExit
+
+    def __check_init__(self):
+        instance("exit", self.exit, AbstractExit, "jaxflow.models.DistributionExit(0.01)")
+
+    def __call__(self, model, inputs, targets, key):
+        example = "jaxflow.models.LanguageModel(...)"
+        check_exit(self.exit, can_be_cached(instance("model", model, LanguageModel, example)))
+        final, evaluations = exited(model, inputs, self.exit)
+        value = cross_entropy(model.read_out(final), targets)
+        mean = evaluations.astype(value.dtype).mean()
+        return Valued(value, jnp.isfinite(value), {"num_evaluations": mean})
+
+
 def _compared(model, mu):
     """The outputs; those of a language model before there are as many as words."""
     outputs = model.hidden(mu) if isinstance(model, LanguageModel) else model.read_out(mu)
@@ -119,8 +149,8 @@ def _compared(model, mu):
 def cross_entropy(logits: Float[Array, "*batch classes"], targets: Int[Array, "*batch"]) -> Array:
     """-mean log softmax(logits)[target], in nats, over the targets that are not negative.
 
-    Computed in float32 at least. For a [`jaxflow.models.LanguageModel`][] the losses of this
-    package take [`jaxflow.training.chunked_cross_entropy`][] in its place: one value, less memory.
+    Computed in float32 at least. For a `jaxflow.models.LanguageModel` the losses of this
+    package take `jaxflow.training.chunked_cross_entropy` in its place: one value, less memory.
     """
     return _summed(logits, targets) / _counted_in(targets, logits.dtype)
 
@@ -139,7 +169,7 @@ def chunked_cross_entropy(
 
     Logits are made for some rows h_i at a time, and made again for their gradient, so that the
     memory is that of (rows, classes) numbers for any batch, at the price of a third more products
-    with R. Values and gradients are those of [`jaxflow.training.cross_entropy`][] up to the order
+    with R. Values and gradients are those of `jaxflow.training.cross_entropy` up to the order
     of sums.
 
     **Arguments:**
@@ -227,7 +257,7 @@ def evaluate(
 
     - `batches`: pairs (inputs, targets), such as `data.validation_batches()`; classes of -1
       count for nothing.
-    - `loss`, `key`: as in [`jaxflow.training.fit`][].
+    - `loss`, `key`: as in `jaxflow.training.fit`.
     - `place`: puts an array of a batch on a device, or divides it among several.
 
     **Returns:** `{"loss": ..., "num_evaluations": ...}` and the costs along the flow. The loss is

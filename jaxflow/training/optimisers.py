@@ -4,7 +4,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from .._rules import count, not_negative, positive, real
 from ..fields.time import AbstractLinearCurve
@@ -27,11 +29,12 @@ def adamw(
 
     - `steps`: of the whole training. `warmup`: the steps in which the rate grows, at most a tenth
       of them.
-    - `learning_rate`: the largest. `final`: the last one, as a part of it.
-    - `weight_decay`: of matrices alone, see [`jaxflow.training.matrices`][].
+    - `learning_rate`: the largest. `final`: the last one, as a part of it. Neither another number
+      of steps nor another rate is a new compilation of a step.
+    - `weight_decay`: of matrices alone, see `jaxflow.training.matrices`.
     - `clip`: the largest norm of the whole gradient; `None` for no limit. `b1`, `b2`: Adam's.
 
-    **Returns:** an Optax optimiser, for [`jaxflow.training.fit`][].
+    **Returns:** an Optax optimiser, for `jaxflow.training.fit`.
 
     **Raises:** TypeError for a number of steps that is not whole, ValueError for any number that is
     not finite or not in its range.
@@ -48,13 +51,44 @@ def adamw(
         real(name, value, "at least 0 and below 1", lambda b: 0 <= b < 1)
     if clip is not None:
         real("clip", clip, "finite and greater than 0, or None for no limit", positive)
-    warmup = min(warmup, steps // 10)
-    cosine = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup, max(steps, warmup + 1), final * learning_rate
-    )
-    rate = lambda count: cosine(count + 1)  # Optax counts from 0, where the rate would be 0.
-    adam = optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=matrices)
-    return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+    found = _AdamW(
+        jnp.asarray(steps, float), jnp.asarray(learning_rate, float), warmup, final, weight_decay,
+        clip, b1, b2,
+    )  # fmt: skip
+    return optax.GradientTransformation(found.init, found.update)
+
+
+class _AdamW(eqx.Module):
+    """Its methods are pytrees, whose arrays are operands of the compiled step."""
+
+    steps: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    warmup: int = eqx.field(static=True)
+    final: float = eqx.field(static=True)
+    weight_decay: float = eqx.field(static=True)
+    clip: float | None = eqx.field(static=True)
+    b1: float = eqx.field(static=True)
+    b2: float = eqx.field(static=True)
+
+    def init(self, params):
+        return self.chain.init(params)
+
+    def update(self, updates, state, params=None):
+        return self.chain.update(updates, state, params)
+
+    @property
+    def chain(self) -> optax.GradientTransformation:
+        decay, clip = self.weight_decay, self.clip
+        adam = optax.adamw(self.rate, self.b1, self.b2, weight_decay=decay, mask=matrices)
+        return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+
+    def rate(self, made: Int[Array, ""]) -> Float[Array, ""]:
+        """Of the step after so many: Optax counts from 0, where the rate would be 0."""
+        step, steps = (made + 1).astype(self.steps.dtype), self.steps
+        warm = jnp.minimum(self.warmup, steps // 10)
+        along = jnp.clip((step - warm) / jnp.maximum(steps - warm, 1), 0, 1)
+        cosine = self.final + (1 - self.final) * (1 + jnp.cos(jnp.pi * along)) / 2
+        return self.learning_rate * jnp.where(step < warm, step / jnp.maximum(warm, 1), cosine)
 
 
 def matrices(model: Any) -> Any:

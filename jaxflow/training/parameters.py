@@ -11,7 +11,7 @@ The name of an array is the path of its attribute in the model:
 
 and so on, as the docstring of each class shapes them; L is the number of coefficients of the curve,
 of layers by default. The metadata of the file have the configuration of the model under "model", as
-[`jaxflow.models.build`][] takes it.
+`jaxflow.models.build` takes it.
 """
 
 import importlib

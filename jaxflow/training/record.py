@@ -63,7 +63,7 @@ class Place(NamedTuple):
 def opened(run: str | Path | None, *, resume: bool) -> Iterator[Path | None]:
     """Holds the run folder, if there is one, while the context lasts.
 
-    **Raises:** ValueError as [`claim`][jaxflow._folder.claim] does, and where there is no run to
+    **Raises:** ValueError as `jaxflow._folder.claim` does, and where there is no run to
     resume, or one already that is not to be resumed.
     """
     if run is None or not is_first():
@@ -80,10 +80,10 @@ def opened(run: str | Path | None, *, resume: bool) -> Iterator[Path | None]:
 
 
 class Record:
-    """The files of a run. Without a folder, the history alone."""
+    """The files of a run. Without a folder, the history alone; of `keep` 0 no checkpoints."""
 
     def __init__(self, folder: Path | None, keep: int, about: dict[str, Any]):
-        self.folder, self.keep, self.about = folder, max(2, keep), about
+        self.folder, self.keep, self.about = folder, keep and max(2, keep), about
         self.log_file = _Log(None if folder is None else folder / LOG)
         self.history: list[dict[str, Any]] = []
         self.saved, self.loss = -1, None  # the step of the last checkpoint, and its loss
@@ -144,10 +144,10 @@ class Record:
     def save(
         self, state: Any, place: Place, loss: float | None = None, *, failed: bool = False
     ) -> bool:
-        """Writes a checkpoint, and says whether there is a folder for it."""
+        """Writes a checkpoint, and says whether it did: there is a folder, and some are kept."""
         self.saved, self.loss = place.step, loss
         state = gathered(state)
-        if self.folder is None:
+        if self.folder is None or not self.keep:
             return False
         # JSON knows no infinity.
         best = None if math.isinf(place.best) else place.best
@@ -165,7 +165,7 @@ class Record:
 
     def fail(self, state: Any, place: Place):
         """Keeps the parameters of a failed step for a look, and the checkpoint before them."""
-        self.keep += 1
+        self.keep += bool(self.keep)
         loss = self.loss if self.saved == place.step else None
         self.save(state, place, loss, failed=True)
 
@@ -182,6 +182,11 @@ class Record:
             raise ValueError(
                 f"the run was trained on other data: {difference}. Pass the same data, batch size "
                 "and accumulation to resume it."
+            )
+        if difference := _difference(before.get("frozen"), now.get("frozen"), (), "its sha256"):
+            raise ValueError(
+                f"{path} trained a part of another model, as what it left alone differs: "
+                f"{difference}. Pass the same model and `trainable` to resume it."
             )
         if now["config"] is None:
             self.about = now | {"config": before["config"]}

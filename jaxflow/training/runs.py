@@ -7,21 +7,31 @@ import equinox as eqx
 
 from .. import models
 from . import checkpoints, parameters
+from .parts import check_frozen, parted
 from .record import CHECKPOINTS
 from .tokenizers import tokenizer_from_dict
 
 
-def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
+def load(
+    path: str | Path,
+    like: Any = None,
+    *,
+    which: str = "best",
+    trainable: Any = eqx.is_inexact_array,
+) -> Any:
     """The model of a run.
 
     **Arguments:**
 
-    - `path`: the run folder, or a file that [`jaxflow.training.export`][] wrote.
+    - `path`: the run folder, or a file that `jaxflow.training.export` wrote.
     - `like`: a model of the same structure. `None` builds it from the configuration of the run,
       for one that the command line made, or whose `fit` was given `config={"model": ...}` as
-      [`jaxflow.models.build`][] takes it.
+      `jaxflow.models.build` takes it.
     - `which`: "best", by validation loss, or "latest". Where nothing was evaluated the best is the
       latest.
+
+    - `trainable`: as `fit` was given it, of a run that trained a part of the model; `like` then has
+      the rest, with its own numbers.
 
     **Returns:** the model with the parameters of the checkpoint.
 
@@ -41,7 +51,8 @@ def load(path: str | Path, like: Any = None, *, which: str = "best") -> Any:
                 "structure, to jaxflow.training.load; what that returns can be exported."
             )
         like = models.build(config["model"])
-    params, static = eqx.partition(like, eqx.is_inexact_array)
+    params, static = parted(like, trainable)
+    check_frozen(static, _about(checkpoint), path)
     state, _ = checkpoints.restore(checkpoint, _Params(params), partial=True)
     return eqx.combine(state.params, static)
 
@@ -53,12 +64,12 @@ def export(
 
     The name of an array is the path of its attribute in the model, such as `embedding`,
     `norm.gain` or `field.curve.coefficients.fields.0.field.query`, and its shape that of the
-    docstring of its class, with the layers first. [`jaxflow.training.load`][] reads the file back,
+    docstring of its class, with the layers first. `jaxflow.training.load` reads the file back,
     of a run that says how its model is built without `like`; PyTorch by `safetensors.torch`.
 
     **Arguments:**
 
-    - `run`: the run folder, or a model. `which`: as in [`jaxflow.training.load`][].
+    - `run`: the run folder, or a model. `which`: as in `jaxflow.training.load`.
     - `file`: a path that ends in .safetensors. A file that is there is replaced when the new one is
       whole.
 

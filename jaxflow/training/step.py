@@ -42,7 +42,7 @@ class Step(eqx.Module):
     """What a step is made of, beside its state."""
 
     static: Any
-    optimiser: optax.GradientTransformation = eqx.field(static=True)
+    optimiser: optax.GradientTransformation  # whose functions may hold arrays
     loss: AbstractLoss
     placement: Placement = eqx.field(static=True, default=Placement())
     depth: Depth | None = None  # in place of the model's own

@@ -54,7 +54,7 @@ class Bytes:
         return _checked(tokens, self.vocab_size).astype(np.uint8).tobytes().decode(errors="replace")
 
     def to_dict(self) -> dict[str, Any]:
-        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
+        """What `jaxflow.training.tokenizer_from_dict` reads, as JSON."""
         return {"type": "bytes"}
 
 
@@ -110,7 +110,7 @@ class Chars:
         return alphabet[_checked(tokens, self.vocab_size)].tobytes().decode("utf-32-le")
 
     def to_dict(self) -> dict[str, Any]:
-        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
+        """What `jaxflow.training.tokenizer_from_dict` reads, as JSON."""
         return {"type": "chars", "alphabet": self.alphabet}
 
 
@@ -172,7 +172,7 @@ class BPE:
         return self._backend.decode(_checked(tokens, self.vocab_size).tolist())
 
     def to_dict(self) -> dict[str, Any]:
-        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
+        """What `jaxflow.training.tokenizer_from_dict` reads, as JSON."""
         return {"type": "bpe", "size": self.size, "model": self.model}
 
 
@@ -235,7 +235,7 @@ class TokenizerFile:
         return self._backend.decode(tokens, skip_special_tokens=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """What [`jaxflow.training.tokenizer_from_dict`][] reads, as JSON."""
+        """What `jaxflow.training.tokenizer_from_dict` reads, as JSON."""
         return {"type": "file", "model": self.model}
 
 

@@ -1,6 +1,6 @@
 """Pictures of a flow: a page that plays it, figures for print, a film.
 
-    sphere(sol)                    plotly       sphere(sol).write_html("flow.html") opens from disk
+    sphere(sol)                    a Page       sphere(sol).write_html("flow.html") opens from disk
     summary(sol)                   matplotlib   the first panels below on one sheet
     film(sol, "flow.mp4")          matplotlib   the tokens in motion
 
@@ -19,8 +19,8 @@
 
 Every panel takes and returns a matplotlib `Axes`. Tokens in more than three dimensions are
 projected on principal directions: leading eigenvectors of E[x x^T] at the last time. The axis of
-time is logarithmic where the saved times are. Both libraries come with `jaxflow[viz]` and are
-imported where they are used.
+time is logarithmic where the saved times are. Matplotlib comes with `jaxflow[viz]` and is imported
+where it is used; a page needs no library.
 """
 
 from .diagrams import attention, merge_tree, phase_diagram
@@ -34,11 +34,12 @@ from .figures import (
 )
 from .film import film
 from .inspection import inspection_page
-from .page import sphere
+from .page import Page, sphere
 from .run import System
 from .tokens import hulls, points, trajectories
 
 __all__ = [
+    "Page",
     "System",
     "attention",
     "cluster_staircase",
@@ -56,3 +57,7 @@ __all__ = [
     "training_curve",
     "trajectories",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

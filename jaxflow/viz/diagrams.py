@@ -72,7 +72,7 @@ def phase_diagram(diagram: PhaseDiagram, *, ax: Axes | None = None) -> Axes:
 
     The line is the time at which equiangular tokens meet, the boundary for d -> infinity.
 
-    **Arguments:** `diagram`: a [`jaxflow.phase.PhaseDiagram`][]; `ax`: Matplotlib axes, default
+    **Arguments:** `diagram`: a `jaxflow.phase.PhaseDiagram`; `ax`: Matplotlib axes, default
     new ones. An axis is logarithmic where its values are spaced so.
 
     **Raises:** `TypeError` for what is no phase diagram.
@@ -111,7 +111,7 @@ def merge_tree(tree: MergeTree, *, max_leaves: int = 200, ax: Axes | None = None
     there are no more than that. The axis of t is logarithmic where the merges drawn cover over two
     decades.
 
-    **Arguments:** `tree`: a [`jaxflow.observables.MergeTree`][]; `ax`: Matplotlib axes, default
+    **Arguments:** `tree`: a `jaxflow.observables.MergeTree`; `ax`: Matplotlib axes, default
     new ones.
 
     **Raises:** `ValueError` for a tree without merges, or with more than `max_leaves` roots;

@@ -43,7 +43,7 @@ def summary(
 ) -> Figure:
     """One sheet: the tokens at the first and last time, then <x_i, x_j>, clusters, energy over t.
 
-    Arguments as in [`jaxflow.viz.sphere`][]. Tokens are coloured by cluster at the last time, or
+    Arguments as in `jaxflow.viz.sphere`. Tokens are coloured by cluster at the last time, or
     where one cluster is left, at the last time at which there were several; of more than 5,000,
     evenly spaced ones are drawn. `title`: shown as it is written.
 
@@ -90,7 +90,7 @@ def inner_product_histogram(
     On a sphere of radius R, a cluster is mass at R^2. Of more than `max_points` tokens, or 300
     times, evenly spaced ones are taken.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][], and for a single token.
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and for a single token.
     """
     bins = count("bins", bins)
     check_fits(8 * bins * 300, f"a histogram of {bins} bins", "Take fewer bins.")
@@ -131,9 +131,9 @@ def cluster_staircase(
 ) -> Axes:
     """The number of clusters against t, on a logarithmic scale.
 
-    Arguments as in [`jaxflow.viz.sphere`][], which says where the numbers come from.
+    Arguments as in `jaxflow.viz.sphere`, which says where the numbers come from.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][].
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
     """
     run, axes = read_run(sol, system), new_axes(ax)
     ts, counts = run.cluster_counts(threshold)
@@ -154,7 +154,7 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
 
     It is a staircase where clusters are metastable: long plateaus between merges.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][], and where no energy was
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and where no energy was
     observed.
     """
     run = read_run(sol, system)
@@ -225,7 +225,7 @@ def _curve(name: str, pair: tuple[ArrayLike, ArrayLike]) -> tuple[np.ndarray, np
 def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
     """Training and validation loss against the step.
 
-    **Arguments:** `history`: of [`jaxflow.training.Fitted`][], or the lines of a metrics.jsonl;
+    **Arguments:** `history`: of `jaxflow.training.Fitted`, or the lines of a metrics.jsonl;
     `ax`: Matplotlib axes, default new ones.
 
     **Raises:** `ValueError` or `TypeError` where these are no logged steps, or none has a loss.

@@ -45,7 +45,7 @@ def film(
 
     **Arguments:**
 
-    - `sol`, `system`, `threshold`: as in [`jaxflow.viz.sphere`][].
+    - `sol`, `system`, `threshold`: as in `jaxflow.viz.sphere`.
     - `path`: a file .mp4, for which ffmpeg must be installed, or .gif. Without an ending it is a
       film .mp4 where there is ffmpeg, and .gif elsewhere.
     - `fps`, `seconds`: frames a second, and the longest duration. Of more than `fps * seconds`
@@ -56,7 +56,7 @@ def film(
 
     **Returns:** the path. A frame takes about 0.01 s.
 
-    **Raises:** `ValueError` or `TypeError` for bad arguments, and as [`jaxflow.viz.summary`][];
+    **Raises:** `ValueError` or `TypeError` for bad arguments, and as `jaxflow.viz.summary`;
     `RuntimeError` for a film .mp4 without ffmpeg. All before a frame is drawn.
     """
     rule = "positive and at most 1000"

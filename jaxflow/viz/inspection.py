@@ -8,19 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .._page import assemble
 from .._rules import instance
 from ..models.inspection import BETAS, THRESHOLDS, Inspection
 from .style import COLOURS, require, words
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 66rem; padding: 0 1rem;
-  color: #222; background: #fff }
-h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1rem }
-table { border-collapse: collapse } td { padding: .1rem 1.2rem .1rem 0; vertical-align: top }
-img { max-width: 100% } .small { color: #666 }
-.text { font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-.text span { border-radius: 3px; padding: .15em 0 }
-"""
 BINS = 60
 
 # Titles of the sections, and what they show.
@@ -58,7 +50,7 @@ def inspection_page(
 ) -> str:
     """One HTML page, which needs no other file.
 
-    **Arguments:** `found`, by [`jaxflow.models.inspect`][]; `labels`, the text of each token;
+    **Arguments:** `found`, by `jaxflow.models.inspect`; `labels`, the text of each token;
     `about`, lines {name: text} below the title.
 
     **Raises:** `ValueError` or `TypeError` where these are no such things; `ImportError` without
@@ -80,12 +72,9 @@ def inspection_page(
         for (title, text), content in sections
         if content
     )
-    return (
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>jaxflow inspect</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style><h1>A text along the depth of a model</h1><table>{rows}</table>"
-        f"{body}</html>\n"
-    )
+    title = "A text along the depth of a model"
+    above = f'<h1>{title}</h1><div class="wide"><table>{rows}</table></div>'
+    return assemble(title, above + body, styles=["inspection.css"])
 
 
 def _safe(text: str) -> str:
@@ -97,7 +86,7 @@ def _text(sensitivity: np.ndarray, labels: Sequence[str]) -> str:
     share = np.sqrt(np.nan_to_num(sensitivity / max(sensitivity.max(), 1e-30)))
     spans = (
         f'<span title="{_safe(repr(word))}: {value:.3g}" '
-        f'style="background:rgba(213,94,0,{0.85 * part:.3f})">{_safe(_visible(word))}</span>'
+        f'style="background:rgb(var(--heat) / {part:.3f})">{_safe(_visible(word))}</span>'
         for word, value, part in zip(labels, sensitivity, share, strict=True)
     )
     return f'<p class="text">{"".join(spans)}</p>'

@@ -45,7 +45,7 @@ def points(
 
     **Arguments:**
 
-    - `clusters`: a cluster a token; default [`jaxflow.observables.cluster_labels`][].
+    - `clusters`: a cluster a token; default `jaxflow.observables.cluster_labels`.
     - `directions`: the columns on which tokens are projected, shape `(d, 2)` or `(d, 3)`; default
       the coordinates or, where d > 3, the principal directions.
     - `labels`: a word a token, written beside it as it is.
@@ -104,10 +104,10 @@ def trajectories(
     x_i(t) against t; elsewhere a curve in space, with a dot at its end. In three dimensions where
     d >= 3, on principal directions where d > 3.
 
-    **Arguments:** `sol`, `system` and `threshold` as in [`jaxflow.viz.sphere`][]; `max_points`: how
+    **Arguments:** `sol`, `system` and `threshold` as in `jaxflow.viz.sphere`; `max_points`: how
     many tokens to draw at most, evenly spaced; `ax`: Matplotlib axes, default new ones.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][].
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
     """
     run = read_run(sol, system)
     shown = evenly(run.n, max_points)
@@ -140,14 +140,14 @@ def hulls(
     """The convex hull of the tokens in the plane at a few of the saved times, from light to dark.
 
     In R^d with V = I the hulls of z = e^{-t} x are nested (arXiv 2305.05465): those of a flow along
-    [`jaxflow.Rescaled`][] shrink to a polygon, whose corners are the leaders.
+    `jaxflow.Rescaled` shrink to a polygon, whose corners are the leaders.
 
-    **Arguments:** `sol` and `system` as in [`jaxflow.viz.sphere`][]; `rescale`: a function of
+    **Arguments:** `sol` and `system` as in `jaxflow.viz.sphere`; `rescale`: a function of
     (t, points (n, 2)), such as `lambda t, x: jnp.exp(-t) * x`, default the points as they are;
     `times`: how many to draw, evenly spaced among those saved; `ax`: Matplotlib axes, default new
     ones.
 
-    **Raises:** `ValueError` or `TypeError` as [`jaxflow.viz.summary`][], and for tokens that are
+    **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and for tokens that are
     not in the plane.
     """
     run = read_run(sol, system)

@@ -27,7 +27,7 @@ class AbstractClosure(eqx.Module):
 
 
 class ClosureSolution(eqx.Module):
-    """What [`jaxflow.density.closures.evolve`][] returns.
+    """What `jaxflow.density.closures.evolve` returns.
 
     - `ts`, the saved times, padded with inf after an event; `states`, the parameters there, with
       times along their first axis.
@@ -64,9 +64,9 @@ def evolve(
     """Solves z' = F(z), the equation of a closure.
 
     **Arguments:** `closure`, F; `z0`, its parameters at t0: a number, an array or
-    [`jaxflow.density.closures.Moments`][]; the others as in [`jaxflow.flow`][].
+    `jaxflow.density.closures.Moments`; the others as in `jaxflow.flow`.
 
-    **Returns:** a [`jaxflow.density.closures.ClosureSolution`][].
+    **Returns:** a `jaxflow.density.closures.ClosureSolution`.
 
     **Raises:** `ValueError` or `TypeError` for bad input, `FlowError` where the solve fails, as at
     a blow-up that no event stops before.

@@ -245,6 +245,15 @@ def until_blow_up(bound: ScalarLike | None = None) -> diffrax.Event:
     **Arguments:** `bound`; `None` is 1 / sqrt(epsilon): 7e7 in float64, 3e3 in float32.
 
     **Raises:** `ValueError` or `TypeError` where it is not positive.
+
+    ```python
+    >>> from jaxflow.density import closures
+    >>> closure = closures.LinearGaussian(jnp.eye(1), jnp.eye(1))
+    >>> start = closures.Moments(jnp.zeros(1), jnp.eye(1))
+    >>> stop = closures.until_blow_up()
+    >>> sol = closures.evolve(closure, start, t1=1.0, event=stop)  # doctest: +SKIP
+
+    ```
     """
     if bound is None:
         bound = 1 / math.sqrt(jnp.finfo(jnp.zeros(()).dtype).eps)

@@ -58,8 +58,8 @@ def from_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractModel:
     The folder is not trusted: nothing but JSON and safetensors is read, no file outside of it, and
     names, shapes and dtypes of all tensors are checked before the first is read.
 
-    **Returns:** a [`jaxflow.models.LanguageModel`][], or of BERT and ALBERT a
-    [`jaxflow.models.Encoder`][].
+    **Returns:** a `jaxflow.models.LanguageModel`, or of BERT and ALBERT a
+    `jaxflow.models.Encoder`.
 
     **Raises:** `ValueError` for a folder that holds no such model, naming what is wrong; a
     `TypeError` where `dtype` is none; `MemoryError` where the parameters do not fit; `ImportError`
@@ -69,3 +69,7 @@ def from_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractModel:
     config = opened.config()
     made: Plan = FAMILIES[choice(config, "model_type", FAMILIES)](config)
     return fill(made, opened, floating("dtype", dtype))
+
+
+def __dir__() -> list[str]:
+    return __all__
