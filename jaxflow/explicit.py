@@ -93,6 +93,8 @@ def evaluations_per_step(solver: diffrax.AbstractSolver, parts: int = 1) -> tupl
         return inner and (2 * inner[0], 3 * inner[1])
     if is_method(solver, diffrax.Euler):
         return 0, 1
+    if is_method(solver, diffrax.ReversibleHeun):
+        return 1, 1
     if found := tableau(solver):
         return (1, found.num_stages - 1) if found.fsal else (0, found.num_stages)
     return None

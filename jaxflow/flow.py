@@ -60,6 +60,7 @@ from .fields.time import breakpoints, jumps
 from .geometry import Euclidean
 from .measure import Measure
 from .noise import Noise, noisy_solver
+from .reversible import ReversibleAdjoint
 from .solvers import (
     AbstractSplitting,
     Geodesic,
@@ -84,6 +85,9 @@ def __dir__() -> list[str]:
     return __all__
 
 
+# These run the same solver on an augmented state, or save nothing but the state.
+_SAVING_STATES = diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint | ReversibleAdjoint
+_OF_FIRST_ORDER = diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint | ReversibleAdjoint
 # diffrax's default root finder, and the one that takes its place.
 _CHORD = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)()
 _NEWTON = diffrax.with_stepsize_controller_tols(optimistix.Newton)()
@@ -140,8 +144,8 @@ def flow(
       a `SaveAt(fn=...)` or an event receives is the array of points `(*batch, n, d)`.
     - `adjoint`: as in diffrax. The default gives reverse mode; forward mode (`jax.jvp`,
       `jax.jacfwd`) needs `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()`. With
-      `BacksolveAdjoint` and `ImplicitAdjoint`, diffrax saves the state alone: points are then
-      retracted, and observables evaluated, after the solve.
+      `BacksolveAdjoint`, `ImplicitAdjoint` and [`jaxflow.reversible.ReversibleAdjoint`][], the
+      state alone is saved: points are then retracted, and observables evaluated, after the solve.
     - `throw`: raise if the solve fails; otherwise look at `ok` and `result`. Errors of a compiled
       program are callbacks to the host: `throw=False` leaves them out, which programs need that
       are kept on disk or compiled for a device that is not there.
@@ -277,8 +281,7 @@ def _solve(
     field, mu0, times, noise = arguments
     geometry, log_weights = field.geometry, mu0.log_weights
     y0 = mu0.points
-    # These two run the same solver on an augmented state, or save nothing but the state.
-    plain = isinstance(adjoint, diffrax.BacksolveAdjoint | diffrax.ImplicitAdjoint)
+    plain = isinstance(adjoint, _SAVING_STATES)
     solver = solver if plain else along(solver, field)
     if not isinstance(geometry, Euclidean):
         if not on_geometry:
@@ -469,6 +472,8 @@ def default_controller(
 def _schedule(t0, t1, dt0, saveat, controller, field, adjoint, solver, dtype) -> Times:
     """The times of a solve, whose steps end at the breakpoints of the field; tolerances and times
     are no part of its program."""
+    if isinstance(adjoint, ReversibleAdjoint):
+        adjoint.check(solver, controller, saveat, jumps(field))
     when = times(t0, t1, dt0, saveat, _at_jumps(controller, field), dtype)
     controller = _at_breakpoints(when.controller, field, adjoint, solver, dtype)
     return when._replace(
@@ -544,7 +549,7 @@ def _check_modes(arguments, adjoint) -> bool:
     """Whether `flow` itself is differentiated in forward mode, which needs an adjoint for it."""
     modes = [_modes(leaf) for leaf in jtu.tree_leaves(arguments)]
     forward = any(ad.JVPTracer in kinds for kinds in modes)
-    if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint):
+    if isinstance(adjoint, _OF_FIRST_ORDER):
         name = type(adjoint).__name__
         if any(len(kinds) > 1 for kinds in modes):
             raise TypeError(

@@ -43,6 +43,7 @@ LAYERS = {
     "observables": 3,
     "solvers": 4,
     "noise": 4.5,
+    "reversible": 4.5,
     "_coarsened": 5,
     "flow": 5,
     "hardmax": 5,

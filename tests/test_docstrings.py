@@ -23,6 +23,7 @@ from jaxflow import (
     measure,
     models,
     observables,
+    reversible,
     solvers,
     stability,
     training,
@@ -32,7 +33,7 @@ from jaxflow.density import closures
 
 OWNERS = (
     jaxflow, measure, masks, fields, kernels, solvers, observables, events, density, closures,
-    models, stability, training, viz,
+    models, reversible, stability, training, viz,
 )  # fmt: skip
 UNRUN = ("from_pretrained",)  # reads weights that are not here
 

@@ -62,6 +62,7 @@ def train(s: AbstractTraining):
             "jaxflow": __version__,
         }
         model = models.build(described["model"])
+        _say_cost(s, model, data)
         with _folder(s) as run:
             start = time.perf_counter()
             fitted = _fit(s, run, model, data, described, kept)
@@ -103,6 +104,17 @@ def read_data(s: AbstractTraining, tokenizer: Any = None) -> training.Text | tra
         )
     assert isinstance(s, ImageTraining | ResidualTraining)
     return training.image_data(s.images, labels=s.labels, batch_size=s.batch, seed=s.seed)
+
+
+def _say_cost(s: AbstractTraining, model: models.AbstractModel, data: Any):
+    """What the steps take, evaluations of the loss excepted, where that is known."""
+    drawn = None if s.elastic is None else float(np.mean(counts(s.elastic)))
+    step = training.operations(model, data.batch(0)[0], steps=drawn)
+    if step is not None and training.is_first():
+        total = step * s.accumulate * s.steps
+        say(
+            f"{s.steps:,} steps of {step * s.accumulate:.2g} floating-point operations: {total:.2g}"
+        )
 
 
 # ------------------------------------------------------------------ the model

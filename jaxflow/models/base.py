@@ -21,6 +21,7 @@ from ..fields import AbstractCurve, AbstractField, Legendre, LowRank, TimeDepend
 from ..fields.time import fit, jumps
 from ..flow import Observables, flow, memory_estimate
 from ..measure import Measure
+from ..reversible import ReversibleAdjoint
 from ..solvers import Grid, LieTrotter, ScanAdjoint, default_adjoint
 
 SCANNED = 64  # steps
@@ -165,9 +166,9 @@ class Depth(eqx.Module):
             controller, max_steps = diffrax.PIDController(tolerance, tolerance), self.max_steps
         saveat = diffrax.SaveAt(t1=True)
         if observe:
-            if isinstance(self.adjoint, diffrax.BacksolveAdjoint):
+            if isinstance(self.adjoint, diffrax.BacksolveAdjoint | ReversibleAdjoint):
                 raise ValueError(
-                    "BacksolveAdjoint keeps no path to observe along: take "
+                    f"{type(self.adjoint).__name__} keeps no path to observe along: take "
                     "diffrax.RecursiveCheckpointAdjoint(), or no costs along the flow."
                 )
             saveat = diffrax.SaveAt(t0=True, steps=True, fn=lambda t, y, args: None)
@@ -177,12 +178,21 @@ class Depth(eqx.Module):
             t1=self.t1,
             solver=self.solver,
             stepsize_controller=controller,
-            adjoint=self._adjoint(max_steps, observed=bool(observe)),
+            adjoint=_backwards(self._adjoint(max_steps, observed=bool(observe)), controller),
             max_steps=max_steps,
             throw=throw,
             saveat=saveat,
             observe=observe,
         )
+
+
+def _backwards(adjoint, controller):
+    """The adjoint; an equation that is solved backwards takes the given steps in that order."""
+    given = isinstance(controller, diffrax.StepTo | Grid)
+    if not given or not isinstance(adjoint, diffrax.BacksolveAdjoint):
+        return adjoint
+    steps = {"stepsize_controller": type(controller)(controller.ts[::-1])}
+    return diffrax.BacksolveAdjoint(**steps | adjoint.kwargs)
 
 
 def depth_or_steps(depth: Depth | None, t1: float, steps: int) -> Depth:

@@ -5,6 +5,7 @@ fitted = fit(model, text_data(context=64, batch_size=12), steps=2000)
 
 from .callbacks import tensorboard
 from .checkpoints import best, latest, metadata, restore, save
+from .cost import operations
 from .data import Images, Text, image_data, text_data
 from .depths import Elastic
 from .devices import FullySharded
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "matrices",
     "metadata",
+    "operations",
     "restore",
     "save",
     "squared_error",

@@ -1,0 +1,129 @@
+"""Characters of a text in nanoGPT's setting for a CPU, whose published loss is 1.88.
+
+    4 blocks, 4 heads, d = 128, context 64, 2000 steps of 12 windows     nanoGPT, README
+
+Each case is a model from `jaxflow.models.build` and its training by AdamW (100 steps of warm-up, a
+cosine down to a tenth, weight decay 0.1, b2 0.99, gradients clipped at 1). The loss is that of the
+whole validation part, the last tenth of the text, in windows side by side; `best` is the least of
+four evaluations, `last` the one after the last step. `losses` are those at other numbers of steps.
+
+    plain           GPT-2's blocks, one Euler step of Lie-Trotter splitting a block
+    continuous n    4 Legendre coefficients, n steps on the same [0, 4]
+    elastic         the same curve, 2, 3, 4, 6, 8 or 12 steps, drawn for each step of training
+    shared, ...     one block at all depths: d = 128 at equal compute, d = 256 at equal parameters
+    llama, gpt2     Llama's and GPT-2's blocks at a learning rate of 0.003
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from jaxflow import models, training
+
+from .study import Case, Place, Stopped, Study
+
+QUESTION = "which loss does a model of characters reach in nanoGPT's setting for a CPU (1.88)?"
+DEPTHS = (2, 3, 4, 6, 8, 12)
+MODEL = {"model": "LanguageModel", "dim": 128, "heads": 4, "layers": 4, "context": 64}
+TRAINING = {"steps": 2000, "batch": 12, "learning_rate": 1e-3}
+FAST = {"learning_rate": 3e-3}
+
+
+def depth(steps: int) -> dict[str, Any]:
+    return {"depth": {"t1": 4.0, "steps": steps}}
+
+
+# What a case changes of the model, and of the training.
+Change = tuple[dict[str, Any], dict[str, Any]]
+CASES: dict[str, Change] = {
+    "plain": (depth(4), {}),
+    "llama, rate 0.003": (depth(4) | {"block": "llama", "norm": "rms"}, FAST),
+    "continuous 4": (depth(4) | {"curve": "smooth"}, {}),
+    "elastic": (depth(4) | {"curve": "smooth"}, {"drawn": list(DEPTHS)}),
+    "shared, equal compute": (depth(4) | {"curve": "shared", "layers": 1}, {}),
+    "gpt2, rate 0.003": (depth(4), FAST),
+    **{
+        f"continuous {n}": (depth(n) | {"curve": "smooth"}, {})
+        for n in DEPTHS
+        if n != 4
+    },
+    "shared, equal parameters": (depth(4) | {"curve": "shared", "layers": 1, "dim": 256}, {}),
+}  # fmt: skip
+
+
+def study(
+    text: Path, cases: dict[str, Change] = CASES, depths: Sequence[int] = DEPTHS, **smaller: Any
+) -> Study:
+    """The study of a text; `smaller` sizes are those of a trial. Smooth curves are evaluated at
+    `depths`."""
+    sizes = {k: v for k, v in smaller.items() if k in MODEL}
+    short = {k: v for k, v in smaller.items() if k not in MODEL}
+    about = _data(text, MODEL | sizes, TRAINING | short, 0)
+    made = [
+        _case(name, MODEL | sizes | model, TRAINING | own | short, about)
+        for name, (model, own) in cases.items()
+    ]
+    return Study("characters", QUESTION, made, lambda *given: measure(text, depths, *given))
+
+
+def _data(text: Path, model: dict, trained: dict, seed: int) -> training.Text:
+    return training.text_data(
+        text, tokenizer=training.Chars(), context=model["context"], batch_size=trained["batch"],
+        seed=seed,
+    )  # fmt: skip
+
+
+def _case(name: str, model: dict, trained: dict, data: training.Text) -> Case:
+    described = model | {"vocab_size": data.vocab_size}
+    setting = {"model": described, "training": trained, "text": data.sha256}
+    built = eqx.filter_eval_shape(lambda: models.build(described))
+    steps = float(np.mean(trained.get("drawn", model["depth"]["steps"])))
+    cost = training.operations(built, data.batch(0)[0], steps=steps)
+    assert cost is not None
+    return Case(name, setting, cost * trained["steps"])
+
+
+def measure(
+    text: Path, depths: Sequence[int], case: Case, seed: int, place: Place
+) -> dict[str, Any]:
+    """Trains the model of a case, or goes on, and evaluates it."""
+    config, trained = case.setting["model"], case.setting["training"]
+    data = _data(text, config, trained, seed)
+    model = models.build(config | {"seed": seed})
+    fitted = training.fit(
+        model,
+        data,
+        steps=trained["steps"],
+        optimiser=training.adamw(trained["steps"], learning_rate=trained["learning_rate"]),
+        key=jax.random.key(seed),
+        depths=training.Elastic(trained["drawn"], evaluate=[]) if "drawn" in trained else None,
+        evaluate_every=-(-trained["steps"] // 4),
+        checkpoint_every=-(-trained["steps"] // 20),
+        run=place.folder,
+        resume=(place.folder / "checkpoints").is_dir(),
+        config={"case": case.name, "seed": seed} | case.setting,
+        minutes=place.minutes,
+        log_every=100,
+    )
+    if fitted.reason != "done":
+        raise Stopped(f"{fitted.reason} after {fitted.step} steps.")
+    found = {
+        "parameters": sum(a.size for a in jax.tree.leaves(eqx.filter(model, eqx.is_array))),
+        "evaluations": fitted.history[-1]["total_evaluations"] / trained["steps"],
+        "flops": case.flops,
+        "seconds": fitted.history[-1]["seconds"],
+        "best": fitted.validation_loss,
+        "last": fitted.history[-1]["validation_loss"],
+    }
+    if config.get("curve") != "smooth":
+        return found
+    return found | {"losses": {str(n): _loss(fitted.model, n, data) for n in depths}}
+
+
+def _loss(model: models.AbstractModel, steps: int, data: training.Text) -> float:
+    model = model.with_depth(model.depth.with_steps(steps))
+    return training.evaluate(model, data.validation_batches())["loss"]
