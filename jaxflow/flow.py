@@ -144,7 +144,7 @@ def flow(
       a `SaveAt(fn=...)` or an event receives is the array of points `(*batch, n, d)`.
     - `adjoint`: as in diffrax. The default gives reverse mode; forward mode (`jax.jvp`,
       `jax.jacfwd`) needs `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()`. With
-      `BacksolveAdjoint`, `ImplicitAdjoint` and [`jaxflow.reversible.ReversibleAdjoint`][], the
+      `BacksolveAdjoint`, `ImplicitAdjoint` and `jaxflow.reversible.ReversibleAdjoint`, the
       state alone is saved: points are then retracted, and observables evaluated, after the solve.
     - `throw`: raise if the solve fails; otherwise look at `ok` and `result`. Errors of a compiled
       program are callbacks to the host: `throw=False` leaves them out, which programs need that

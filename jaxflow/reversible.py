@@ -45,7 +45,7 @@ class ReversibleAdjoint(diffrax.AbstractAdjoint):
     and the end is retracted.
 
     For `diffrax.ReversibleHeun()`, steps that are given (`diffrax.StepTo`, or the `steps` of a
-    [`jaxflow.models.Depth`][]), parameters without jumps in time, and the last state alone. Reverse
+    `jaxflow.models.Depth`), parameters without jumps in time, and the last state alone. Reverse
     mode of first order; forward mode takes `diffrax.ForwardMode()`.
 
     **Raises:** `ValueError`, when a solve begins, for what is not undone so.
