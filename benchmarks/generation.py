@@ -20,7 +20,7 @@ import jaxflow as jf
 
 from . import rivals, transformers
 from .device import provenance
-from .timing import Launch, Runner, UnavailableError, in_turn
+from .timing import Launch, Runner, Samples, UnavailableError, in_turn
 
 VOCABULARY = 65  # characters, as in nanoGPT's setting for a CPU
 NAMES = "jaxflow", "jaxflow without cache", "torch, nanoGPT's loop", "the same 1 thread"
@@ -96,7 +96,7 @@ def main(
     print(provenance())
     for prompts in batch:
         start = np.random.default_rng(0).integers(0, VOCABULARY, (prompts, 1))
-        times = in_turn(contest(whole, start, length), repeats=(3, repeats))
+        times = in_turn(contest(whole, start, length), samples=Samples(3, repeats))
         first = statistics.median(times[NAMES[0]])
         print(f"\n{prompts} x {length} tokens, {layers} layers, dim {dim}\n")
         print("| rival | tokens a second | time over jaxflow's |\n|---|---|---|")

@@ -12,7 +12,7 @@ bfloat16 and computes in float32 between roundings: its times say nothing of a G
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -46,7 +46,7 @@ class Run(NamedTuple):
         return self._replace(state=state)
 
 
-def begin(dtype: str, sizes: dict[str, int], steps: int) -> Run:
+def begin(dtype: str, sizes: dict[str, Any], steps: int) -> Run:
     model = jf.models.LanguageModel(256, **sizes, dtype=dtype, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimiser = training.adamw(steps)

@@ -178,8 +178,9 @@ def test_a_run_ends_when_its_time_is_over(tmp_path, monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(command.os, "_exit", codes.append)
     output = command.Output(tmp_path / "r.json")
-    console = [Console(file=sys.stdout), Console(file=sys.stderr)]
-    job = command.Run(ONCE, output, *console, current=("scaling", pace.Watch()))
+    out, err = Console(file=sys.stdout), Console(file=sys.stderr)
+    job = command.Run(ONCE, output, out, err, current=("scaling", pace.Watch()))
+    assert job.current is not None
     job.current[1].rows.append({"shape": "first", "rival": "jaxflow", "ms": 1.0})
     job.end_after(0.0)
     while not codes:

@@ -13,7 +13,7 @@ import jaxflow
 
 DOCS = documentation.ROOT / "docs"
 sys.path.append(str(DOCS))  # as MkDocs does for its hooks
-import errors  # noqa: E402
+import errors  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PAGES = sorted(DOCS.rglob("*.md"))
 CODE = [page for page in PAGES if any(b.language == "python" for b in documentation.blocks(page))]
@@ -55,7 +55,7 @@ def test_parts_of_ones_own_are_short_and_proved(file):
 
 @pytest.mark.parametrize("where", COMMANDS)
 def test_commands_exist(where):
-    documentation.check(COMMANDS[where])
+    documentation.check(list(COMMANDS[where]))
 
 
 def test_a_command_that_is_none_is_found():

@@ -52,7 +52,9 @@ def temporaries(steps, adjoint) -> int:
     loss = lambda arrays, tokens: (eqx.combine(arrays, static)(tokens) ** 2).mean()
     tokens = jnp.zeros((64, 64), jnp.int32)
     program = jax.jit(jax.grad(loss)).lower(arrays, tokens).compile()
-    return program.memory_analysis().temp_size_in_bytes
+    found = program.memory_analysis()
+    assert found is not None
+    return found.temp_size_in_bytes
 
 
 def test_the_memory_does_not_grow_with_the_number_of_steps():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,8 @@ def squares(*, scale=1.0, calls=None, stop_at=()):
 
 
 def plan(tmp_path, **options):
-    return Plan(
-        tmp_path / "results" / "squares.json", tmp_path / "runs", **({"seeds": 2} | options)
-    )
+    given: dict[str, Any] = {"seeds": 2} | options
+    return Plan(tmp_path / "results" / "squares.json", tmp_path / "runs", **given)
 
 
 def test_rows_are_means_and_spreads_over_seeds(tmp_path):

@@ -87,7 +87,8 @@ class _AdamW(eqx.Module):
     @property
     def chain(self) -> optax.GradientTransformation:
         decay, clip = self.weight_decay, self.clip
-        adam = optax.adamw(self.rate, self.b1, self.b2, weight_decay=decay, mask=matrices)
+        rate: optax.Schedule = self.rate
+        adam = optax.adamw(rate, self.b1, self.b2, weight_decay=decay, mask=matrices)
         return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
 
     def rate(self, made: Int[Array, ""]) -> Float[Array, ""]:
