@@ -174,8 +174,10 @@ def two_processes(folder: Path, step: int, environments: list[dict[str, str]], *
     both = [start(folder, "60", "2", *args, **env) for env in environments]
     checkpoints = folder / "run" / "checkpoints"
     reached = lambda: any(int(p.name[5:13]) > step for p in checkpoints.glob("step-*"))
+    stop = time.monotonic() + 300
     try:
         while all(process.poll() is None for process in both) and not reached():
+            assert time.monotonic() < stop, "the processes wait for one another."
             time.sleep(0.2)
         for process in both:
             assert process.poll() is None, process.communicate()[1][-2000:]

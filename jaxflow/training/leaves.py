@@ -35,6 +35,12 @@ def to_host(leaf: Any) -> np.ndarray:
     return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
+def blank(leaf: Any) -> np.ndarray:
+    """Zeros of the shape and dtype of `to_host`, for which no device is asked."""
+    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return np.zeros(data.shape, data.dtype)
+
+
 def from_host(stored: np.ndarray, leaf: Any) -> Any:
     """What was stored as an array like `leaf`, on its devices.
 

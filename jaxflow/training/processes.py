@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .._rules import count
-from .leaves import from_host, to_host
+from .leaves import blank, from_host, to_host
 
 ADDRESS, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 LOST = 60  # seconds without a sign of a process, after which the others end
@@ -153,7 +153,8 @@ def _broadcast_json(content: Any) -> Any:
 def _broadcast(tree: Any, like: Any) -> Any:
     """The arrays of the first process, placed as those of `like`."""
     leaves, structure = jtu.tree_flatten(like)
-    own = gathered(leaves) if tree is None else jtu.tree_leaves(tree)
-    hosts = [np.asarray(multihost_utils.broadcast_one_to_all(to_host(a))) for a in own]
+    # Where nothing was read, nothing is asked of other devices: the first process does not either.
+    own = map(blank, leaves) if tree is None else map(to_host, jtu.tree_leaves(tree))
+    hosts = [np.asarray(multihost_utils.broadcast_one_to_all(a)) for a in own]
     placed = [from_host(host, leaf) for host, leaf in zip(hosts, leaves, strict=True)]
     return jtu.tree_unflatten(structure, placed)
