@@ -72,7 +72,7 @@ def test_simulate_writes_a_run_folder(tmp_path):
 @pytest.fixture
 def bare(monkeypatch):
     """A machine without the optional libraries."""
-    for name in ("matplotlib.figure", "matplotlib.animation", "plotly.graph_objects"):
+    for name in ("matplotlib.figure", "matplotlib.animation"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
 
@@ -83,9 +83,13 @@ def test_without_pictures_runs_say_so_first_and_go_on(tmp_path, bare):
     assert result.exit_code == 0, result.output
     told, cost, *_ = (part for part in result.output.split("12 tokens in R^3"))
     assert 'need matplotlib: pip install "jaxflow[viz]". It goes on without summary.png' in told
-    assert 'need plotly: pip install "jaxflow[viz]". It goes on without flow.html' in told
     assert "ms an evaluation" in cost
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "merges.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "flow.html",
+        "metrics.jsonl",
+        "merges.json",
+    }
     result = run("compare", out, out, "--out", picture)
     assert result.exit_code == 0 and "last value" in result.output and not picture.exists()
     film = run("simulate", *SMALL, "--film", "--out", tmp_path / "film")

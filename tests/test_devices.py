@@ -37,7 +37,7 @@ def test_batches_are_divided_without_communication(found, band):
     for case in found[band].values():
         assert case["collectives"] == {}
         assert case["spec"][:2] == [["a"], ["b"]]
-        assert case["error"] < 1e-5
+        assert case["error"] < 2e-5  # of sums of squares, in float32
 
 
 @pytest.mark.parametrize("how", ["queries", "queries by size"])

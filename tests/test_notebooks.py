@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -30,8 +31,9 @@ def test_a_notebook_runs(path):
     for name in ("matplotlib", "sklearn"):
         pytest.importorskip(name)
     names: dict = {"__name__": "__main__"}
-    for text in code(path):
-        exec(compile(text, path.name, "exec"), names)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for text in code(path):
+            exec(compile(text, path.name, "exec"), names)
 
 
 def test_there_are_three():

@@ -19,6 +19,7 @@ from .. import __version__, models, observables, training, viz
 from .._folder import CONFIG, claim, read_settings
 from .._memory import check_fits
 from ..training import Fitted
+from ..training.devices import Devices, placement
 from .choices import Block
 from .console import say, table
 from .device import prepare
@@ -62,8 +63,10 @@ def train(s: AbstractTraining):
             "jaxflow": __version__,
         }
         model = models.build(described["model"])
-        _say_cost(s, model, data)
         with _folder(s) as run:
+            if s.devices is not None:
+                placement(_devices(s))  # an error before the cost
+            _say_cost(s, model, data)
             start = time.perf_counter()
             fitted = _fit(s, run, model, data, described, kept)
             if fitted.reason in ("SIGINT", "SIGTERM"):
@@ -104,6 +107,10 @@ def read_data(s: AbstractTraining, tokenizer: Any = None) -> training.Text | tra
         )
     assert isinstance(s, ImageTraining | ResidualTraining)
     return training.image_data(s.images, labels=s.labels, batch_size=s.batch, seed=s.seed)
+
+
+def _devices(s: AbstractTraining) -> Devices:
+    return training.FullySharded(s.devices or 1) if s.sharded else s.devices
 
 
 def _say_cost(s: AbstractTraining, model: models.AbstractModel, data: Any):
@@ -194,7 +201,7 @@ def _fit(
         depths=None if s.elastic is None else training.Elastic(counts(s.elastic), s.jitter),
         key=jax.random.key(s.seed),
         accumulate=s.accumulate,
-        devices=training.FullySharded(s.devices) if s.sharded else s.devices,
+        devices=_devices(s),
         evaluate_every=s.evaluate_every,
         evaluation_batches=s.evaluation_batches,
         patience=s.patience,
@@ -202,7 +209,7 @@ def _fit(
         run=run,
         resume=s.resume is not None,
         checkpoint_every=s.checkpoint_every,
-        keep=2 if kept else 0,
+        keep=2 if kept else None,
         config=described,
         callbacks=[training.tensorboard(run / "tensorboard")] if s.tensorboard else [],
         minutes=s.minutes,

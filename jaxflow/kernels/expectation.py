@@ -150,8 +150,8 @@ def select_backend(
     can, "blocked" for all else, and a warning says so once. A kernel that failed the check never
     runs, also by name; one that was not checked runs by name. The environment variable
     JAXFLOW_KERNELS=all (default: proved) takes all kernels, proved or not: also for programs that
-    are lowered for a device that is not at hand. Elsewhere, as on a CPU, "reference" runs where the
-    pairs of queries and keys are few, 96 x 96 of a system and 2^20 of a batch, and "blocked" else:
+    are lowered for a device that is not at hand. Elsewhere, as on a CPU, "reference" runs on a
+    batch of few pairs of queries and keys, 96 x 96 of a system and 2^20 of all, and "blocked" else:
     `jaxflow.kernels.explain_backend` says which, and why.
 
     **Arguments:** as `jaxflow.softmax_expectation` (only shapes and dtypes matter; leading

@@ -74,7 +74,7 @@ def inspect(model: AbstractModel, tokens: ArrayLike) -> Inspection:
     ...     vocab_size=11, dim=8, heads=2, layers=1, context=8, key=jax.random.key(0)
     ... )
     >>> found = jaxflow.models.inspect(model, [3, 1, 4])  # doctest: +SKIP
-    >>> found.entropy  # by time and head, doctest: +SKIP
+    >>> found.entropy  # doctest: +SKIP
 
     ```
     """

@@ -26,6 +26,13 @@ def operations(
     **Arguments:** `model`; `inputs`, a batch; `steps` of the solver, by default those of the model.
 
     **Returns:** a number, or `None` where the steps are adaptive or the method is implicit.
+
+    ```python
+    >>> model = jaxflow.models.ResidualNetwork(64, 10, 8, 2, width=8, key=jax.random.key(0))
+    >>> jaxflow.training.operations(model, jnp.zeros((32, 64)))
+    190848.0
+
+    ```
     """
     depth, field = model.depth, model.field
     steps = depth.steps if steps is None else steps

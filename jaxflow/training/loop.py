@@ -84,7 +84,7 @@ def fit(
     run: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: int | None = None,
-    keep: int = 2,
+    keep: int | None = 2,
     log_every: int = 10,
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -130,7 +130,7 @@ def fit(
       gradient of attention else adds up in the order in which its blocks end.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
       the last stay, two at least, as the step after the last may fail. The best one stays too. With
-      `keep=0` there are none, nor need of orbax-checkpoint: such a run cannot go on, and its model
+      `keep=None` there are none, nor need of orbax-checkpoint: such a run cannot go on, and its model
       is in what is returned alone.
     - `log_every`: steps between lines of metrics.jsonl.
     - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
@@ -202,13 +202,13 @@ def fit(
         patience=patience,
         budget=budget,
     )
-    keep = count("keep", keep, least=0)
+    keep = None if keep is None else count("keep", keep)
     if minutes is not None:
         minutes = constant("minutes", minutes, "finite and greater than 0", positive)
     callbacks = called.check(callbacks)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
-    if resume or (run is not None and keep):
+    if resume or (run is not None and keep is not None):
         checkpoints.require()
     params, static = parted(model, trainable)
     about = _about(data, config, accumulate) | frozen(static)

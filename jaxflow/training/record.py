@@ -80,10 +80,11 @@ def opened(run: str | Path | None, *, resume: bool) -> Iterator[Path | None]:
 
 
 class Record:
-    """The files of a run. Without a folder, the history alone; of `keep` 0 no checkpoints."""
+    """The files of a run. Without a folder, the history alone; of `keep` None no checkpoints."""
 
-    def __init__(self, folder: Path | None, keep: int, about: dict[str, Any]):
-        self.folder, self.keep, self.about = folder, keep and max(2, keep), about
+    def __init__(self, folder: Path | None, keep: int | None, about: dict[str, Any]):
+        self.folder, self.about = folder, about
+        self.keep = None if keep is None else max(2, keep)
         self.log_file = _Log(None if folder is None else folder / LOG)
         self.history: list[dict[str, Any]] = []
         self.saved, self.loss = -1, None  # the step of the last checkpoint, and its loss
@@ -147,7 +148,7 @@ class Record:
         """Writes a checkpoint, and says whether it did: there is a folder, and some are kept."""
         self.saved, self.loss = place.step, loss
         state = gathered(state)
-        if self.folder is None or not self.keep:
+        if self.folder is None or self.keep is None:
             return False
         # JSON knows no infinity.
         best = None if math.isinf(place.best) else place.best
