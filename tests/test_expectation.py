@@ -465,7 +465,7 @@ def test_lowers_for_every_platform(platform, call):
 
 
 def test_select_backend():
-    few, many = (jax.ShapeDtypeStruct((n, 2), jnp.float32) for n in (96, 97))
+    few, many = (jax.ShapeDtypeStruct((3, n, 2), jnp.float32) for n in (96, 97))
     assert select_backend(few, few, few, platform="cpu") == "reference"
     assert select_backend(many, many, many, platform="cpu") == "blocked"
     tried = explain_backend(many, many, many, platform="cpu")
@@ -474,6 +474,7 @@ def test_select_backend():
         "runs: portable",
     ]
     x = jnp.zeros((4, 2))
+    assert select_backend(x, x, x, platform="cpu") == "blocked"
     batch = jax.ShapeDtypeStruct((2**16 + 1, 4, 2), jnp.float32)
     assert select_backend(batch, batch, batch, platform="cpu") == "blocked"
     assert select_backend(x, x, x, backend="reference") == "reference"
@@ -578,7 +579,9 @@ def test_other_spellings_of_numbers(options, same):
 
 
 def test_a_backend_is_described():
-    assert describe_backend(X, X, X, platform="cpu") == "reference (the definition in jnp)"
+    assert describe_backend(X[None], X[None], X[None], platform="cpu") == (
+        "reference (the definition in jnp)"
+    )
     chosen = describe_backend(X, X, X, backend="blocked")
     assert chosen == "blocked (blocks of rows in XLA)"
     chosen = describe_backend(X, X, X, backend="reference", mode="tangent")

@@ -101,14 +101,9 @@ class Reference(AbstractBackend):
 
 
 def too_many(shapes: Shapes) -> str | None:
-    """Why all scores at once are more than tiles of them would cost; None where they are few.
-
-    One system alone is asked in tiles: long flows of few tokens rest on how these add up.
-    """
+    """Why all scores at once are more than tiles of them would cost; None where they are few."""
     *batch, m, _ = shapes.q.shape
     pairs = m * shapes.k.shape[-2]
-    if not batch:
-        return "one system alone is asked in tiles"
     if pairs <= PAIRS and math.prod(batch) * pairs <= SCORES:
         return None
     return f"tiles are faster beyond {PAIRS:,} pairs a system, or {SCORES:,} in a batch"

@@ -130,8 +130,8 @@ def fit(
       gradient of attention else adds up in the order in which its blocks end.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
       the last stay, two at least, as the step after the last may fail. The best one stays too. With
-      `keep=None` there are none, nor need of orbax-checkpoint: such a run cannot go on, and its model
-      is in what is returned alone.
+      `keep=None` there are none, nor need of orbax-checkpoint: such a run cannot go on, and its
+      model is in what is returned alone.
     - `log_every`: steps between lines of metrics.jsonl.
     - `config`: JSON kept in config.json and each checkpoint. Where a run goes on, `None` is its
       own, and another one may differ from it in the entries of
