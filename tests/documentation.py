@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def check(words: list[str]):
+def check(words: Sequence[str]):
     """Raises where a command is none: an unknown flag, a file or a target that is not there."""
     match words:
         case ["srun", *rest]:

@@ -166,7 +166,8 @@ class Record:
 
     def fail(self, state: Any, place: Place):
         """Keeps the parameters of a failed step for a look, and the checkpoint before them."""
-        self.keep += bool(self.keep)
+        if self.keep is not None:
+            self.keep += 1
         loss = self.loss if self.saved == place.step else None
         self.save(state, place, loss, failed=True)
 
