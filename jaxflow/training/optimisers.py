@@ -1,6 +1,6 @@
 """The usual optimiser of transformers, with weight decay on matrices only."""
 
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -87,7 +87,7 @@ class _AdamW(eqx.Module):
     @property
     def chain(self) -> optax.GradientTransformation:
         decay, clip = self.weight_decay, self.clip
-        rate: optax.Schedule = self.rate
+        rate = cast(optax.Schedule, self.rate)
         adam = optax.adamw(rate, self.b1, self.b2, weight_decay=decay, mask=matrices)
         return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
 
