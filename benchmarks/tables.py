@@ -78,7 +78,14 @@ def grid(titles: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     titles = list(titles)
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(_escaped(str(cell)) for cell in line) + " |" for line in lines
+    )
+
+
+def _escaped(cell: str) -> str:
+    """A bar would end the cell, but not within code."""
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or r"\|", cell)
 
 
 def by_case(rows: Iterable[dict], keys: Sequence[str], cells: Mapping[str, Cell]) -> str:

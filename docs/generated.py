@@ -9,7 +9,7 @@ import gallery
 import typer
 from errors import errors
 from studies import STUDIES, study
-from tables import TABLES, markdown, suite
+from tables import SUITES, markdown, suite
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
@@ -64,6 +64,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "errors": errors,
     "published results": gallery.reproduced,
     "examples": gallery.examples,
-    **{name: partial(suite, name) for name in TABLES},
+    **{name: partial(suite, name) for name in SUITES},
     **{name: partial(study, name) for name in STUDIES},
 }
