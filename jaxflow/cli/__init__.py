@@ -3,7 +3,7 @@
 
 Every run writes a folder with its configuration (config.json), its metrics (metrics.jsonl) and
 pictures. `jaxflow --install-completion` teaches the shell its commands and options. Help and
-completion import neither JAX nor rich: a command imports its work when it runs.
+completion import no JAX: a command imports its work when it runs.
 """
 
 import io
