@@ -19,7 +19,6 @@ from .. import __version__, models, observables, training, viz
 from .._folder import CONFIG, claim, read_settings
 from .._memory import check_fits
 from ..training import Fitted
-from ..training.devices import Devices, placement
 from .choices import Block
 from .console import say, table
 from .device import prepare
@@ -64,9 +63,6 @@ def train(s: AbstractTraining):
         }
         model = models.build(described["model"])
         with _folder(s) as run:
-            if s.devices is not None:
-                placement(_devices(s))  # an error before the cost
-            _say_cost(s, model, data)
             start = time.perf_counter()
             fitted = _fit(s, run, model, data, described, kept)
             if fitted.reason in ("SIGINT", "SIGTERM"):
@@ -107,21 +103,6 @@ def read_data(s: AbstractTraining, tokenizer: Any = None) -> training.Text | tra
         )
     assert isinstance(s, ImageTraining | ResidualTraining)
     return training.image_data(s.images, labels=s.labels, batch_size=s.batch, seed=s.seed)
-
-
-def _devices(s: AbstractTraining) -> Devices:
-    return training.FullySharded(s.devices or 1) if s.sharded else s.devices
-
-
-def _say_cost(s: AbstractTraining, model: models.AbstractModel, data: Any):
-    """What the steps take, evaluations of the loss excepted, where that is known."""
-    drawn = None if s.elastic is None else float(np.mean(counts(s.elastic)))
-    step = training.operations(model, data.batch(0)[0], steps=drawn)
-    if step is not None and training.is_first():
-        total = step * s.accumulate * s.steps
-        say(
-            f"{s.steps:,} steps of {step * s.accumulate:.2g} floating-point operations: {total:.2g}"
-        )
 
 
 # ------------------------------------------------------------------ the model
@@ -201,7 +182,7 @@ def _fit(
         depths=None if s.elastic is None else training.Elastic(counts(s.elastic), s.jitter),
         key=jax.random.key(s.seed),
         accumulate=s.accumulate,
-        devices=_devices(s),
+        devices=training.FullySharded(s.devices) if s.sharded else s.devices,
         evaluate_every=s.evaluate_every,
         evaluation_batches=s.evaluation_batches,
         patience=s.patience,

@@ -23,6 +23,7 @@ from . import callbacks as called
 from . import checkpoints, record
 from .ahead import Ahead
 from .callbacks import Callback, call
+from .cost import operations
 from .depths import Elastic, Steps, steps_of
 from .devices import Devices, Placement, placement
 from .losses import AbstractLoss, FlowLoss, cross_entropy, valued
@@ -234,7 +235,7 @@ def fit(
         if resumed is None:
             kept.begin()
         state, best, place = resumed or (state, None, Place())
-        cost = _cost(model, params, static, first[0][0], at_depths.depths)
+        cost = _cost(model, params, static, first[0], at_depths.depths)
         ahead = Ahead(
             at_depths, lambda number: _batches(data, number, accumulate, placing), state, place.step
         )
@@ -536,16 +537,21 @@ def _check_evaluations(at_depths: Steps, state: State, batch):
 # ------------------------------------------------------------------ the outside world
 
 
-def _cost(model, params, static, inputs, depths: Sequence[Depth]) -> str:
-    """What training takes, before it starts."""
+def _cost(model, params, static, batches, depths: Sequence[Depth]) -> str:
+    """What training takes, before it starts; `batches` are the inputs of a step."""
     count = sum(a.size for a in jax.tree.leaves(params))
     text = f"{count:,} parameters: {16 * count / 1e6:.3g} MB with gradients and Adam's moments"
     if others := sum(a.size for a in jax.tree.leaves(eqx.filter(static, eqx.is_inexact_array))):
         text += f"; {others:,} others stay as they are"
     if isinstance(model, AbstractModel):
-        mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(inputs))
-        memory = max(depth.memory(mu0) for depth in depths or [model.depth])
+        drawn = depths or [model.depth]
+        mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(batches[0]))
+        memory = max(depth.memory(mu0) for depth in drawn)
         text += f"; states kept for the gradient: {memory / 1e6:.3g} MB"
+        counted = [operations(model.with_depth(depth), batches[0]) for depth in drawn]
+        known = [len(batches) * number for number in counted if number is not None]
+        if len(known) == len(drawn):
+            text += f"; {sum(known) / len(known):.2g} floating-point operations a step"
     if depths:
         text += f"; {len(depths)} depths, each compiled when it is first drawn"
     return text

@@ -127,7 +127,9 @@ class Display:
 
     def show(self, step: int, numbers: dict[str, Any], *, logged: bool):
         self.validation = numbers.get("validation_loss", self.validation)
-        text = f"loss {numbers['loss']:.4f}, validation {self.validation:.4f}, "
+        text = f"loss {numbers['loss']:.4f}, "
+        if not math.isnan(self.validation):  # none before the first evaluation
+            text += f"validation {self.validation:.4f}, "
         text += f"{numbers['targets_per_second']:,.0f} targets/s"
         if "num_evaluations" in numbers:
             text += f", {numbers['num_evaluations']:.0f} evaluations"
