@@ -121,7 +121,7 @@ class ExitLoss(AbstractLoss):
 
         evaluate(model, batches, ExitLoss(jaxflow.models.DistributionExit(0.01)))
 
-    **Arguments:** `exit`: when, as in `jaxflow.models.LanguageModel``.generate_early`.
+    **Arguments:** `exit`: when, as in `jaxflow.models.LanguageModel.generate_early`.
 
     **Raises:** `TypeError` for what is no exit.
     """
