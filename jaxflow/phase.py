@@ -159,7 +159,7 @@ def phase_diagram(
     - `interaction`: `Softmax()` or `Unnormalised()`.
     - `tolerance`: rtol = atol of the solver.
     - `matrices`: `None` for V = Q = K = I, or a law such as
-      `jaxflow.fields.GaussianMatrices``(rank=2)`, of which each system has a draw of its own,
+      `jaxflow.fields.GaussianMatrices(rank=2)`, of which each system has a draw of its own,
       the same for all betas. Each system then takes its own steps, up to the last time, and
       `curve` is nan.
     - `key`: PRNG key of the initial laws, the same for all betas, and of the matrices.
