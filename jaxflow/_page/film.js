@@ -15,7 +15,7 @@ function panels(film) {
 function player(film, points) {
   const picture = scene(film, points), curves = panels(film);
   const last = film.ts.length - 1, slider = byId("time");
-  let position = 0, playing = false, before = 0, drawn = -1;
+  let position = 0, playing = false, before = null, drawn = -1;
   slider.max = last;
 
   function show() {
@@ -33,8 +33,9 @@ function player(film, points) {
   /** The clock decides where the film is: a slow picture leaves some out, and does not slow it. */
   function tick(now) {
     if (!playing) return;
-    // Not what went by while the page was not shown.
-    position += (Math.min(now - before, 250) / 1000) * RATE * Number(byId("speed").value);
+    // Not what went by while the page was not shown. A frame's time may lie before play's own.
+    const gone = before === null ? 0 : Math.min(now - before, 250);
+    position += (gone / 1000) * RATE * Number(byId("speed").value);
     before = now;
     if (position >= last) { position = last; pause(); } else requestAnimationFrame(tick);
     show();
@@ -43,7 +44,7 @@ function player(film, points) {
   function play() {
     if (position >= last) position = 0;
     playing = true;
-    before = performance.now();
+    before = null;
     byId("play").textContent = "❚❚ Pause";
     requestAnimationFrame(tick);
   }
