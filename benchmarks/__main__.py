@@ -1,5 +1,6 @@
 """The command line; README.md says how to use it. JAX is imported when something is measured."""
 
+import contextlib
 import os
 import sys
 import time
@@ -104,10 +105,11 @@ def run(
     say(command.plan(earlier, budgets, total_s, job.clock.slowdown))
     if (words := machine.warning(machine.load())) is not None:
         say(words)
-    if quick or minutes is not None:
-        job.end_after(total_s - (time.perf_counter() - start))
-    code = job.all(budgets, (1 - command.RESERVE) * total_s, start)
-    job.draw()
+    limited = quick or minutes is not None
+    left = total_s - (time.perf_counter() - start)
+    with job.ends_after(left) if limited else contextlib.nullcontext():
+        code = job.all(budgets, (1 - command.RESERVE) * total_s, start)
+        job.draw()
     if code:
         raise typer.Exit(code)
 

@@ -1,5 +1,6 @@
 """Runs suites within the time they get, and keeps what they find after each case."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -122,12 +123,17 @@ class Run:
             self.shown.print(line, markup=False, soft_wrap=True)
         return whole
 
-    def end_after(self, seconds: float):
-        """Ends the process by then, whatever it is at, with what was measured: a program that
-        compiles cannot be interrupted otherwise."""
+    @contextlib.contextmanager
+    def ends_after(self, seconds: float):
+        """Ends the process where the block takes longer, whatever it is at, with what was measured:
+        a program that compiles cannot be interrupted otherwise."""
         timer = threading.Timer(seconds, self._exit)
         timer.daemon = True
         timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def code(self) -> int:
         """That of the process: 1 where jaxflow failed or was wrong."""

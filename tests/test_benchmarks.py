@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import diffrax
@@ -182,9 +183,9 @@ def test_a_run_ends_when_its_time_is_over(tmp_path, monkeypatch, capsys):
     job = command.Run(ONCE, output, out, err, current=("scaling", pace.Watch()))
     assert job.current is not None
     job.current[1].rows.append({"shape": "first", "rival": "jaxflow", "ms": 1.0})
-    job.end_after(0.0)
-    while not codes:
-        time.sleep(0.01)
+    with job.ends_after(0.0):
+        while not codes:
+            time.sleep(0.01)
     assert codes == [0]
     (report,) = json.loads((tmp_path / "r.json").read_text())
     assert [row["shape"] for row in report["rows"]] == ["first"]
@@ -639,6 +640,7 @@ def test_command_writes_reports(tmp_path, capsys):
     assert report["suite"] == "scaling" and report["rows"] == [] and report["skipped"] == {}
     assert {"device", "versions", "commit", "cores", "threads", "cases"} <= report.keys()
     assert csv_file.read_text() == "suite,device,commit\n"
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
     shown = capsys.readouterr()
     assert "scaling" in shown.out and "at most 1.0 min" in shown.err
 
