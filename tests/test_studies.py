@@ -115,12 +115,14 @@ def test_characters(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(LINE * 20)
     smooth = {"depth": {"t1": 1.0, "steps": 1}, "curve": "smooth", "layers": 2}
-    cases = {"elastic": (smooth, {"drawn": [1]})}
+    cases = {"elastic": (smooth, {"drawn": [1], "exits": [0.0, 1e9]})}
     small = {"dim": 8, "heads": 2, "context": 8, "steps": 4, "batch": 4}
-    study = characters.study(text, cases, depths=(1,), **small)
+    study = characters.study(text, cases, depths=(1, 2), **small)
     found = measured(study, tmp_path, capsys)["elastic"]
     assert found["evaluations"] == 1 and found["best"] <= found["last"] < math.log(16)
     assert found["losses"]["1"] == pytest.approx(found["last"], rel=1e-6)
+    assert found["exits"]["0"] == pytest.approx(found["losses"]["2"], rel=1e-6)
+    assert found["exit_evaluations"]["0"] == 2 > found["exit_evaluations"]["1e+09"] >= 1
     assert found["parameters"] == 2 * (12 * 64 + 4 * 8 + 5 * 8) + (len(set(LINE)) + 8 + 2) * 8
     assert (tmp_path / "record.png").stat().st_size > 0
 

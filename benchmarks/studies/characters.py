@@ -5,11 +5,15 @@
 Each case is a model from `jaxflow.models.build` and its training by AdamW (100 steps of warm-up, a
 cosine down to a tenth, weight decay 0.1, b2 0.99, gradients clipped at 1). The loss is that of the
 whole validation part, the last tenth of the text, in windows side by side; `best` is the least of
-four evaluations, `last` the one after the last step. `losses` are those at other numbers of steps.
+four evaluations, `last` the one after the last step. `losses` are those at other numbers of steps,
+`exits` those at 12 steps of which each token takes as many as it needs: until its distribution
+changes by no more than the tolerance, as in `generate(exit=DistributionExit(tolerance))`;
+`exit_evaluations` are the evaluations a token of these.
 
     plain           GPT-2's blocks, one Euler step of Lie-Trotter splitting a block
     continuous n    4 Legendre coefficients, n steps on the same [0, 4]
     elastic         the same curve, 2, 3, 4, 6, 8 or 12 steps, drawn for each step of training
+    elastic, 6000   the same for 6000 steps: half of what training at each of the six takes
     shared, ...     one block at all depths: d = 128 at equal compute, d = 256 at equal parameters
     llama, gpt2     Llama's and GPT-2's blocks at a learning rate of 0.003
 """
@@ -44,6 +48,10 @@ CASES: dict[str, Change] = {
     "llama, rate 0.003": (depth(4) | {"block": "llama", "norm": "rms"}, FAST),
     "continuous 4": (depth(4) | {"curve": "smooth"}, {}),
     "elastic": (depth(4) | {"curve": "smooth"}, {"drawn": list(DEPTHS)}),
+    "elastic, 6000": (
+        depth(4) | {"curve": "smooth"},
+        {"drawn": list(DEPTHS), "steps": 6000, "exits": [0.001, 0.003, 0.01, 0.03, 0.1]},
+    ),
     "shared, equal compute": (depth(4) | {"curve": "shared", "layers": 1}, {}),
     "gpt2, rate 0.003": (depth(4), FAST),
     **{
@@ -121,9 +129,20 @@ def measure(
     }
     if config.get("curve") != "smooth":
         return found
-    return found | {"losses": {str(n): _loss(fitted.model, n, data) for n in depths}}
+    found["losses"] = {str(n): _loss(fitted.model, n, data) for n in depths}
+    if "exits" in trained:
+        finest = fitted.model.with_depth(fitted.model.depth.with_steps(max(depths)))
+        exits = {f"{at:g}": _exited(finest, at, data) for at in trained["exits"]}
+        found["exits"] = {at: each["loss"] for at, each in exits.items()}
+        found["exit_evaluations"] = {at: each["num_evaluations"] for at, each in exits.items()}
+    return found
 
 
 def _loss(model: models.AbstractModel, steps: int, data: training.Text) -> float:
     model = model.with_depth(model.depth.with_steps(steps))
     return training.evaluate(model, data.validation_batches())["loss"]
+
+
+def _exited(model: models.AbstractModel, tolerance: float, data: training.Text) -> dict:
+    loss = training.ExitLoss(models.DistributionExit(tolerance))
+    return training.evaluate(model, data.validation_batches(), loss)
