@@ -88,14 +88,14 @@ class Run:
     def all(self, budgets: Mapping[str, float], total_s: float, start: float) -> int:
         """Each suite within its share of what is left of `total_s` from `start` on; the exit
         code."""
-        for name, budget_s in budgets.items():
+        for name in budgets:
             left = total_s - (time.perf_counter() - start)
-            if not self.suite(name, pace.share(budgets, name, left), budget_s):
+            if not self.suite(name, pace.share(budgets, name, left)):
                 self._say(f"Interrupted: what was measured is kept{_in(self.output)}.")
                 return INTERRUPTED
         return self.code()
 
-    def suite(self, name: str, budget_s: float, typical_s: float) -> bool:
+    def suite(self, name: str, budget_s: float) -> bool:
         """One suite; False where it was interrupted, with what it had found."""
         module = importlib.import_module(f"benchmarks.{name}")
         lines: Sequence[str] = ()
@@ -111,7 +111,7 @@ class Run:
         with self.progress.status(name) as status:
             log = lambda text: status.update(f"{name}: {text}")
             known = pace.costs(self.earlier.get(name))
-            watch = pace.Watch(budget_s, log, keep, known, self.clock, typical_s)
+            watch = pace.Watch(budget_s, log, keep, known, self.clock)
             self.current = name, watch
             try:
                 found = module.run(self.options, watch)

@@ -44,9 +44,8 @@ def of_machine() -> Pace:
 class Watch:
     """Progress, and an end to it: a case that is not expected to end within `budget_s` is skipped.
 
-    `costs` are CPU seconds of cases, by name; of `typical_s`, those of the whole suite, a case that
-    is not among them has its share. `rows` is what a suite has found so far, and `save` keeps it
-    after each case.
+    `costs` are CPU seconds of cases, by name; one that is not among them is tried. `rows` is what a
+    suite has found so far, and `save` keeps it after each case.
     """
 
     def __init__(
@@ -56,10 +55,9 @@ class Watch:
         save: Callable[[dict], Any] = lambda found: None,
         costs: Mapping[str, float] | None = None,
         pace: Pace | None = None,
-        typical_s: float = 0.0,
     ):
         self.budget_s, self.log, self.save = budget_s, log, save
-        self.known, self.pace, self.typical_s = costs or {}, pace or Pace(), typical_s
+        self.known, self.pace = costs or {}, pace or Pace()
         self.start = time.perf_counter()
         self.rows: list[dict] = []
         self.skipped: dict[str, str] = {}  # and why
@@ -73,7 +71,7 @@ class Watch:
         cases = list(cases)
         for i, case in enumerate(cases, 1):
             name, left = label(case), self.budget_s - self.spent
-            expected = self.pace.slowdown * self.known.get(name, self.typical_s / len(cases))
+            expected = self.pace.slowdown * self.known.get(name, 0.0)
             if left <= 0 or expected > left:
                 self.skipped[name] = _reason(expected, left, self.budget_s)
                 continue

@@ -150,9 +150,9 @@ def test_a_slow_machine_is_learnt_of():
     clock = pace.Pace()
     clock.learn(pace.TRUST_S, 9 * pace.TRUST_S)
     assert clock.slowdown == 5
-    watch = pace.Watch(60.0, costs={"known": 2.0}, pace=clock, typical_s=30.0)
-    assert list(watch.each(["known", "unknown"])) == ["known"]
-    assert watch.skipped == {"unknown": "about 71 s, and 60 of 60 s are left"}
+    watch = pace.Watch(60.0, costs={"known": 2.0, "dear": 15.0}, pace=clock)
+    assert list(watch.each(["known", "dear", "new"])) == ["known", "new"]
+    assert watch.skipped == {"dear": "about 71 s, and 60 of 60 s are left"}
 
 
 def test_suites_share_the_time():
