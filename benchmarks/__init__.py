@@ -12,6 +12,8 @@ SUITES = {
     "scale": "what do many tokens cost where not all n^2 pairs are asked, and at what error?",
     "compile": "what does the first call cost, and does a new beta or time cost it again?",
     "training": "what does a step of training a language model cost?",
+    "generation": "how many tokens a second does a model write?",
+    "precision": "what does bfloat16 cost, and save, in training?",
     "observables": "what does it cost to look at a flow: phase diagrams, functions of a measure?",
     "solvers": "which method follows metastable tokens, and up to what beta?",
 }

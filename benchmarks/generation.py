@@ -1,55 +1,75 @@
-"""How many tokens a second does a model generate?
+"""The suite `generation`: how many tokens a second does a model generate?
 
-    PYTHONPATH=. python -m benchmarks.generation
-
-The same weights, greedily: by jaxflow with the keys and values of each layer kept, by jaxflow
-without, and by the loop of nanoGPT (`GPT.generate`), which computes the whole text again for each
-token, in torch with one thread and with as many as it likes. Tokens are compared before times are
-taken, in turn.
+The same weights write greedily until the context is full, from one token on: jaxflow with the keys
+and values of each layer kept, jaxflow without, and the loop of nanoGPT (`GPT.generate`), which
+computes the whole text again for each token, in torch. All must write the same tokens.
 """
 
-import statistics
-from typing import Annotated
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 
 import jaxflow as jf
 
 from . import rivals, transformers
-from .device import provenance
-from .timing import Launch, Runner, Samples, UnavailableError, in_turn
+from .pace import Watch
+from .timing import Launch, Options, Runner, compete
 
+BUDGET_S = {"quick": 20, "full": 20}
 VOCABULARY = 65  # characters, as in nanoGPT's setting for a CPU
-NAMES = "jaxflow", "jaxflow without cache", "torch, nanoGPT's loop", "the same 1 thread"
+RIVALS = "jaxflow", "jaxflow without cache", "torch"
 
 
-def model(dim: int, heads: int, layers: int, context: int) -> jf.models.LanguageModel:
+class Case(NamedTuple):
+    prompts: int
+    dim: int = 128
+    heads: int = 4
+    layers: int = 4
+    context: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"generation-{self.prompts}-{self.context - 1}"
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * (self.context - 1)
+
+
+def cases(quick: bool) -> list[Case]:
+    return [Case(1, 32, 2, 2, 16)] if quick else [Case(1), Case(12)]
+
+
+def model(case: Case) -> jf.models.LanguageModel:
     """With weights so large that the likeliest token does not hang on rounding."""
-    start = jf.models.LanguageModel(VOCABULARY, dim, heads, layers, context, key=jax.random.key(0))
+    sizes = case.dim, case.heads, case.layers, case.context
+    start = jf.models.LanguageModel(VOCABULARY, *sizes, key=jax.random.key(0))
     return jax.tree.map(lambda a: 10 * a if a.ndim >= 3 else a, start)
 
 
-def ours(whole: jf.models.LanguageModel, prompt: np.ndarray, length: int, *, cache: bool) -> Runner:
-    text = jnp.asarray(prompt)
-    launch = lambda: whole.generate(text, length, temperature=0, cache=cache)
+def prompt(case: Case) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCABULARY, (case.prompts, 1))
+
+
+def ours(case: Case, *, cache: bool) -> Runner:
+    whole, start = model(case), jnp.asarray(prompt(case))
+    launch = lambda: whole.generate(start, case.context - 1, temperature=0, cache=cache)
     return Runner(launch, jax.block_until_ready)
 
 
-def nanogpt(whole: jf.models.LanguageModel, prompt: np.ndarray, length: int) -> Launch:
+def nanogpt(case: Case) -> Launch:
     """The loop of nanoGPT, which reads out the last token of the text alone."""
     torch = rivals.module("torch")
-    heads, context = whole.field.curve.coefficients.fields[0].field.query.shape[1], whole.context  # pyright: ignore
-    arrays = jax.tree.map(np.array, transformers.parameters(whole))
+    arrays = jax.tree.map(np.array, transformers.parameters(model(case)))
     params = transformers.to_torch(transformers.layers(arrays))
-    start = torch.from_numpy(prompt.astype(np.int64)).to(rivals.torch_device())
+    start = torch.from_numpy(prompt(case).astype(np.int64)).to(rivals.torch_device())
 
     def step(text):
-        seen = text[:, -context:]
+        seen = text[:, -case.context :]
         x = params["embedding"][seen] + params["positions"][: seen.shape[1]]
-        x = transformers.torch_loop(x, params["blocks"], heads)[:, -1]
+        x = transformers.torch_loop(x, params["blocks"], case.heads)[:, -1]
         x = torch.nn.functional.layer_norm(
             x, x.shape[-1:], params["gain"], params["bias"], transformers.EPSILON
         )
@@ -58,52 +78,38 @@ def nanogpt(whole: jf.models.LanguageModel, prompt: np.ndarray, length: int) -> 
     def launch():
         text = start
         with torch.no_grad():
-            for _ in range(length):
+            for _ in range(case.context - 1):
                 text = torch.cat([text, step(text)], dim=1)
         return text
 
     return launch
 
 
-def contest(whole: jf.models.LanguageModel, prompt: np.ndarray, length: int) -> dict[str, Runner]:
-    """The rivals that can, which all generate the same tokens."""
-    runs = {NAMES[i]: ours(whole, prompt, length, cache=i == 0) for i in range(2)}
-    try:
-        launch = nanogpt(whole, prompt, length)
-        runs |= {
-            name: rivals.torch_runner(launch, threads=rivals.torch_threads(name))
-            for name in NAMES[2:]
-        }
-    except UnavailableError as error:
-        print(f"torch: {error}.")
-    texts = {name: np.asarray(run()) for name, run in runs.items()}
-    for name, text in texts.items():
-        if not np.array_equal(text, texts[NAMES[0]]):
-            raise RuntimeError(f"{name} generates other tokens than {NAMES[0]}.")
-    return runs
+def prepare(case: Case, name: str) -> Runner:
+    if name.startswith("jaxflow"):
+        return ours(case, cache=name == "jaxflow")
+    return rivals.torch_runner(nanogpt(case), threads=rivals.torch_threads(name))
 
 
-def main(
-    batch: Annotated[list[int], typer.Option(help="Prompts at once.")] = [1, 12],  # noqa: B006
-    dim: int = 128,
-    heads: int = 4,
-    layers: int = 4,
-    context: int = 64,
-    repeats: Annotated[int, typer.Option(help="The most samples of each.")] = 25,
-):
-    """Tokens a second, of texts that fill the context from one token on."""
-    whole, length = model(dim, heads, layers, context), context - 1
-    print(provenance())
-    for prompts in batch:
-        start = np.random.default_rng(0).integers(0, VOCABULARY, (prompts, 1))
-        times = in_turn(contest(whole, start, length), samples=Samples(3, repeats))
-        first = statistics.median(times[NAMES[0]])
-        print(f"\n{prompts} x {length} tokens, {layers} layers, dim {dim}\n")
-        print("| rival | tokens a second | time over jaxflow's |\n|---|---|---|")
-        for name, taken in times.items():
-            median = statistics.median(taken)
-            print(f"| {name} | {prompts * length / median:,.0f} | {median / first:.2f} |")
+def run(options: Options, watch: Watch) -> dict:
+    rivals.preload()
+    chosen = [case for case in cases(options.quick) if case.name.startswith(options.only)]
+    for case in watch.each(chosen, lambda case: case.name):
+        watch.rows += contest(case, rivals.beside_one_thread(RIVALS), options)
+    return {"rows": watch.rows}
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def contest(case: Case, names: tuple[str, ...], options: Options) -> list[dict]:
+    expected = np.asarray(ours(case, cache=False)())
+    rows: list[dict[str, Any]] = [{"shape": case.name, "rival": name} for name in names]
+    compete(
+        rows,
+        lambda row: prepare(case, row["rival"]),
+        lambda found: float((np.asarray(found) != expected).mean()),
+        0.0,
+        samples=options.samples,
+    )
+    for row in rows:
+        if "ms" in row:
+            row["tokens_per_s"] = 1e3 * case.tokens / row["ms"]
+    return rows

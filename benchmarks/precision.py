@@ -1,32 +1,48 @@
-"""What does bfloat16 cost, and save, in training?
+"""The suite `precision`: what does bfloat16 cost, and save, in training?
 
-    PYTHONPATH=. python -m benchmarks.precision --steps 500
-
-trains a language model twice from the same parameters on the same batches, its attention and
-feed-forward layers in float32 and in bfloat16 (parameters, residual stream and loss are float32 in
-both), a step of each in turn. Tokens a second are those of the median step; the losses are means
-over the last tenth of the steps, and over validation batches at the end. A CPU has no arithmetic in
+A language model is trained twice from the same parameters on the same batches of Python's own
+manual, its attention and feed-forward layers in float32 and in bfloat16 (parameters, residual
+stream and loss are float32 in both), a step of each in turn. `last_loss` is the mean over the last
+tenth of the steps, `validation_loss` is over 20 batches at the end. A CPU has no arithmetic in
 bfloat16 and computes in float32 between roundings: its times say nothing of a GPU's.
 """
 
 import statistics
 import time
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 
 import jaxflow as jf
 from jaxflow import training
 from jaxflow.training.step import State, Step, update
 
-from .device import provenance
+from . import machine
+from .pace import Watch
+from .timing import Options, summary
 
+BUDGET_S = {"quick": 30, "full": 25}
 DTYPES = "float32", "bfloat16"
+
+
+class Case(NamedTuple):
+    steps: int
+    batch: int = 16
+    context: int = 64
+    dim: int = 64
+    heads: int = 4
+    layers: int = 2
+
+    @property
+    def name(self) -> str:
+        return f"precision-{self.batch}-{self.context}-{self.dim} {self.steps} steps"
+
+
+def cases(quick: bool) -> list[Case]:
+    return [Case(40, 4, 32, 32, 2, 1)] if quick else [Case(500)]
 
 
 class Run(NamedTuple):
@@ -46,42 +62,39 @@ class Run(NamedTuple):
         return self._replace(state=state)
 
 
-def begin(dtype: str, sizes: dict[str, Any], steps: int) -> Run:
-    model = jf.models.LanguageModel(256, **sizes, dtype=dtype, key=jax.random.key(0))
+def begin(case: Case, dtype: str) -> Run:
+    sizes = case.dim, case.heads, case.layers, case.context
+    model = jf.models.LanguageModel(256, *sizes, dtype=dtype, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    optimiser = training.adamw(steps)
+    optimiser = training.adamw(case.steps)
     loss = training.FlowLoss(training.cross_entropy)
     state = State(params, optimiser.init(params), jax.random.key(0))
     return Run(Step(static, optimiser, loss), state, [], [])
 
 
-def main(
-    steps: int = 500,
-    layers: int = 2,
-    dim: int = 64,
-    heads: int = 4,
-    context: int = 64,
-    batch: int = 16,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 (Python's own manual).")] = None,
-):
-    """Tokens a second and losses of both, in a table."""
-    data = training.text_data(text, context=context, batch_size=batch)
-    sizes = {"dim": dim, "heads": heads, "layers": layers, "context": context}
-    runs = {dtype: begin(dtype, sizes, steps) for dtype in DTYPES}
-    for number in range(steps):
-        inputs, targets = (jnp.asarray(a)[None] for a in data.batch(number))
+def run(options: Options, watch: Watch) -> dict:
+    chosen = [case for case in cases(options.quick) if case.name.startswith(options.only)]
+    for case in watch.each(chosen, lambda case: case.name):
+        watch.rows += contest(case)
+    return {"rows": watch.rows}
+
+
+def contest(case: Case) -> list[dict]:
+    data = training.text_data(context=case.context, batch_size=case.batch)
+    runs, load = {dtype: begin(case, dtype) for dtype in DTYPES}, machine.load()
+    for number in range(case.steps):
+        batch = tuple(jnp.asarray(a)[None] for a in data.batch(number))
         for dtype in DTYPES[:: -1 if number % 2 else 1]:
-            runs[dtype] = runs[dtype].after((inputs, targets), number)
-    print(provenance())
-    print(f"\n{steps} steps, {layers} layers, dim {dim}, {batch} x {context} bytes\n")
-    print("| dtype | tokens a second | last losses | validation loss |\n|---|---|---|---|")
-    for dtype, run in runs.items():
-        rate = batch * context / statistics.median(run.seconds[1:])  # the first one compiles
-        last = statistics.mean(run.losses[-max(1, steps // 10) :])
-        model = run.step.model(run.state)
-        validated = training.evaluate(model, data.validation_batches(20))["loss"]
-        print(f"| {dtype} | {rate:,.0f} | {last:.4f} | {validated:.4f} |", flush=True)
+            runs[dtype] = runs[dtype].after(batch, number)
+    return [_row(case, dtype, run, data) | {"load": load} for dtype, run in runs.items()]
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _row(case: Case, dtype: str, run: Run, data: training.Text) -> dict[str, Any]:
+    row = {"shape": case.name, "rival": f"jaxflow {dtype}"} | summary(run.seconds[1:])
+    model = run.step.model(run.state)
+    return row | {
+        "compile_s": run.seconds[0],
+        "tokens_per_s": 1e3 * case.batch * case.context / row["ms"],
+        "last_loss": statistics.mean(run.losses[-max(1, case.steps // 10) :]),
+        "validation_loss": training.evaluate(model, data.validation_batches(20))["loss"],
+    }

@@ -169,6 +169,18 @@ def training(report: Report) -> str:
     return plain(report["rows"], {name: COLUMNS[name].form for name in names})
 
 
+def generation(report: Report) -> str:
+    rivals = "jaxflow without cache", "torch", "torch 1 thread"
+    cells = {"jaxflow tokens a second": number("jaxflow", "tokens_per_s", "{:,.0f}")}
+    cells |= {f"{name} / jaxflow": times(name) for name in rivals}
+    return by_case(report["rows"], ("shape",), cells)
+
+
+def precision(report: Report) -> str:
+    names = ("shape", "rival", "tokens_per_s", "last_loss", "validation_loss")
+    return plain(report["rows"], {name: COLUMNS[name].form for name in names})
+
+
 def _phases(report: Report) -> list[dict]:
     return [row for row in report["rows"] if row["shape"].startswith("phase")]
 
@@ -268,6 +280,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "slopes": ("scaling", slopes),
     "compile": ("compile", compile),
     "training": ("training", training),
+    "generation": ("generation", generation),
+    "precision": ("precision", precision),
     "phases": ("observables", phases),
     "functions": ("observables", functions),
     "solvers": ("solvers", solvers),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from benchmarks import (
     derivatives,
     device,
     flow,
+    generation,
     kernels,
     machine,
     observables,
@@ -30,6 +32,7 @@ from benchmarks import (
     peak,
     phase,
     plots,
+    precision,
     rivals,
     scale,
     scaling,
@@ -625,6 +628,26 @@ def test_table_has_a_line_for_each_row(report):
     assert shown.row_count == len(report["rows"])
     assert "vs_best" in [c.header for c in shown.columns]
     assert "evaluations" not in [c.header for c in shown.columns]
+
+
+def test_texts_are_written_by_all_alike(monkeypatch):
+    monkeypatch.setattr(generation, "cases", lambda quick: [generation.Case(2, 8, 2, 1, 4)])
+    found = generation.run(QUICK, pace.Watch())["rows"]
+    rows = {row["rival"]: row for row in found}
+    cached, again = rows["jaxflow"], rows["jaxflow without cache"]
+    assert cached["error"] == again["error"] == 0 and "note" not in cached
+    assert cached["tokens_per_s"] == pytest.approx(1e3 * 2 * 3 / cached["ms"])
+    assert rows["torch"].get("error", 0.0) == 0
+
+
+def test_two_precisions_are_trained_side_by_side(monkeypatch):
+    case = precision.Case(3, 2, 8, 8, 2, 1)
+    monkeypatch.setattr(precision, "cases", lambda quick: [case])
+    wide, narrow = precision.run(QUICK, pace.Watch())["rows"]
+    assert [wide["rival"], narrow["rival"]] == ["jaxflow float32", "jaxflow bfloat16"]
+    assert 0 < abs(wide["last_loss"] - narrow["last_loss"]) < 1e-2
+    assert wide["validation_loss"] == pytest.approx(math.log(256), rel=0.05)
+    assert wide["tokens_per_s"] == pytest.approx(1e3 * 16 / wide["ms"])
 
 
 def test_every_suite_has_a_budget():
