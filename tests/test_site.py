@@ -178,5 +178,6 @@ def test_a_study_shows_mean_and_spread(tmp_path, monkeypatch):
     (tmp_path / "studies" / "characters.json").write_text(json.dumps(record))
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     made = studies.study("characters")
-    assert "| plain | 3 | 1.88 \u00b1 0.01 | 2 |" in made and "| best | losses 2 |" in made
+    assert "|  | seeds | best |" in made and "| plain | 3 | 1.88 \u00b1 0.01 |" in made
+    assert "Losses:" in made and "|  | 2 |\n| --- | --- |\n| plain | 2 |" in made
     assert "benchmarks.studies digits" in studies.study("digits")
