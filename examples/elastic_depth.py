@@ -44,6 +44,7 @@ TRAININGS = {
     "Heun 2": (Depth(T, 2, solver=HEUN), None, {}),
     "Heun 2, normalised": (Depth(T, 2, solver=HEUN), None, NORMALISED),
     "Heun 2-6, normalised": (Depth(T, 4, solver=HEUN), Elastic((2, 3, 4, 6)), NORMALISED),
+    "Heun 4-12, normalised": (Depth(T, 6, solver=HEUN), Elastic((4, 6, 8, 12)), NORMALISED),
 }
 DEPTHS = {
     **{f"Lie-Trotter {n}": Depth(T, n, solver=LIE) for n in (2, 3, 4, 6, 8, 12)},
@@ -53,9 +54,14 @@ DEPTHS = {
 
 
 def main(
-    path: str | None = None, steps=300, dim=64, trainings=tuple(TRAININGS), depths=tuple(DEPTHS)
+    path: str | None = None,
+    steps=300,
+    dim=64,
+    trainings=tuple(TRAININGS),
+    depths=tuple(DEPTHS),
+    seed=0,
 ) -> dict:
-    data = text_data(path, tokenizer=Chars(), context=64, batch_size=12)
+    data = text_data(path, tokenizer=Chars(), context=64, batch_size=12, seed=seed)
     held_out = list(data.validation_batches(10))
     losses: dict[str, dict[str, tuple[float, float]]] = {}
     for name in trainings:
@@ -68,7 +74,7 @@ def main(
             64,
             curve=smooth,
             depth=depth,
-            key=jax.random.key(0),
+            key=jax.random.key(seed),
             **start,
         )
         often: dict[str, Any] = {"evaluate_every": steps, "evaluation_batches": 1}
