@@ -99,6 +99,18 @@ def cases() -> dict:
     }
     explicit = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
     out = flow(place(points, "a", mesh=explicit))
+    around = lambda backend: (
+        lambda x: jf.softmax_expectation(x, x, x, causal=True, backend=backend)[0]
+    )
+    x, tokens = normal(9, 16, 3), place(normal(9, 16, 3), "a", mesh=explicit)
+    both = zip(
+        jax.jit(jax.value_and_grad(square(around("ring"))))(tokens),
+        jax.value_and_grad(square(around(None)))(x),
+        strict=True,
+    )
+    results["explicit ring"] = max(
+        float(abs(np.asarray(a) - np.asarray(b)).max() / abs(b).max()) for a, b in both
+    )
     results["explicit"] = {
         "spec": list(cast(NamedSharding, out.sharding).spec),
         "devices": len(out.sharding.device_set),

@@ -23,6 +23,7 @@ from ..masks import AbstractMask, AbstractPattern, Hierarchical, TopK, is_mask
 from ..masks import check as check_mask
 from .base import MASKED, MODES, Forward, Mode, Problem, Shapes, Window, band
 from .hierarchy import Levels, groups
+from .partition import with_automatic_axes
 from .primitives import forward_p
 from .registry import (
     Candidate,
@@ -124,7 +125,9 @@ def softmax_expectation(
         k, v, b = groups(shapes.k, shapes.v, b, len(problem.mask.lengths))
         shapes = Shapes(shapes.q, k, v)
     operands = Forward(*shapes, b, jnp.asarray(scale, dtype))
-    mean, log_partition = forward_p.bind(*operands, problem=problem, backend=backend)
+    mean, log_partition = with_automatic_axes(
+        lambda *o: tuple(forward_p.bind(*o, problem=problem, backend=backend)), operands
+    )
     return mean, log_partition
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .base import Cotangent, Forward, Operands, Problem, Results, Tangent
 
@@ -38,6 +38,31 @@ def dividing_mesh(ctx):
     if getattr(context, "num_devices", None) in (None, 1):
         return None
     return context.abstract_mesh
+
+
+def with_automatic_axes(run: Callable, operands: Forward) -> Results:
+    """`run` of the operands; where the axes of their mesh are explicit, which is how
+    `jax.make_mesh` makes them, they are automatic within, and rows of the results are divided as
+    the queries are.
+    """
+    placed = (getattr(jax.typeof(a), "sharding", None) for a in operands)
+    meshes = [s.mesh for s in placed if isinstance(s, NamedSharding)]
+    explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+    if not explicit:
+        return run(*operands)
+    (mesh, *_), rows = explicit, jax.typeof(operands.q).sharding.spec[:-1]
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    within = jax.sharding.auto_axes(
+        run,
+        axes=tuple(name for name, kind in kinds if kind == AxisType.Explicit),
+        out_sharding=(PartitionSpec(*rows, None), PartitionSpec(*rows)),
+    )
+
+    def call(*operands):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return within(*operands)
+
+    return jax.jit(call)(*operands)
 
 
 def by_rule(run: Callable, kind: type[Operands], batch: int, problem: Problem) -> Callable:

@@ -200,9 +200,11 @@ def around_ring(ctx, ring: Ring, kind: type[Operands], problem: Problem) -> Call
         raise NotImplementedError(
             "the backend 'ring' sends keys around the devices among which the tokens are divided, "
             "and these are on one device. Leave backend None, or place them: "
-            "jax.device_put(points, jax.NamedSharding(jax.make_mesh((4,), ('tokens',)), "
-            "jax.P('tokens')))."
+            "jax.device_put(points, jax.NamedSharding(jax.make_mesh((4,), ('tokens',), "
+            "axis_types=(jax.sharding.AxisType.Auto,)), jax.P('tokens')))."
         )
+    within = jax.sharding.get_abstract_mesh()  # of axes that are automatic for this operation alone
+    mesh = mesh if within.empty else within
     ring = dataclasses.replace(ring, axis=_axis(ring.axis, mesh))
     manual = getattr(context, "manual_axes", frozenset())
     if ring.axis in manual:
