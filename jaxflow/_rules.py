@@ -4,7 +4,9 @@ Each rule returns the value that it holds of, or raises with the rule and the va
 traced number is not known yet and is trusted, unless it would be part of a field's structure.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -131,6 +133,13 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], example: str)
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be an instance such as {example}, got {value!r}.")
     return value
+
+
+def path(name: str, value: Any) -> Path:
+    """The value as a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, a string or a pathlib.Path, got {value!r}.")
+    return Path(value)
 
 
 def function(name: str, value: Any) -> Any:

@@ -47,8 +47,7 @@ def train(s: AbstractTraining):
     if s.resume is not None:
         training.checkpoints.require()
     kept = available(training.checkpoints.require, LOST)
-    if s.devices is not None:
-        training.join()
+    training.join()  # if the environment names other processes, which `fit` wants devices of
     prepare()
     double = bool(jnp.result_type(float) == jnp.float64)
     if s.resume is not None:  # in the precision that it began in

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from .._rules import count, flag, floating, function
+from .._rules import check_real, count, flag, floating, function
 from .._types import ScalarLike
 from ..fields import (
     AbstractField,
@@ -275,6 +275,7 @@ def theory(
     ```
     """
     _sizes(dim, heads, layers, 1)
+    check_real("beta", beta)
 
     def block(key):
         return TiedAttention(dim, heads, beta=heads * beta, causal=True, backend=backend, key=key)

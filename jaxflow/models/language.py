@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._rules import array, count, flag, function, prng_key
 from .._types import ArrayLike, ScalarLike, is_concrete
 from ..fields import AbstractField, AbstractNorm, LayerNorm
-from ..fields.base import all_fields, is_field
+from ..fields.base import all_fields, can_be_continued, is_field
 from ..measure import Measure
 from . import generation
 from .base import AbstractModel, Depth, depth_or_steps
@@ -117,9 +117,11 @@ class LanguageModel(AbstractModel):
         else:
             _of_the_default_block(width=width, activation=activation, placement=placement,
                                   bias=bias, backend=backend)  # fmt: skip
-        numbers, positioned = _about_block(block, dim)
+        numbers, positioned, continued = _about_block(block, dim)
         if is_concrete(key):
             check_numbers(count("layers", layers) * numbers + tables)
+            if not continued:  # of the fields that can be, each is known to be causal
+                _check_causal(block, dim)
         rotary = positioned if rotary is None else flag("rotary", rotary)
         keys = jax.random.split(prng_key(key), 4)
         self.depth = depth_or_steps(depth, float(layers), layers)
@@ -262,9 +264,10 @@ class LanguageModel(AbstractModel):
 # ------------------------------------------------------------------ own blocks
 
 
-def _about_block(block: BlockOf, dim: int) -> tuple[int, bool]:
-    """The number of parameters of a block, and whether its attention knows positions."""
-    made = eqx.filter_eval_shape(function("block", block), jax.random.key(0))
+def _about_block(block: BlockOf, dim: int) -> tuple[int, bool, bool]:
+    """The number of parameters of a block, whether its attention knows positions, and whether its
+    flow can be continued token by token."""
+    made = _made(block)
     inside = all_fields(is_field(made))
     for field in inside:
         if getattr(field, "causal", True) is False:
@@ -273,14 +276,49 @@ def _about_block(block: BlockOf, dim: int) -> tuple[int, bool]:
                 f"{type(field).__name__} is not causal: pass causal=True to it."
             )
     tokens = jax.ShapeDtypeStruct((2, dim), jnp.result_type(float))
-    velocity = eqx.filter_eval_shape(lambda field, x: field(0.0, x, Measure(x)), made, tokens)
+    try:
+        velocity = eqx.filter_eval_shape(lambda field, x: field(0.0, x, Measure(x)), made, tokens)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the block does not take tokens of dimension dim={dim}: {error}"
+        ) from error
     if velocity.shape != (2, dim):
         raise ValueError(
             f"the block must move tokens of dimension dim={dim}, got velocities {velocity.shape} "
             "of 2 tokens."
         )
     numbers = sum(a.size for a in jax.tree.leaves(made) if isinstance(a, jax.ShapeDtypeStruct))
-    return numbers, any(getattr(field, "rotary", None) is not None for field in inside)
+    positioned = any(getattr(field, "rotary", None) is not None for field in inside)
+    return numbers, positioned, eqx.filter_eval_shape(can_be_continued, made)
+
+
+def _made(block: Any) -> Any:
+    """The shapes of the field that a block's function makes.
+
+    **Raises:** `TypeError` for what is no such function.
+    """
+    wanted = "block must be a function of a PRNG key that makes a field, such as "
+    wanted += "jaxflow.models.llama(dim, heads, layers)"
+    if isinstance(block, AbstractField):
+        raise TypeError(f"{wanted}, and not the field itself, a {type(block).__name__}.")
+    if not callable(block):
+        raise TypeError(f"{wanted}, got {block!r}.")
+    try:
+        return eqx.filter_eval_shape(block, jax.random.key(0))
+    except TypeError as error:
+        raise TypeError(f"{wanted}; this one says: {error}") from error
+
+
+def _check_causal(block: BlockOf, dim: int):
+    """**Raises:** `ValueError` where the first of two tokens sees the second."""
+    field, first = block(jax.random.key(0)), jnp.linspace(-1.0, 1.0, dim)
+    pairs = (jnp.stack([first, second]) for second in (first[::-1], 2 * first + 1))
+    one, other = (field(0.0, x, Measure(x))[0] for x in pairs)
+    if is_concrete(one, other) and not jnp.allclose(one, other, rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            "a token of a text sees none after it, and in the block's field the velocity of the "
+            "first of two tokens changes with the second: make it causal."
+        )
 
 
 def _of_the_default_block(**given: Any):

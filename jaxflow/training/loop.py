@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from .._rules import constant, count, positive
+from .._rules import path as path_of
 from ..models import AbstractModel, Depth
 from . import callbacks as called
 from . import checkpoints, record
@@ -125,8 +126,8 @@ def fit(
     - `budget`: of evaluations of the field in the forward solves of the steps; training stops when
       it is spent.
     - `run`: a folder for config.json, metrics.jsonl and checkpoints. One process at a time writes
-      to it. `resume`: go on from its last checkpoint, or start where it has none yet; the losses
-      are those of a run that was never stopped, bit for bit. On a GPU in 16 bits that takes
+      to it. `resume`: go on from its last checkpoint, or start where its folder has none; the
+      losses are those of a run that was never stopped, bit for bit. On a GPU in 16 bits that takes
       XLA_FLAGS=--xla_gpu_deterministic_ops=true in the environment, before JAX starts: cuDNN's
       gradient of attention else adds up in the order in which its blocks end.
     - `checkpoint_every`: steps between checkpoints (default `evaluate_every`); `keep`: how many of
@@ -207,6 +208,8 @@ def fit(
     if minutes is not None:
         minutes = constant("minutes", minutes, "finite and greater than 0", positive)
     callbacks = called.check(callbacks)
+    run = None if run is None else path_of("run", run)
+    profile = None if profile is None else path_of("profile", profile)
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: pass run=...")
     if resume or (run is not None and keep is not None):
@@ -239,7 +242,7 @@ def fit(
         ahead = Ahead(
             at_depths, lambda number: _batches(data, number, accumulate, placing), state, place.step
         )
-        trace = Trace(None if profile is None else Path(profile), place.step)
+        trace = Trace(profile, place.step)
         clock = Clock(place.seconds, minutes)
         with Display(steps, place.step, progress and is_first(), cost) as display:
             loop = _Loop(
@@ -318,6 +321,7 @@ class _Loop:
     place: Place
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)  # of the last step
     validated: int = -1  # the last step that was evaluated
+    told: int = -1  # the last step that callbacks were told of
 
     def run(self) -> str:
         """Why it ended. What the data or a callback raises ends it with a checkpoint, too."""
@@ -438,8 +442,10 @@ class _Loop:
         self.trace.after(step)
 
     def tell(self):
-        """Calls the callbacks, with a copy of the model, as the next step takes its memory."""
-        if self.callbacks:
+        """Calls the callbacks, once a step, with a copy of the model, as the next step takes its
+        memory."""
+        if self.callbacks and self.told != self.place.step:
+            self.told = self.place.step
             state = jax.tree.map(jnp.copy, self.ahead.state)
             call(self.callbacks, self.place.step, self.numbers, self.ahead.steps.own.model(state))
         self.clock.lap()
@@ -484,6 +490,8 @@ def _about(data: Data, config: Mapping[str, Any] | None, accumulate: int) -> dic
             f"data must have `batch`, `validation_batches` and `describe`, as text_data(...) and "
             f"image_data(...) do; got {type(data).__name__}."
         )
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"config must be a dictionary, got {config!r}.")
     config = None if config is None else dict(config)
     about = {"config": config, "data": data.describe(), "accumulate": int(accumulate)}
     if not isinstance(about["data"], dict):
@@ -510,7 +518,10 @@ def _check_parts(optimiser: Any, loss: Any, key: Any):
 def _check_step(step: Step, state: State, batch, budget: int | None):
     """Traces the step, which the first call has to do anyway: what cannot be trained ends here."""
     if not jax.tree.leaves(state.params):
-        raise ValueError("the model has no floating-point arrays, so there is nothing to train.")
+        raise ValueError(
+            "the model has no floating-point arrays that trainable selects, so there is nothing to "
+            "train."
+        )
     _, _, numbers = eqx.filter_eval_shape(
         update, (step, batch, np.int32(0), jnp.array(True)), state
     )

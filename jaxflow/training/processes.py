@@ -58,9 +58,19 @@ def join() -> int:
     )
     if ADDRESS in os.environ:
         start(*_explicit())
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    elif _tasks_of_slurm() > 1:
         start(cluster_detection_method="slurm")
     return jax.process_count()
+
+
+def _tasks_of_slurm() -> int:
+    name, job = "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"
+    tasks = os.environ.get(name, "1")
+    if not tasks.isdecimal():
+        raise ValueError(f"{name} must be a whole number, got {tasks!r}: start it by srun.")
+    if int(tasks) > 1 and job not in os.environ:
+        raise ValueError(f"{name} is {tasks}, so {job} must name the job: start it by srun.")
+    return int(tasks)
 
 
 def _explicit() -> tuple[str, int, int]:

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 
 from .. import models
+from .._rules import path as path_of
 from . import checkpoints, parameters
 from .parts import check_frozen, parted
 from .record import CHECKPOINTS
@@ -51,7 +52,8 @@ def load(
     """
     if which not in ("best", "latest"):
         raise ValueError(f'which must be "best" or "latest", got {which!r}.')
-    if Path(path).suffix == parameters.ENDING and not Path(path).is_dir():
+    path = path_of("path", path)
+    if path.suffix == parameters.ENDING and not path.is_dir():
         return parameters.read(path, like)
     checkpoint = _checkpoint(path, which)
     if like is None:
@@ -68,9 +70,7 @@ def load(
     return eqx.combine(state.params, static)
 
 
-def export(
-    run: str | Path | models.AbstractModel, file: str | Path, *, which: str = "best"
-) -> None:
+def export(run: str | Path | eqx.Module, file: str | Path, *, which: str = "best") -> None:
     """Writes the parameters of a run, or of a model, to a safetensors file for any library.
 
     The name of an array is the path of its attribute in the model, such as `embedding`,
@@ -95,8 +95,10 @@ def export(
 
     ```
     """
-    if isinstance(run, models.AbstractModel):
+    file = path_of("file", file)
+    if isinstance(run, eqx.Module):
         return parameters.write(run, file, None)
+    run = path_of("run, if it is no model,", run)
     config = _about(_checkpoint(run, which))["config"].get("model")
     parameters.write(load(run, which=which), file, config)
 

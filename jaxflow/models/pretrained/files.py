@@ -70,7 +70,7 @@ class Folder:
     def _inside(self, name: str) -> Path:
         """A regular file right in the folder."""
         path = self.path / name
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise ValueError(f"{self.path} names the file {name!r}, which must be right in it.")
         if os.path.dirname(os.path.realpath(path)) != os.path.realpath(self.path):
             raise ValueError(
