@@ -134,6 +134,7 @@ class Run:
             yield
         finally:
             timer.cancel()
+            timer.join()
 
     def code(self) -> int:
         """That of the process: 1 where jaxflow failed or was wrong."""
@@ -150,9 +151,14 @@ class Run:
     def _exit(self):
         if self.current is not None:
             name, watch = self.current
+            watch.skipped |= dict.fromkeys(watch.waiting, "the time was over before it ended")
             self._end(about(name, watch) | {"rows": watch.rows})
-        self._say(f"The time is over: what was measured is kept{_in(self.output)}.")
-        code = self.code()
+        measured = any(made["rows"] for made in self.reports)
+        kept = (
+            f"what was measured is kept{_in(self.output)}" if measured else "nothing was measured"
+        )
+        self._say(f"The time is over: {kept}.")
+        code = self.code() if measured else 1
         sys.stdout.flush()
         os._exit(code)
 

@@ -61,6 +61,7 @@ class Watch:
         self.start = time.perf_counter()
         self.rows: list[dict] = []
         self.skipped: dict[str, str] = {}  # and why
+        self.waiting: list[str] = []  # cases that have not ended
         self.cases: dict[str, dict[str, float]] = {}  # seconds, and CPU seconds
 
     @property
@@ -69,11 +70,13 @@ class Watch:
 
     def each(self, cases: Iterable, label: Callable[[Any], str] = str) -> Iterator:
         cases = list(cases)
+        self.waiting = [label(case) for case in cases]
         for i, case in enumerate(cases, 1):
             name, left = label(case), self.budget_s - self.spent
             expected = self.pace.slowdown * self.known.get(name, 0.0)
             if left <= 0 or expected > left:
                 self.skipped[name] = _reason(expected, left, self.budget_s)
+                self.waiting.remove(name)
                 continue
             about = f", about {expected:.0f} s" if expected else ""
             self.log(
@@ -81,6 +84,7 @@ class Watch:
             )
             begin, cost = time.perf_counter(), cpu_seconds()
             yield case
+            self.waiting.remove(name)
             self._keep(name, time.perf_counter() - begin, cpu_seconds() - cost)
 
     def _keep(self, name: str, seconds: float, cost: float):

@@ -306,7 +306,9 @@ def rendered(name: str) -> str:
     if name in WORDS:
         return WORDS[name]()
     suite, make = TABLES[name]
-    report = _reports("cpu.json")[suite]
+    report = _reports("cpu.json").get(suite)
+    if report is None:
+        return f"Not measured yet: `python -m benchmarks {suite}` does it."
     loads = [row["load"] for row in report["rows"] if row.get("load") is not None]
     crowd = f", load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
     origin = f"Commit {report['commit']}{', modified' * report['modified']}{crowd}."

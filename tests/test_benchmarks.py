@@ -186,14 +186,27 @@ def test_a_run_ends_when_its_time_is_over(tmp_path, monkeypatch, capsys):
     job = command.Run(ONCE, output, out, err, current=("scaling", pace.Watch()))
     assert job.current is not None
     job.current[1].rows.append({"shape": "first", "rival": "jaxflow", "ms": 1.0})
+    next(job.current[1].each(["second", "third"]))
     with job.ends_after(0.0):
         while not codes:
             time.sleep(0.01)
     assert codes == [0]
     (report,) = json.loads((tmp_path / "r.json").read_text())
     assert [row["shape"] for row in report["rows"]] == ["first"]
+    assert report["skipped"].keys() == {"second", "third"}
     shown = capsys.readouterr()
     assert "first" in shown.out and "The time is over: what was measured is kept" in shown.err
+
+
+def test_a_run_that_measured_nothing_says_so(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(command.os, "_exit", codes.append)
+    out, err = Console(file=sys.stdout), Console(file=sys.stderr)
+    job = command.Run(ONCE, command.Output(), out, err, current=("scaling", pace.Watch()))
+    with job.ends_after(0.0):
+        while not codes:
+            time.sleep(0.01)
+    assert codes == [1] and "nothing was measured" in capsys.readouterr().err
 
 
 def test_threads_are_limited(monkeypatch):
