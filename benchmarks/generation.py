@@ -87,7 +87,9 @@ def nanogpt(case: Case) -> Launch:
 
 def prepare(case: Case, name: str) -> Runner:
     if name.startswith("jaxflow"):
-        return ours(case, cache=name == "jaxflow")
+        runner = ours(case, cache=name == "jaxflow")
+        runner()  # compiles
+        return runner
     return rivals.torch_runner(nanogpt(case), threads=rivals.torch_threads(name))
 
 
