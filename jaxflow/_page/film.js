@@ -15,7 +15,7 @@ function panels(film) {
 function player(film, points) {
   const picture = scene(film, points), curves = panels(film);
   const last = film.ts.length - 1, slider = byId("time");
-  let position = 0, playing = false, before = null, drawn = -1;
+  let position = 0, playing = false, before = 0, drawn = -1;
   slider.max = last;
 
   function show() {
@@ -34,7 +34,7 @@ function player(film, points) {
   function tick(now) {
     if (!playing) return;
     // Not what went by while the page was not shown. A frame's time may lie before play's own.
-    const gone = before === null ? 0 : Math.min(now - before, 250);
+    const gone = Math.max(0, Math.min(now - before, 250));
     position += (gone / 1000) * RATE * Number(byId("speed").value);
     before = now;
     if (position >= last) { position = last; pause(); } else requestAnimationFrame(tick);
@@ -44,7 +44,7 @@ function player(film, points) {
   function play() {
     if (position >= last) position = 0;
     playing = true;
-    before = null;
+    before = performance.now();
     byId("play").textContent = "❚❚ Pause";
     requestAnimationFrame(tick);
   }
