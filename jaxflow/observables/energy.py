@@ -34,6 +34,8 @@ def interaction_energy(
 
     **Arguments:** `query`, `key`: the matrices Q and K, shape `(p, d)`; `None` is the identity.
 
+    **Returns:** the energy, shape `(*batch,)`.
+
     **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, mu no measure, or Q and K
     no matrices that go with it.
 

@@ -104,6 +104,10 @@ def export(
 def tokenizer(path: str | Path) -> Any:
     """The tokenizer of a run on text.
 
+    **Arguments:** `path`: the run folder.
+
+    **Returns:** a fitted `Bytes`, `Chars`, `BPE` or `TokenizerFile`.
+
     **Raises:** ValueError where there is no such run, its last checkpoint is damaged, or it was not
     trained on text.
 

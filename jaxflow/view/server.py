@@ -23,6 +23,8 @@ def serving(runs: Sequence[WatchedRun], port: int = 0) -> Iterator[str]:
 
     **Arguments:** `port`: 0 takes one that is free.
 
+    **Returns:** a context manager, whose value is the URL.
+
     **Raises:** `ValueError` where the port cannot be had.
     """
     token = secrets.token_urlsafe(24)
