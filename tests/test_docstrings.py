@@ -98,14 +98,15 @@ def public_functions() -> dict[str, Any]:
 
 
 def unsaid(function: Any) -> list[str]:
-    """What a docstring leaves out: the arguments that a function has, and what it returns."""
+    """What a docstring leaves out: the arguments of a function, what it returns and raises."""
     signature, text = inspect.signature(function), inspect.getdoc(function) or ""
     returns = signature.return_annotation not in (None, inspect.Signature.empty)
     needed = {"**Arguments:**": bool(signature.parameters), "**Returns:**": returns}
+    needed["**Raises:**"] = raises(function)
     return [part for part, there in needed.items() if there and part not in text]
 
 
-def test_functions_say_what_they_take_and_return():
+def test_functions_say_what_they_take_return_and_raise():
     missing = {name: unsaid(function) for name, function in public_functions().items()}
     assert {name: parts for name, parts in missing.items() if parts} == {}
 
@@ -113,12 +114,14 @@ def test_functions_say_what_they_take_and_return():
 def test_a_function_that_leaves_out_what_it_takes_is_found():
     def silent(n: int) -> int:
         """A number."""
+        if n < 0:
+            raise ValueError
         return n
 
     def nothing() -> None:
         """Takes and returns nothing."""
 
-    assert unsaid(silent) == ["**Arguments:**", "**Returns:**"]
+    assert unsaid(silent) == ["**Arguments:**", "**Returns:**", "**Raises:**"]
     assert unsaid(nothing) == []
     functions = public_functions()
     assert "jaxflow.flow.flow" in functions and "jaxflow.measure.samplers.circle" in functions

@@ -200,7 +200,7 @@ def describe_backend(
 
     **Arguments:** as in `jaxflow.kernels.select_backend`.
 
-    **Returns:** the name, and the kernels where the backend has several.
+    **Returns:** a text, the name of the backend first.
 
     **Raises:** as `jaxflow.kernels.select_backend`.
 

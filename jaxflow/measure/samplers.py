@@ -61,8 +61,9 @@ def gaussian(
 ) -> Measure:
     """n independent points of N(mean, covariance) on R^d.
 
-    **Arguments:** `mean`: a number for all coordinates, or a vector `(d,)`; `covariance`: a
-    variance for all coordinates, at least 0, or a positive definite matrix `(d, d)`.
+    **Arguments:** `n`, `d`: the number of points and their dimension, at least 1; `key`: a PRNG
+    key; `mean`: a number for all coordinates, or a vector `(d,)`; `covariance`: a variance for all
+    coordinates, at least 0, or a positive definite matrix `(d, d)`.
 
     **Returns:** a measure with points `(n, d)` and equal weights.
 
@@ -124,8 +125,8 @@ def von_mises_fisher(
     Wood's rejection sampler (Simulation of the von Mises Fisher distribution, 1994), each point
     rejected on its own until it is accepted.
 
-    **Arguments:** `mean`, the direction m, shape `(d,)` with d >= 2, of any length but zero;
-    `concentration`, kappa >= 0 (0 is the uniform law).
+    **Arguments:** `n`, the number of points; `mean`, the direction m, shape `(d,)` with d >= 2, of
+    any length but zero; `concentration`, kappa >= 0 (0 is the uniform law); `key`, a PRNG key.
 
     **Returns:** a measure with points `(n, d)` and equal weights.
 

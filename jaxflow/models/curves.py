@@ -53,6 +53,8 @@ def shared(blocks: list[AbstractField], t1: float) -> Constant:
 
     **Returns:** a `jaxflow.Constant`.
 
+    **Raises:** `TypeError` where the first is no field.
+
     ```python
     >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
     >>> curve = jaxflow.models.shared(blocks, 2.0)
@@ -149,6 +151,8 @@ def hypernetwork(
     default.
 
     **Returns:** a `jaxflow.HyperNetwork`.
+
+    **Raises:** as `jaxflow.HyperNetwork`.
 
     ```python
     >>> block = jaxflow.models.theory(8, heads=2, layers=1)

@@ -133,7 +133,8 @@ def attention_spectrum(
     `probes` channels and O(n (d + probes)) memory (hardmax, whose transpose keeps the weights,
     O(n^2)). The last few are then underestimated, and a spectrum that does not decay all are.
 
-    **Arguments:** `key`: of the probes, `jax.random.key(0)` by default.
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: points `(*batch, n, d)`; `probes`: at
+    least 1; `key`: of the probes, `jax.random.key(0)` by default.
 
     **Returns:** shape `(*batch, n)`, or `(*batch, min(n, probes))` for n > 512.
 

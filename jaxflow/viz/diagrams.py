@@ -30,8 +30,9 @@ def attention(
 ) -> Axes:
     """The matrix A_ij, the weight of token j for token i.
 
-    **Arguments:** `labels`: a word a token; evenly spaced ones are written where there is no room
-    for all. `ax`: Matplotlib axes, default new ones.
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: one measure, points `(n, d)`;
+    `labels`: a word a token; evenly spaced ones are written where there is no room for all. `ax`:
+    Matplotlib axes, default new ones.
 
     **Returns:** the Matplotlib axes that hold the drawing.
 

@@ -43,9 +43,8 @@ def summary(
 ) -> Figure:
     """One sheet: the tokens at the first and last time, then <x_i, x_j>, clusters, energy over t.
 
-    Arguments as in `jaxflow.viz.sphere`. Tokens are coloured by cluster at the last time, or
-    where one cluster is left, at the last time at which there were several; of more than 5,000,
-    evenly spaced ones are drawn. `title`: shown as it is written.
+    Tokens are coloured by cluster at the last time, or where one cluster is left, at the last time
+    at which there were several; of more than 5,000, evenly spaced ones are drawn.
 
     **Arguments:** `sol`, `system` and `threshold` as in `jaxflow.viz.sphere`; `title`: shown as it
     is written, default the numbers of tokens and dimensions.
