@@ -552,7 +552,7 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
 
     **Arguments:** `steps`: at least 1.
 
-    **Returns:** a `diffrax.RecursiveCheckpointAdjoint` with that many checkpoints.
+    **Returns:** a `diffrax.RecursiveCheckpointAdjoint` that keeps so many states.
 
     **Raises:** `ValueError` or `TypeError` for fewer than one step.
 
