@@ -95,6 +95,8 @@ def until_below(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
     **Arguments:** `observable`, as in `flow(observe=...)`, with a scalar value: any function of
     (t, mu); `level`, which may be traced.
 
+    **Returns:** a diffrax event, for `flow(event=...)`.
+
     **Raises:** `ValueError` for a level that is no scalar.
 
     ```python
@@ -113,6 +115,8 @@ def until_above(observable: Callable[[Any, Measure], Any], level: ScalarLike) ->
     """Stops at the first time at which observable(t, mu) > level, in every system.
 
     **Arguments:** as in `jaxflow.events.until_below`.
+
+    **Returns:** a diffrax event, for `flow(event=...)`.
 
     **Raises:** `ValueError` for a level that is no scalar.
 
@@ -139,6 +143,8 @@ def until_clustered(
     **Arguments:** `count`; `threshold`, the least cosine of linked tokens, or `radius`, their
     largest distance; `min_mass`, the share of all mass from which on a component is a cluster: of
     very many tokens a few stragglers then do not count (`jaxflow.observables.cluster_labels`).
+
+    **Returns:** a diffrax event, for `flow(event=...)`.
 
     **Raises:** `ValueError` or `TypeError` for a count below 1, a share outside of [0, 1] and what
     links no tokens.
@@ -174,6 +180,10 @@ def until_steady(speed: ScalarLike = 1e-6) -> diffrax.Event:
     One evaluation of the field a step. A metastable state moves exponentially slowly: a small
     speed tells it from a steady state no better than the eye does.
 
+    **Arguments:** `speed`: positive, a length of R^d per time; it may be traced.
+
+    **Returns:** a diffrax event, for `flow(event=...)`.
+
     **Raises:** `ValueError` where the speed is not positive.
 
     ```python
@@ -194,6 +204,11 @@ def log_times(
     """t0, and then `count` times from t0 + first to t1, evenly spread in log (t - t0).
 
     For `SaveAt(ts=log_times(...))`: each decade of time is seen equally well.
+
+    **Arguments:** `first`: how long after t0 the first time is; `t1`: the last time; `count`: at
+    least 2; `t0`: the start.
+
+    **Returns:** the times, ascending, shape `(count + 1,)`.
 
     **Raises:** `ValueError` where `first` is not between 0 and t1 - t0, and for fewer than 2 times.
 

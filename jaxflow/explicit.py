@@ -63,18 +63,35 @@ class AbstractComposition(AbstractMethod):
 
 
 def is_method(solver: diffrax.AbstractSolver, kind: type[Kind]) -> TypeGuard[Kind]:
-    """isinstance of the method itself: diffrax's answers for the one that is wrapped as well."""
+    """isinstance of the method itself: diffrax's answers for the one that is wrapped as well.
+
+    **Arguments:** `solver`: a diffrax solver; `kind`: a class of solvers.
+
+    **Returns:** True where the class of `solver` is `kind` or below it.
+    """
     return issubclass(type(solver), kind)
 
 
 def tableau(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
-    """The tableau of an explicit Runge-Kutta method, but for Euler's, which has none."""
+    """The tableau of an explicit Runge-Kutta method, but for Euler's, which has none.
+
+    **Arguments:** `solver`: any diffrax solver.
+
+    **Returns:** its Butcher tableau, or `None`.
+    """
     found = solver.tableau if is_method(solver, diffrax.AbstractERK) else None
     return found if isinstance(found, diffrax.ButcherTableau) else None
 
 
 def combined(weights: Any, slopes: list[Array]) -> Array:
-    """sum_j a_j k_j, without the terms that are zero."""
+    """sum_j a_j k_j, without the terms that are zero.
+
+    **Arguments:** `weights`: the numbers a_j; `slopes`: as many arrays k_j of one shape.
+
+    **Returns:** the sum, of that shape.
+
+    **Raises:** `ValueError` where there are more or fewer weights than slopes.
+    """
     pairs = zip(weights, slopes, strict=True)
     return sum(float(a) * k for a, k in pairs if a) + jnp.zeros_like(slopes[0])
 
@@ -84,6 +101,10 @@ def evaluations_per_step(solver: diffrax.AbstractSolver, parts: int = 1) -> tupl
 
     None where it varies. Of a field of several `parts`, which a splitting method evaluates one by
     one, the evaluations of the first are counted.
+
+    **Arguments:** `solver`: any diffrax solver; `parts`: how many the field has.
+
+    **Returns:** two counts, or `None`.
     """
     if is_method(solver, AbstractMethod):
         return solver.evaluations(parts)
@@ -101,7 +122,12 @@ def evaluations_per_step(solver: diffrax.AbstractSolver, parts: int = 1) -> tupl
 
 
 def is_explicit(solver: diffrax.AbstractSolver) -> bool:
-    """Whether `explicit_step` can write the method out."""
+    """Whether `explicit_step` can write the method out.
+
+    **Arguments:** `solver`: any diffrax solver; of a composition, the method inside it counts.
+
+    **Returns:** True for Euler's method and those that have a tableau.
+    """
     if is_method(solver, AbstractComposition):
         return is_explicit(solver.inner)
     return is_method(solver, diffrax.Euler) or tableau(solver) is not None

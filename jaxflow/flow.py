@@ -454,6 +454,12 @@ def default_controller(
 ) -> diffrax.AbstractStepSizeController:
     """Adaptive steps where the solver estimates its error, and fixed ones otherwise or with noise.
 
+    **Arguments:** `solver`: of the flow; `dt0`: the length of fixed steps, or `None`; `dtype`: of
+    the points; `noise`: of the flow, or `None`.
+
+    **Returns:** a `diffrax.PIDController` with rtol = atol = 1e-8 in float64 and 1e-5 otherwise, or
+    a `diffrax.ConstantStepSize`.
+
     **Raises:** `ValueError` for fixed steps without `dt0`.
     """
     if noise is None and isinstance(solver, diffrax.AbstractAdaptiveSolver):

@@ -222,7 +222,13 @@ def phase_diagram(
 
 
 def crossing(ts: Float[np.ndarray, " ts"], values: Float[np.ndarray, " ts"], level: float) -> float:
-    """The first time at which the values reach the level, between times by a line, or inf."""
+    """The first time at which the values reach the level, between times by a line, or inf.
+
+    **Arguments:** `ts`: ascending times, shape `(ts,)`; `values`: at these times, of the same
+    shape; `level`: what they are to reach.
+
+    **Returns:** a time, or inf where no value reaches the level.
+    """
     above = values >= level
     if not above.any():
         return float("inf")

@@ -89,7 +89,12 @@ class Rows(NamedTuple):
 
 
 def short(value: Any) -> str:
-    """A setting in a few words."""
+    """A setting in a few words.
+
+    **Arguments:** `value`: a number, a text or a sequence.
+
+    **Returns:** its text; of four or more numbers how many there are, the first and the last.
+    """
     axis = np.asarray(value)
     if axis.ndim != 1 or axis.size < 4:
         return str(value)

@@ -550,6 +550,10 @@ def default_adjoint(steps: int) -> diffrax.RecursiveCheckpointAdjoint:
     Each state is kept for up to 64 steps, where a gradient then costs what it does for a
     rematerialised `jax.lax.scan`; of more, 8 sqrt(steps) are, and memory grows as the square root.
 
+    **Arguments:** `steps`: at least 1.
+
+    **Returns:** a `diffrax.RecursiveCheckpointAdjoint` that keeps so many states.
+
     **Raises:** `ValueError` or `TypeError` for fewer than one step.
 
     ```python

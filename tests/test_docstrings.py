@@ -1,9 +1,10 @@
-"""What docstrings promise: their examples run, and what raises says what it raises."""
+"""What docstrings promise: what goes in and comes out, what is raised, and examples that run."""
 
 import ast
 import doctest
 import importlib
 import inspect
+import pkgutil
 import re
 import textwrap
 from typing import Any
@@ -82,6 +83,48 @@ def test_what_raises_says_so(name):
 def test_a_function_that_raises_is_found():
     assert raises(measure.uniform_sphere) and raises(jaxflow.Measure)
     assert not raises(models.layered)
+
+
+def public_functions() -> dict[str, Any]:
+    """The functions that any module of the library lists, but for those of the programs."""
+    programs = ("jaxflow.cli", "jaxflow.reproduce")
+    found = {}
+    for module in pkgutil.walk_packages(jaxflow.__path__, "jaxflow."):
+        if not ("._" in module.name or module.name.startswith(programs)):
+            owner = importlib.import_module(module.name)
+            listed = (getattr(owner, name) for name in getattr(owner, "__all__", ()))
+            found |= {f"{v.__module__}.{v.__name__}": v for v in listed if inspect.isfunction(v)}
+    return found
+
+
+def unsaid(function: Any) -> list[str]:
+    """What a docstring leaves out: the arguments of a function, what it returns and raises."""
+    signature, text = inspect.signature(function), inspect.getdoc(function) or ""
+    returns = signature.return_annotation not in (None, inspect.Signature.empty)
+    needed = {"**Arguments:**": bool(signature.parameters), "**Returns:**": returns}
+    needed["**Raises:**"] = raises(function)
+    return [part for part, there in needed.items() if there and part not in text]
+
+
+def test_functions_say_what_they_take_return_and_raise():
+    missing = {name: unsaid(function) for name, function in public_functions().items()}
+    assert {name: parts for name, parts in missing.items() if parts} == {}
+
+
+def test_a_function_that_leaves_out_what_it_takes_is_found():
+    def silent(n: int) -> int:
+        """A number."""
+        if n < 0:
+            raise ValueError
+        return n
+
+    def nothing() -> None:
+        """Takes and returns nothing."""
+
+    assert unsaid(silent) == ["**Arguments:**", "**Returns:**", "**Raises:**"]
+    assert unsaid(nothing) == []
+    functions = public_functions()
+    assert "jaxflow.flow.flow" in functions and "jaxflow.measure.samplers.circle" in functions
 
 
 def examples(value: Any) -> tuple[list[doctest.Example], list[str]]:

@@ -60,6 +60,10 @@ class AbstractField(eqx.Module):
 def token_velocities(field: AbstractField, t: ScalarLike, mu: Measure) -> Float[Array, "n d"]:
     """X_t[mu](x_i) at the tokens x_i of mu: where the equation of the flow closes on itself.
 
+    **Arguments:** `field`: X; `t`: the time; `mu`: a measure with points `(n, d)`.
+
+    **Returns:** the velocities, shape `(n, d)`.
+
     **Raises:** `ValueError` where the field gives velocities of another shape.
 
     ```python

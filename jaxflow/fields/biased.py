@@ -106,6 +106,10 @@ class ALiBi(AbstractInteraction):
 def alibi_slopes(heads: int) -> Float[Array, " H"]:
     """2^{-8 h / H} for the heads h = 1, ..., H (arXiv 2108.12409, for H a power of 2).
 
+    **Arguments:** `heads`: H, at least 1.
+
+    **Returns:** the slopes, descending, shape `(H,)`.
+
     **Raises:** `ValueError` or `TypeError` for no number of heads.
 
     ```python

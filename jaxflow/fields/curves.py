@@ -247,6 +247,11 @@ class Legendre(AbstractLinearCurve):
 def stack(fields: Sequence[AbstractField]) -> Any:
     """One field whose floating-point arrays are those of all fields, stacked along a new axis.
 
+    **Arguments:** `fields`: a sequence of L fields of one structure.
+
+    **Returns:** a field of their class, each floating-point array of which has a first axis of
+    length L.
+
     **Raises:** `ValueError` where there is none, where they differ in structure, or where their
     geometry holds arrays; `TypeError` for what is no field.
     """

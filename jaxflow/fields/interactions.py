@@ -131,6 +131,8 @@ def weighted_sums(
     - `q`, `tokens`, `values`: as an interaction receives them.
     - `weight`: `weight(query, keys)` of one query `(p,)` and all keys `(n, p)`, shape `(n,)`.
 
+    **Returns:** the sums, shape `(m, r)`, in the dtype of `values`.
+
     **Raises:** `NotImplementedError` for masks that are no patterns of indices; `ValueError` for
     weights that have signs.
 

@@ -166,17 +166,31 @@ class _Piece(AbstractCurve):
 
 
 def breakpoints(field: Any) -> tuple[float, ...]:
-    """The breakpoints of all curves inside a field, in order."""
+    """The breakpoints of all curves inside a field, in order.
+
+    **Arguments:** `field`: a field, or any tree of fields.
+
+    **Returns:** the times, ascending, each once; empty where nothing depends on time.
+    """
     return tuple(sorted({float(t) for curve in _curves(field) for t in curve.breakpoints}))
 
 
 def jumps(field: Any) -> tuple[float, ...]:
-    """The times at which parameters inside a field jump, in order."""
+    """The times at which parameters inside a field jump, in order.
+
+    **Arguments:** `field`: a field, or any tree of fields.
+
+    **Returns:** the times, ascending, each once; empty where nothing jumps.
+    """
     return tuple(sorted({t for curve in _curves(field) for t in curve.jumps}))
 
 
 def frozen(field: Any, t: ScalarLike) -> Any:
     """The field within the piece that holds time t: curves that are constant there are frozen, and
+
+    **Arguments:** `field`: a field, or any tree of fields; `t`: the time.
+
+    **Returns:** a tree of the same kind.
     others go no further than to their limits at its ends."""
 
     def freeze(x):

@@ -201,7 +201,11 @@ def describe_backend(
 ) -> str:
     """The backend that runs, and in brackets its kernels: "pallas_gpu (particles)".
 
-    Arguments and errors are those of `jaxflow.kernels.select_backend`.
+    **Arguments:** as in `jaxflow.kernels.select_backend`.
+
+    **Returns:** a text, the name of the backend first.
+
+    **Raises:** as `jaxflow.kernels.select_backend`.
 
     ```python
     >>> x = jnp.zeros((64, 3))
@@ -231,7 +235,11 @@ def explain_backend(
     """The backends that are tried in turn where none is asked for, up to the one that runs, each
     with its kernel and a `verdict`: why it runs, or why not.
 
-    Arguments and errors are those of `jaxflow.kernels.select_backend`.
+    **Arguments:** as in `jaxflow.kernels.select_backend`, but for `backend`.
+
+    **Returns:** a list of `Candidate`, of which the last one runs.
+
+    **Raises:** as `jaxflow.kernels.select_backend`.
 
     ```python
     >>> x = jnp.zeros((64, 3))

@@ -203,6 +203,9 @@ def _check_mass(log_weights: np.ndarray | None):
 def check_measure(name: str, value: Any, *, signed: bool = False):
     """A measure, as functions of a measure ask for one; with signs only where they say so.
 
+    **Arguments:** `name`: what errors call it; `value`: what must be a measure; `signed`: whether
+    its weights may have signs.
+
     **Raises:** `TypeError` for anything else.
 
     ```python

@@ -29,6 +29,11 @@ from .base import Measure
 def uniform_sphere(n: int, d: int, *, key: PRNGKeyArray, radius: float = 1.0) -> Measure:
     """n independent uniform points on the sphere of that radius in R^d.
 
+    **Arguments:** `n`, `d`: the number of points and their dimension, at least 1; `key`: a PRNG
+    key; `radius`: of the sphere, positive.
+
+    **Returns:** a measure with points `(n, d)` and equal weights.
+
     **Raises:** `ValueError` or `TypeError` for sizes below 1, a radius that is not positive, and
     what is no key; `MemoryError` where the points do not fit.
 
@@ -56,8 +61,11 @@ def gaussian(
 ) -> Measure:
     """n independent points of N(mean, covariance) on R^d.
 
-    **Arguments:** `mean`: a number for all coordinates, or a vector `(d,)`; `covariance`: a
-    variance for all coordinates, at least 0, or a positive definite matrix `(d, d)`.
+    **Arguments:** `n`, `d`: the number of points and their dimension, at least 1; `key`: a PRNG
+    key; `mean`: a number for all coordinates, or a vector `(d,)`; `covariance`: a variance for all
+    coordinates, at least 0, or a positive definite matrix `(d, d)`.
+
+    **Returns:** a measure with points `(n, d)` and equal weights.
 
     **Raises:** `ValueError` or `TypeError` for bad sizes, means, covariances and keys;
     `MemoryError` where the points do not fit.
@@ -117,8 +125,10 @@ def von_mises_fisher(
     Wood's rejection sampler (Simulation of the von Mises Fisher distribution, 1994), each point
     rejected on its own until it is accepted.
 
-    **Arguments:** `mean`, the direction m, shape `(d,)` with d >= 2, of any length but zero;
-    `concentration`, kappa >= 0 (0 is the uniform law).
+    **Arguments:** `n`, the number of points; `mean`, the direction m, shape `(d,)` with d >= 2, of
+    any length but zero; `concentration`, kappa >= 0 (0 is the uniform law); `key`, a PRNG key.
+
+    **Returns:** a measure with points `(n, d)` and equal weights.
 
     **Raises:** `ValueError` or `TypeError` for a mean without direction, a concentration that is
     negative or not finite, bad sizes and keys; `MemoryError` where the points do not fit.
@@ -185,6 +195,10 @@ def _wood(n: int, axis: Array, kappa: Array, key: PRNGKeyArray) -> tuple[Array, 
 def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:
     """n equispaced points on the unit circle, the first at the angle `phase` (radians).
 
+    **Arguments:** `n`: the number of points, at least 1; `phase`: in radians.
+
+    **Returns:** a measure with points `(n, 2)` and equal weights, counterclockwise.
+
     **Raises:** `ValueError` or `TypeError` for n below 1 and a phase that is not finite;
     `MemoryError` where the points do not fit.
 
@@ -203,6 +217,10 @@ def circle(n: int, *, phase: ScalarLike = 0.0) -> Measure:
 def from_angles(angles: ArrayLike) -> Measure:
     """The points (cos a, sin a) of the unit circle, for angles in radians, shape `(*batch, n)`.
 
+    **Arguments:** `angles`: in radians, shape `(*batch, n)`.
+
+    **Returns:** a measure with points `(*batch, n, 2)` and equal weights.
+
     **Raises:** `ValueError` or `TypeError` for what is no array of finite angles.
 
     ```python
@@ -220,6 +238,11 @@ def simplex(n: int, d: int, rho: ScalarLike = 0.0) -> Measure:
 
     They exist for d >= n and -1/(n-1) <= rho <= 1 (and for d = n - 1 at rho = -1/(n-1)): the rows
     of sqrt(1 - rho) (I - J/n) + sqrt((1 + (n-1) rho)/n) J/sqrt(n), J the matrix of ones.
+
+    **Arguments:** `n`: the number of vectors; `d`: their dimension; `rho`: the inner product of any
+    two.
+
+    **Returns:** a measure with points `(n, d)` and equal weights.
 
     **Raises:** `ValueError` or `TypeError` where there are no such vectors; `MemoryError` where
     they, or the matrix J, do not fit.
@@ -262,6 +285,11 @@ def kuramoto(n: int, order_parameter: ScalarLike, *, phase: ScalarLike = 0.0) ->
     The density (1 - r^2) / (2 pi (1 - 2 r cos a + r^2)) is the invariant family of the Kuramoto
     model (Ott and Antonsen 2008). Its quantile function is a = 2 arctan((1-r)/(1+r) tan(pi (u -
     1/2))), here at the midpoints u = (j + 1/2)/n.
+
+    **Arguments:** `n`: the number of points, at least 1; `order_parameter`: r, in [0, 1); `phase`:
+    the angle of their mean, in radians.
+
+    **Returns:** a measure with points `(n, 2)` and equal weights.
 
     **Raises:** `ValueError` or `TypeError` for n below 1, an order parameter outside [0, 1) and a
     phase that is not finite; `MemoryError` where the points do not fit.
@@ -343,6 +371,8 @@ def from_image(image: ArrayLike, patch: int, *, unit: bool = True) -> Measure:
     - `patch`: the side of a square patch in pixels, so d = patch^2 channels.
     - `unit`: centre each patch by the mean over all and put it on the unit sphere. A patch equal
       to the mean has no direction and becomes the first coordinate vector.
+
+    **Returns:** a measure with points `(n, d)` and equal weights, n the number of patches.
 
     **Raises:** `ValueError` or `TypeError` for shapes that are no image, sides that are no
     multiples of `patch`, and pixels that are not finite (under `jit` such an image has no finite

@@ -71,6 +71,13 @@ def depth(
 ) -> Depth:
     """A `jaxflow.models.Depth` whose solver is named.
 
+    **Arguments:** `t1`, `steps`, `tolerance`: as in `jaxflow.models.Depth`; `solver`: a name from
+    `SOLVERS`.
+
+    **Returns:** the depth.
+
+    **Raises:** `ValueError` for another name; otherwise as `jaxflow.models.Depth`.
+
     ```python
     >>> jaxflow.models.depth(t1=4.0, steps=8, solver="heun").steps
     8
@@ -90,6 +97,8 @@ def build(config: Mapping[str, Any]) -> AbstractModel:
       with names from `CURVES`, `NORMS` and `ACTIVATIONS` where it takes a function. A `block` is a
       name from `BLOCKS`, or `{"name": "llama", "kv_heads": 2, ...}` with arguments of it; `dim`,
       `heads` and `layers` are those of the model.
+
+    **Returns:** an instance of the class that `model` names.
 
     **Raises:** `ValueError` or `TypeError` for names and values that make no model; `MemoryError`
     where its parameters do not fit.

@@ -29,6 +29,12 @@ CurveOf = Callable[[list[AbstractField], float], AbstractCurve]
 def layered(blocks: list[AbstractField], t1: float) -> PiecewiseConstant:
     """L blocks one after the other: a transformer.
 
+    **Arguments:** `blocks`: L fields of one structure; `t1`: T, the depth.
+
+    **Returns:** a `jaxflow.PiecewiseConstant` with the edges l T / L.
+
+    **Raises:** `ValueError` for blocks of different structures.
+
     ```python
     >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
     >>> curve = jaxflow.models.layered(blocks, 2.0)
@@ -43,6 +49,12 @@ def layered(blocks: list[AbstractField], t1: float) -> PiecewiseConstant:
 def shared(blocks: list[AbstractField], t1: float) -> Constant:
     """The first block at every depth.
 
+    **Arguments:** `blocks`: fields, of which the first is taken; `t1`: T, which changes nothing.
+
+    **Returns:** a `jaxflow.Constant`.
+
+    **Raises:** `TypeError` where the first is no field.
+
     ```python
     >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
     >>> curve = jaxflow.models.shared(blocks, 2.0)
@@ -56,6 +68,10 @@ def shared(blocks: list[AbstractField], t1: float) -> Constant:
 
 def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
     """The blocks at equal distances, and what is linear between them.
+
+    **Arguments:** `blocks`: L fields of one structure, at least two; `t1`: T, the depth.
+
+    **Returns:** a `jaxflow.PiecewiseLinear` with the times l T / (L - 1).
 
     **Raises:** `ValueError` for fewer than two blocks.
 
@@ -75,6 +91,12 @@ def interpolated(blocks: list[AbstractField], t1: float) -> PiecewiseLinear:
 def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
     """L Legendre polynomials, at the start of training constant in time: the first block.
 
+    **Arguments:** `blocks`: L fields of one structure; `t1`: T, the depth.
+
+    **Returns:** a `jaxflow.Legendre` on [0, T].
+
+    **Raises:** `ValueError` for blocks of different structures.
+
     ```python
     >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0)]
     >>> curve = jaxflow.models.smooth(blocks, 2.0)
@@ -89,6 +111,12 @@ def smooth(blocks: list[AbstractField], t1: float) -> Legendre:
 def fourier(blocks: list[AbstractField], t1: float) -> Fourier:
     """An odd number L of Fourier coefficients, of period 2 T so that the ends differ; at the start
     of training constant in time: the first block.
+
+    **Arguments:** `blocks`: L fields of one structure; `t1`: T, the depth.
+
+    **Returns:** a `jaxflow.Fourier`.
+
+    **Raises:** `ValueError` for an even number of blocks, or blocks of different structures.
 
     ```python
     >>> blocks = [jaxflow.SelfAttention(beta=jnp.array(b)) for b in (1.0, 2.0, 3.0)]
@@ -117,6 +145,14 @@ def hypernetwork(
     """The first block, moved in time by a network, which moves nothing before it is trained.
 
     Another `key` of the network's weights, width or rank go in by `functools.partial`.
+
+    **Arguments:** `blocks`: fields, of which the first is taken; `t1`: T, the depth; `width`,
+    `rank`: as in `jaxflow.HyperNetwork`; `key`: of the network's weights, `jax.random.key(0)` by
+    default.
+
+    **Returns:** a `jaxflow.HyperNetwork`.
+
+    **Raises:** as `jaxflow.HyperNetwork`.
 
     ```python
     >>> block = jaxflow.models.theory(8, heads=2, layers=1)

@@ -67,6 +67,8 @@ def inspect(model: AbstractModel, tokens: ArrayLike) -> Inspection:
     `jaxflow.models.LanguageModel` or a `jaxflow.models.Encoder`; `tokens`, integers `(n,)`,
     at least two.
 
+    **Returns:** an `Inspection`: NumPy arrays of what was found at the end of each step.
+
     **Raises:** `ValueError` or `TypeError` for a model or tokens of another kind.
 
     ```python

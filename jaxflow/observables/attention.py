@@ -42,6 +42,11 @@ def attention_matrix(
 
     The rows of softmax, hardmax and Sinkhorn attention sum to 1.
 
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: the tokens, points `(*batch, n, d)`;
+    `x`: queries, shape `(*batch, m, d)`.
+
+    **Returns:** the matrix A, shape `(*batch, m, n)`.
+
     **Raises:** `ValueError` or `TypeError` for a field without one matrix and for bad queries;
     `MemoryError` where the matrix does not fit: `attention_spectrum`, `attention_entropy` and
     `column_defect` do without it.
@@ -78,6 +83,10 @@ def column_defect(field: SelfAttention, mu: Measure) -> Float[Array, "*batch"]:
     """max_j |sum_i w_i A_ij / w_j - 1|: how far attention is from preserving the mass of tokens.
 
     0 for Sinkhorn attention at convergence, so that the token mean obeys m' = V m.
+
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: points `(*batch, n, d)`.
+
+    **Returns:** the largest defect of a token with mass, shape `(*batch,)`.
 
     **Raises:** `TypeError` for a field without one matrix; `MemoryError` for hardmax attention
     whose matrix, which its transpose keeps, does not fit.
@@ -124,7 +133,8 @@ def attention_spectrum(
     `probes` channels and O(n (d + probes)) memory (hardmax, whose transpose keeps the weights,
     O(n^2)). The last few are then underestimated, and a spectrum that does not decay all are.
 
-    **Arguments:** `key`: of the probes, `jax.random.key(0)` by default.
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: points `(*batch, n, d)`; `probes`: at
+    least 1; `key`: of the probes, `jax.random.key(0)` by default.
 
     **Returns:** shape `(*batch, n)`, or `(*batch, min(n, probes))` for n > 512.
 
@@ -161,6 +171,11 @@ def attention_rank(
     Of `jaxflow.observables.attention_spectrum`: for n > 512 it saturates at `probes`, and is
     to be believed below it. It is -1 where a token with mass is not finite.
 
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: points `(*batch, n, d)`; `tolerance`:
+    in [0, 1); `probes`, `key`: as in `jaxflow.observables.attention_spectrum`.
+
+    **Returns:** integers, shape `(*batch,)`.
+
     **Raises:** as `jaxflow.observables.attention_spectrum`, and where the tolerance is not in
     [0, 1).
 
@@ -188,6 +203,11 @@ def effective_rank(
     2007).
 
     Of `jaxflow.observables.attention_spectrum`: for n > 512 of its `probes` largest.
+
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: points `(*batch, n, d)`; `probes`,
+    `key`: as in `jaxflow.observables.attention_spectrum`.
+
+    **Returns:** numbers from 1 to that of the singular values, shape `(*batch,)`.
 
     **Raises:** as `jaxflow.observables.attention_spectrum`.
 
@@ -289,6 +309,8 @@ def attention_entropy(
 
     **Arguments:** `field`, with softmax attention somewhere in it; `t`, the time at which a
     time-dependent field is taken.
+
+    **Returns:** nats, shape `(*batch,)`.
 
     **Raises:** `TypeError` for a field without softmax attention, and where mu is no measure;
     `NotImplementedError` for the masks `TopK` and `Hierarchical`.

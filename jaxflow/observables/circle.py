@@ -70,6 +70,10 @@ def order_parameter(mu: Measure) -> Float[Array, "*batch"]:
 
     For any d; on the circle it is |E e^{i theta}|. A token at 0 counts as no direction.
 
+    **Arguments:** `mu`: points `(*batch, n, d)`.
+
+    **Returns:** numbers in [0, 1], shape `(*batch,)`.
+
     **Raises:** `TypeError` where mu is no measure.
 
     ```python

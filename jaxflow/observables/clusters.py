@@ -82,11 +82,15 @@ def cluster_count(
     radius: ScalarLike | None = None,
     min_mass: ScalarLike = 0.0,
 ) -> Int[Array, "*batch"]:
-    """The number of clusters of `jaxflow.observables.cluster_labels`, shape `(*batch,)`.
+    """The number of clusters of `jaxflow.observables.cluster_labels`.
 
     Of the saved measures of a flow, the number at each time; systems with many tokens are taken
     one after the other, in the memory of one. It is -1 where a token with mass is not finite, as
     at the times that a flow did not reach.
+
+    **Arguments:** as in `jaxflow.observables.cluster_labels`.
+
+    **Returns:** integers, shape `(*batch,)`.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments.
 

@@ -31,7 +31,11 @@ EXACT, QUERIES = 32_768, 4_096
 
 
 def inner_products(mu: Measure) -> Float[Array, "*batch n n"]:
-    """The Gram matrix <x_i, x_j>, shape `(*batch, n, n)`.
+    """The Gram matrix <x_i, x_j>.
+
+    **Arguments:** `mu`: points `(*batch, n, d)`.
+
+    **Returns:** the matrix, shape `(*batch, n, n)`.
 
     **Raises:** `TypeError` where mu is no measure; `MemoryError` where the matrix does not fit:
     `pair_correlations` does without it.
@@ -96,7 +100,12 @@ def pair_distances(
 ) -> Float[Array, "*batch bins"]:
     """The density of |x_i - x_j| over pairs i != j, each of weight w_i w_j.
 
-    As `jaxflow.observables.pair_correlations`, with edges in the units of the points.
+    Computed as `jaxflow.observables.pair_correlations` is.
+
+    **Arguments:** `mu`, `queries`: as in `jaxflow.observables.pair_correlations`; `edges`: of the
+    bins, ascending, shape `(bins + 1,)`, in the units of the points.
+
+    **Returns:** the density in each bin, shape `(*batch, bins)`.
 
     **Raises:** `ValueError` or `TypeError` for bad arguments, and for a single token.
 

@@ -32,7 +32,10 @@ def interaction_energy(
     so it does where Q^T K is symmetric and V equal to it (arXiv 2501.03096). Computed in O(n)
     memory from the log-partition.
 
-    **Arguments:** `query`, `key`: the matrices Q and K, shape `(p, d)`; `None` is the identity.
+    **Arguments:** `mu`: points `(*batch, n, d)`; `beta`: the inverse temperature, not 0; `query`,
+    `key`: the matrices Q and K, shape `(p, d)`; `None` is the identity.
+
+    **Returns:** the energy, shape `(*batch,)`.
 
     **Raises:** `ValueError` or `TypeError` where beta is 0 or not finite, mu no measure, or Q and K
     no matrices that go with it.

@@ -18,6 +18,8 @@ def diameter(mu: Measure) -> Float[Array, "*batch"]:
     (points on a sphere in many dimensions); memory O(n d + 10^6). Differentiable in the two
     tokens that attain it. Systems run one after the other.
 
+    **Arguments:** `mu`: points `(*batch, n, d)`.
+
     **Returns:** shape `(*batch,)`; 0 for a single token, nan where one with mass is not finite.
 
     **Raises:** `TypeError` where mu is no measure.
@@ -81,6 +83,10 @@ def hull_vertices(mu: Measure) -> Int[Array, "*batch vertices"]:
     """The indices of the tokens that are vertices of the convex hull, in the plane, in positive
     order; repeated to a length of 2 n.
 
+    **Arguments:** `mu`: points `(*batch, n, 2)`.
+
+    **Returns:** integers, shape `(*batch, 2 n)`: the lower side of the hull and then the upper one.
+
     **Raises:** `ValueError` where d is not 2, `TypeError` where mu is no measure.
 
     ```python
@@ -108,6 +114,8 @@ def hull_area(mu: Measure) -> Float[Array, "*batch"]:
     after them, until none does. Some ten rounds of O(n log n) in practice, O(n) memory. The area
     is the shoelace sum over the vertices, and differentiable in them. Systems run one after the
     other.
+
+    **Arguments:** `mu`: points `(*batch, n, 2)`.
 
     **Returns:** shape `(*batch,)`; 0 where all tokens lie on a line, nan where one with mass is not
     finite.

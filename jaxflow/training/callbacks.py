@@ -81,6 +81,8 @@ def tensorboard(folder: str | Path) -> Callback:
 
     **Arguments:** `folder`: of the event files, made with the first of them.
 
+    **Returns:** a callback, for `fit(callbacks=[...])`.
+
     **Raises:** ImportError, with what to install, where tensorboardX is missing.
 
     ```python

@@ -153,6 +153,10 @@ def restore(folder: str | Path, like: Any, *, partial: bool = False) -> tuple[An
 def metadata(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself, without its arrays: `step`, `config`, `cursor`, ...
 
+    **Arguments:** `folder`: of one checkpoint.
+
+    **Returns:** a dictionary.
+
     **Raises:** ValueError if it is no checkpoint, or its manifest is damaged.
 
     ```python
@@ -170,6 +174,10 @@ def metadata(folder: str | Path) -> dict[str, Any]:
 
 def latest(folder: str | Path) -> Path | None:
     """The newest checkpoint of a run; None if there is none.
+
+    **Arguments:** `folder`: of the checkpoints.
+
+    **Returns:** its path, or `None`.
 
     **Raises:** ValueError if the manifest of the newest one is damaged.
 
@@ -191,6 +199,10 @@ def latest(folder: str | Path) -> Path | None:
 
 def best(folder: str | Path, metric: str = "loss") -> Path | None:
     """The checkpoint of a run with the smallest finite `metrics[metric]`; None if there is none.
+
+    **Arguments:** `folder`: of the checkpoints; `metric`: a name among the metrics that they hold.
+
+    **Returns:** its path, or `None`.
 
     **Raises:** ValueError if the manifest of any is damaged, as that may be the best.
 

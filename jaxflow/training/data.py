@@ -183,6 +183,8 @@ def text_data(
       Tokens from it are compared with their sha256; where they are damaged, a warning names the
       file, and they are made again for this process.
 
+    **Returns:** a `Text`, with the training and the validation part.
+
     **Raises:** ValueError for numbers out of their range; for a path that does not exist, is a
     pipe or a device, or must not be read; for a file that is not UTF-8 (with the byte where it ends
     to be), an empty text, a part too short for one window, and a cache that cannot be written to.
@@ -357,6 +359,8 @@ def image_data(
     - `validation`: a fraction drawn at random (the same for every seed), or the path of a second
       file. A `x_test` in the source is taken instead of a fraction.
     - `seed`: of the order of the images, in 0 ... 2^64 - 1.
+
+    **Returns:** an `Images`, with the training and the validation part.
 
     **Raises:** ValueError for numbers out of their range; for a path that does not exist, is a
     pipe or a device, or must not be read; for a damaged file, pixels or labels out of their range

@@ -152,6 +152,10 @@ def cross_entropy(logits: Float[Array, "*batch classes"], targets: Int[Array, "*
     Computed in float32 at least. For a `jaxflow.models.LanguageModel` the losses of this
     package take `jaxflow.training.chunked_cross_entropy` in its place: one value, less memory.
 
+    **Arguments:** `logits`: shape `(*batch, classes)`; `targets`: classes, integers `(*batch,)`.
+
+    **Returns:** a scalar.
+
     ```python
     >>> loss = jaxflow.training.cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
     >>> round(float(loss), 4)  # log 4
@@ -186,6 +190,8 @@ def chunked_cross_entropy(
       least; `None` takes as many as 2^24 logits hold (64 MiB in float32), but of 2^14 classes or
       more half of the batch at most. All at once are not made again.
     - `dtype`: of the product, such as bfloat16; default that of `hidden`.
+
+    **Returns:** L, a scalar, in nats.
 
     **Raises:** `ValueError` or `TypeError` for `rows` that is no whole number of at least 1.
 
@@ -236,6 +242,10 @@ def _summed(logits, targets):
 
 def squared_error(outputs: Float[Array, "*shape"], targets: Float[Array, "*shape"]) -> Array:
     """mean |output - target|^2 over all entries.
+
+    **Arguments:** `outputs`, `targets`: real arrays of one shape.
+
+    **Returns:** a scalar.
 
     **Raises:** `ValueError` where outputs and targets differ in shape.
 
@@ -312,6 +322,11 @@ def valued(loss, model, inputs, targets, key) -> Valued:
 
 def accuracy(model: eqx.Module, batches) -> float:
     """The part of the targets that is the most likely class.
+
+    **Arguments:** `model`: gives logits `(*batch, classes)`; `batches`: pairs (inputs, targets),
+    whose negative targets do not count.
+
+    **Returns:** a number in [0, 1].
 
     **Raises:** `ValueError` where there is no batch.
 

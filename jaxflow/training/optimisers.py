@@ -105,6 +105,10 @@ def matrices(model: Any) -> Any:
 
     The coefficients of a curve are stacked along a first axis, which does not count.
 
+    **Arguments:** `model`: a model, or any tree of arrays.
+
+    **Returns:** a tree of the same structure, True at each matrix and False elsewhere.
+
     ```python
     >>> jaxflow.training.matrices({"gain": jnp.ones(3), "weight": jnp.ones((3, 3))})
     {'gain': False, 'weight': True}

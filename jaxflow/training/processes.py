@@ -93,6 +93,8 @@ def _explicit() -> tuple[str, int, int]:
 def is_first() -> bool:
     """Whether this process reads and writes for all.
 
+    **Returns:** True in process 0, which is the only one where there are not several.
+
     ```python
     >>> jaxflow.training.is_first()
     True

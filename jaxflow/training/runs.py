@@ -106,6 +106,10 @@ def export(run: str | Path | eqx.Module, file: str | Path, *, which: str = "best
 def tokenizer(path: str | Path) -> Any:
     """The tokenizer of a run on text.
 
+    **Arguments:** `path`: the run folder.
+
+    **Returns:** a fitted `Bytes`, `Chars`, `BPE` or `TokenizerFile`.
+
     **Raises:** ValueError where there is no such run, its last checkpoint is damaged, or it was not
     trained on text.
 

@@ -262,6 +262,10 @@ _ENTRIES = {
 def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
     """The tokenizer of `tokenizer.to_dict()`, as a run's config holds it.
 
+    **Arguments:** `saved`: `{"type": ..., ...}`, with the entries of that type.
+
+    **Returns:** a `Bytes`, `Chars`, `BPE` or `TokenizerFile`.
+
     **Raises:** ValueError for another type, entries that are missing, too many or of the wrong
     type, an alphabet out of order, and a model that is damaged.
 

@@ -21,7 +21,9 @@ _SCRIPTS = "format.js", "chart.js", "view.js"
 def serving(runs: Sequence[WatchedRun], port: int = 0) -> Iterator[str]:
     """Serves runs as long as the context lasts, and yields the URL.
 
-    **Arguments:** `port`: 0 takes one that is free.
+    **Arguments:** `runs`: what is served; `port`: 0 takes one that is free.
+
+    **Returns:** a context manager, whose value is the URL.
 
     **Raises:** `ValueError` where the port cannot be had.
     """

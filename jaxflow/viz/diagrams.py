@@ -30,8 +30,11 @@ def attention(
 ) -> Axes:
     """The matrix A_ij, the weight of token j for token i.
 
-    **Arguments:** `labels`: a word a token; evenly spaced ones are written where there is no room
-    for all. `ax`: Matplotlib axes, default new ones.
+    **Arguments:** `field`: one `jaxflow.SelfAttention`; `mu`: one measure, points `(n, d)`;
+    `labels`: a word a token; evenly spaced ones are written where there is no room for all. `ax`:
+    Matplotlib axes, default new ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
 
     **Raises:** `ValueError` for more than 1,000 tokens: the matrix holds n^2 numbers, and no print
     shows them; `ValueError` or `TypeError` for what is not one measure of finite points, a field
@@ -81,6 +84,8 @@ def phase_diagram(diagram: PhaseDiagram, *, ax: Axes | None = None) -> Axes:
     **Arguments:** `diagram`: a `jaxflow.phase.PhaseDiagram`; `ax`: Matplotlib axes, default
     new ones. An axis is logarithmic where its values are spaced so.
 
+    **Returns:** the Matplotlib axes that hold the drawing.
+
     **Raises:** `TypeError` for what is no phase diagram.
 
     ```python
@@ -127,6 +132,8 @@ def merge_tree(tree: MergeTree, *, max_leaves: int = 200, ax: Axes | None = None
 
     **Arguments:** `tree`: a `jaxflow.observables.MergeTree`; `ax`: Matplotlib axes, default
     new ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
 
     **Raises:** `ValueError` for a tree without merges, or with more than `max_leaves` roots;
     `TypeError` for what is no tree.

@@ -43,9 +43,13 @@ def summary(
 ) -> Figure:
     """One sheet: the tokens at the first and last time, then <x_i, x_j>, clusters, energy over t.
 
-    Arguments as in `jaxflow.viz.sphere`. Tokens are coloured by cluster at the last time, or
-    where one cluster is left, at the last time at which there were several; of more than 5,000,
-    evenly spaced ones are drawn. `title`: shown as it is written.
+    Tokens are coloured by cluster at the last time, or where one cluster is left, at the last time
+    at which there were several; of more than 5,000, evenly spaced ones are drawn.
+
+    **Arguments:** `sol`, `system` and `threshold` as in `jaxflow.viz.sphere`; `title`: shown as it
+    is written, default the numbers of tokens and dimensions.
+
+    **Returns:** a Matplotlib figure.
 
     **Raises:** `ValueError` or `TypeError` for a solution without points at two or more times, or
     bad arguments.
@@ -99,6 +103,11 @@ def inner_product_histogram(
     On a sphere of radius R, a cluster is mass at R^2. Of more than `max_points` tokens, or 300
     times, evenly spaced ones are taken.
 
+    **Arguments:** `sol` and `system` as in `jaxflow.viz.sphere`; `bins`: how many, at least 1;
+    `max_points`: how many tokens to take at most; `ax`: Matplotlib axes, default new ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
+
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and for a single token.
 
     ```python
@@ -148,7 +157,10 @@ def cluster_staircase(
 ) -> Axes:
     """The number of clusters against t, on a logarithmic scale.
 
-    Arguments as in `jaxflow.viz.sphere`, which says where the numbers come from.
+    **Arguments:** `sol`, `system` and `threshold` as in `jaxflow.viz.sphere`, which says where the
+    numbers come from; `ax`: Matplotlib axes, default new ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
 
@@ -178,6 +190,11 @@ def energy_curve(sol: FlowSolution, *, system: System = None, ax: Axes | None = 
     """The energy against t, for a flow with `observe={"energy": InteractionEnergy(beta)}`.
 
     It is a staircase where clusters are metastable: long plateaus between merges.
+
+    **Arguments:** `sol` and `system` as in `jaxflow.viz.sphere`; `ax`: Matplotlib axes, default new
+    ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and where no energy was
     observed.
@@ -216,6 +233,8 @@ def curves(
     are not finite are left out. The axis of t is logarithmic where the times of all curves are.
     `xlabel`, `ylabel`: shown as they are written, like the names; default the time. `ax`:
     Matplotlib axes, default new ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
 
     **Raises:** `ValueError` or `TypeError` where these are no curves.
 
@@ -265,6 +284,8 @@ def training_curve(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = No
 
     **Arguments:** `history`: of `jaxflow.training.Fitted`, or the lines of a metrics.jsonl;
     `ax`: Matplotlib axes, default new ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
 
     **Raises:** `ValueError` or `TypeError` where these are no logged steps, or none has a loss.
 

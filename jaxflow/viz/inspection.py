@@ -53,6 +53,8 @@ def inspection_page(
     **Arguments:** `found`, by `jaxflow.models.inspect`; `labels`, the text of each token;
     `about`, lines {name: text} below the title.
 
+    **Returns:** the HTML.
+
     **Raises:** `ValueError` or `TypeError` where these are no such things; `ImportError` without
     matplotlib.
 

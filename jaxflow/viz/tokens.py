@@ -52,6 +52,8 @@ def points(
     - `geometry`: a `Sphere` is drawn behind the tokens.
     - `ax`: Matplotlib axes, default new ones.
 
+    **Returns:** the Matplotlib axes that hold the drawing.
+
     **Raises:** `ValueError` or `TypeError` for what is not one measure of finite points, and bad
     arguments.
 
@@ -112,6 +114,8 @@ def trajectories(
     **Arguments:** `sol`, `system` and `threshold` as in `jaxflow.viz.sphere`; `max_points`: how
     many tokens to draw at most, evenly spaced; `ax`: Matplotlib axes, default new ones.
 
+    **Returns:** the Matplotlib axes that hold the drawing.
+
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`.
 
     ```python
@@ -159,6 +163,8 @@ def hulls(
     (t, points (n, 2)), such as `lambda t, x: jnp.exp(-t) * x`, default the points as they are;
     `times`: how many to draw, evenly spaced among those saved; `ax`: Matplotlib axes, default new
     ones.
+
+    **Returns:** the Matplotlib axes that hold the drawing.
 
     **Raises:** `ValueError` or `TypeError` as `jaxflow.viz.summary`, and for tokens that are
     not in the plane.

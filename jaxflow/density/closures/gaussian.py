@@ -195,6 +195,9 @@ def gaussian(field: SelfAttention, d: int) -> AbstractGaussianClosure:
     **Arguments:** `field`, with the interaction `Softmax()`, `Linear()`, `L2()` or `Sinkhorn()`
     and `geometry=Euclidean()`, without masks; `d`, the dimension.
 
+    **Returns:** a `SoftmaxGaussian`, `LinearGaussian`, `L2Gaussian` or `SinkhornGaussian`, with the
+    matrices of the field, `(d, d)`.
+
     **Raises:** `TypeError` or `ValueError` for other fields, under which no Gaussian law stays one.
 
     ```python
@@ -243,6 +246,8 @@ def until_blow_up(bound: ScalarLike | None = None) -> diffrax.Event:
     left until S is infinite is of the size 1 / bound.
 
     **Arguments:** `bound`; `None` is 1 / sqrt(epsilon): 7e7 in float64, 3e3 in float32.
+
+    **Returns:** a diffrax event, for the flow of a Gaussian law.
 
     **Raises:** `ValueError` or `TypeError` where it is not positive.
 
