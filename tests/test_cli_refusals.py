@@ -333,6 +333,12 @@ def test_compare_where_all_runs_had_come_to(tmp_path):
     assert without.exit_code == 2 and "does not say its total evaluations" in without.output
 
 
+def test_a_refusal_names_the_value_once():
+    for value in ("--geometry torus", "--d x"):
+        output = CliRunner().invoke(app, ["simulate", *value.split()]).output
+        assert output.count(repr(value.split()[1])) == 1, output
+
+
 # ------------------------------------------------------------------ help and completion
 
 
