@@ -1,6 +1,7 @@
 """What pages have made for them: `<!-- generated: NAME -->` becomes what NAME here returns."""
 
 import ast
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from typer.main import get_command
 from jaxflow.cli import app
 
 PACKAGE = Path(__file__).parents[1] / "jaxflow"
+# Commands in the text of a command, each of which Typer makes a paragraph.
+EXAMPLES = re.compile(r"(?:^jaxflow .+\n+)+", re.MULTILINE)
 # Types of signatures that have a name, by module.
 TYPES = {
     "_types": "Points LogWeights Queries Keys Values Scalar ArrayLike ScalarLike",
@@ -39,7 +42,12 @@ def command_line() -> str:
     """Each command with its options; Typer's own list of commands cuts their lines short."""
     command = get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="jaxflow")
-    return text[text.index("## ") :]
+    return EXAMPLES.sub(_fenced, text[text.index("## ") :])
+
+
+def _fenced(found: re.Match) -> str:
+    lines = [line for line in found[0].splitlines() if line]
+    return "\n".join(["```sh", *lines, "```", "", ""])
 
 
 def types() -> str:

@@ -143,6 +143,14 @@ def test_pages_are_legible_on_a_phone_and_in_the_dark(browser, tmp_path, name):
     tab.close()
 
 
+def test_the_labels_of_an_axis_are_distinct(browser, tmp_path):
+    tab = opened(browser, tmp_path, "circle")
+    texts = lambda ends: tab.value(f"ticks({ends}, false, 5).map(([, text]) => text)")
+    assert texts("axisEnds([2, 2], false, false)") == ["2"]
+    assert texts("[0, 1]") == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    tab.close()
+
+
 # Frames come when `frames` is called, at the intervals that it is given.
 CLOCK = """{
   let next = null, now = 1000;
@@ -302,7 +310,10 @@ def test_view_follows_a_run_that_is_written(browser, runs, served):
     assert tab.value("document.querySelectorAll('img').length") == 0
     assert is_legible(tab)
     assert tab.errors() == []
-    # The simulation plays.
+    # The simulation plays, in a frame that shows all of it.
+    frame = "document.querySelector('iframe')"
+    tab.value(f"{frame}.scrollIntoView()")
+    tab.wait(f"parseInt({frame}.style.height) > 0.92 * innerHeight")
     assert tab.value("document.querySelector('iframe').src") == f"{served}film/2"
     film = browser.page(f"{served}film/2")
     film.wait("byId('now').textContent === 't = 0'")

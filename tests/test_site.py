@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from browser import Browser
 
 import jaxflow
 
@@ -99,6 +100,24 @@ def test_names_link_and_formulas_stay(site, pages):
     assert anchors.issuperset(documented())
     fields = (site / "reference" / "fields.html").read_text()
     assert "beta &lt;Q(x), K(y)&gt;" in fields and "X[mu](x) = P_x E_{mu_x}[V(y)]" in fields
+
+
+@pytest.fixture
+def browser(tmp_path):
+    opened = Browser(tmp_path / "profile")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("page", ["index.html", "guides/long.html"])
+def test_pages_that_are_opened_from_disk_are_searched(site, browser, page):
+    tab = browser.page((site / page).as_uri())
+    tab.value("document.querySelector('.md-search__input').focus()")
+    tab.call("Input.insertText", text="coarsen")
+    tab.wait("document.querySelector('.md-search-result__link') !== null")
+    found = "[...document.querySelectorAll('.md-search-result__link')].map(a => a.href)"
+    assert any(f"{site.as_uri()}/reference/long.html" in link for link in tab.value(found))
+    assert tab.errors() == []
 
 
 # ------------------------------------------------------------------ the reference

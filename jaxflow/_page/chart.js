@@ -14,8 +14,16 @@ function axisEnds(values, log, whole) {
   return [low - wider, high + wider];
 }
 
-/** Round values within the ends, about `count` of them. */
+/** Round values within the ends, about `count` of them, each with its label; where labels would be
+    the same, as of a constant, one in the middle. */
 function ticks([low, high], log, count) {
+  const found = rounds([low, high], log, count).map((v) => [v, format(v)]);
+  if (new Set(found.map(([, text]) => text)).size === found.length) return found;
+  const middle = (low + high) / 2;
+  return [[middle, format(middle)]];
+}
+
+function rounds([low, high], log, count) {
   if (log && high / low > 5) {
     const decades = Math.log10(high / low);
     const factors = decades < count / 2 ? [1, 2, 5] : [1];
@@ -74,11 +82,11 @@ function chart(host, about) {
     const [y] = along(yEnds, logY, height - bottom, top);
     scale = { x, y, xAt, shown: (a, b) => a !== null && b !== null && (!logX || a > 0) && (!logY || b > 0) };
     const parts = [label(left, 16, about.name, "start", 600)];
-    for (const v of ticks(xEnds, logX, Math.max(2, Math.floor(width / 75)))) {
-      parts.push(label(x(v), height - bottom + 17, format(v), "middle"), grid(x(v), x(v), top, height - bottom));
+    for (const [v, text] of ticks(xEnds, logX, Math.max(2, Math.floor(width / 75)))) {
+      parts.push(label(x(v), height - bottom + 17, text, "middle"), grid(x(v), x(v), top, height - bottom));
     }
-    for (const v of ticks(yEnds, logY, 5)) {
-      parts.push(label(left - 7, y(v) + 4, format(v), "end"), grid(left, width - right, y(v), y(v)));
+    for (const [v, text] of ticks(yEnds, logY, 5)) {
+      parts.push(label(left - 7, y(v) + 4, text, "end"), grid(left, width - right, y(v), y(v)));
     }
     parts.push(label(width - right, height - 6, about.xLabel, "end"));
     svg.replaceChildren(...parts, ...series.flatMap(curve), marks);

@@ -146,6 +146,13 @@ function pointer(picture, film, turn, zoom) {
   }, { passive: false });
 }
 
+/** A page that shows this one in a frame is told how tall it is. */
+function tellHeight() {
+  if (parent === window) return;
+  const tell = () => parent.postMessage({ height: document.documentElement.offsetHeight }, "*");
+  new ResizeObserver(tell).observe(document.documentElement);
+}
+
 async function start() {
   try {
     const film = pageData();
@@ -157,4 +164,5 @@ async function start() {
     byId("failure").hidden = false;
   }
 }
+tellHeight();
 start();

@@ -171,8 +171,8 @@ function scene(film, points) {
     const [left, bottom] = seen(...corner), [end, top] = seen(...window.map(([, high]) => high));
     line([left, bottom], [end, bottom]);
     line([left, bottom], [left, top]);
-    for (const v of ticks(window[0], false, 4)) write(format(v), [seen(v, corner[1])[0], bottom + 16], "center");
-    for (const v of ticks(window[1], false, 4)) write(format(v), [left - 6, seen(corner[0], v)[1] + 4], "right");
+    for (const [v, text] of ticks(window[0], false, 4)) write(text, [seen(v, corner[1])[0], bottom + 16], "center");
+    for (const [v, text] of ticks(window[1], false, 4)) write(text, [left - 6, seen(corner[0], v)[1] + 4], "right");
     write(film.names[0], [end, bottom + 32], "right");
     write(film.names[1], [left, top - 8], "center");
   }

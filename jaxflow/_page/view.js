@@ -170,6 +170,15 @@ function anew() {
   showMetrics();
 }
 
+const TALLEST = 2400; // pixels, whatever a film says
+
+/** A film says how tall it is: its frame is no less. */
+addEventListener("message", ({ source, data }) => {
+  const frame = runs.map((run) => run.figure?.querySelector("iframe")).find((f) => f?.contentWindow === source);
+  if (!frame || !(data?.height > frame.clientHeight)) return;
+  frame.style.height = `${Math.min(Math.ceil(data.height) + 2, TALLEST)}px`;
+});
+
 byId("clock").addEventListener("change", anew);
 byId("log").addEventListener("change", anew);
 makeRuns();

@@ -79,7 +79,9 @@ def _usage(error: typer.TyperException) -> str:
     """What is wrong with a flag, and what was given."""
     text = error.format_message().replace("Value error, ", "").partition(", unable to parse")[0]
     found = getattr(error.__cause__, "errors", None)  # of Pydantic, which read the value
-    return f"{text.rstrip('.')}, got {found()[0]['input']!r}." if found else text
+    if not found or "is not one of" in text:  # which begins with the value
+        return text
+    return f"{text.rstrip('.')}, got {found()[0]['input']!r}."
 
 
 def _text(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from .choices import Published
 from .settings import argument, flag
 
 
@@ -23,7 +24,7 @@ class Reproduction:
     `jaxflow reproduce all --quick --out runs/reproduce`
     """
 
-    names: list[str] | None = argument("Names of results, or all.", default=None)
+    names: list[Published] | None = argument("Names of results, or all.", default=None)
     list_: bool = flag(False, "Print a line for each result.", kept=False, name="--list")
     quick: bool = flag(False, "Smaller systems and fewer points.")
     again: bool = flag(False, "Compute also what is there already.", kept=False)

@@ -81,7 +81,7 @@ def inspection_page(
         if content
     )
     title = "A text along the depth of a model"
-    above = f'<h1>{title}</h1><div class="wide"><table>{rows}</table></div>'
+    above = f'<h1>{title}</h1><div class="wide"><table class="about">{rows}</table></div>'
     return assemble(title, above + body, styles=["inspection.css"])
 
 
