@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxflow as jf
-from jaxflow import density, masks, measure, models, observables, viz
+from jaxflow import density, masks, measure, models, observables, training, viz
 from jaxflow.density import closures
 
 KEY = jax.random.key(0)
@@ -32,6 +32,11 @@ NAN, INF = float("nan"), float("inf")
 def language_model(**changed):
     options = dict(vocab_size=11, dim=8, heads=2, layers=1, context=8, key=KEY)
     return models.LanguageModel(**(options | changed))
+
+
+def fit(**options):
+    model = models.ResidualNetwork(64, 10, 2, 1, width=2, key=KEY)
+    return training.fit(model, training.image_data(batch_size=8), steps=1, **options)
 
 
 def build(**changed):
@@ -729,6 +734,20 @@ CALLS = {
     "an unknown key": (lambda: build(zz=1), ValueError, "takes no argument zz, but inputs"),
     "a seed of 20 digits": (lambda: build(seed=10**20), ValueError, "seed must be below"),
     "a depth without t1": (lambda: build(depth={"steps": 1}), ValueError, "depth needs t1"),
+    "a block by name": (
+        lambda: language_model(block="llama"),
+        TypeError,
+        "block must be a function of a PRNG key",
+    ),
+    "a number as config": (lambda: fit(config=3), TypeError, "config must be a dictionary, got 3"),
+    "a number as run": (lambda: fit(run=3), TypeError, "run must be a path, .* got 3"),
+    "a number as profile": (lambda: fit(profile=3), TypeError, "profile must be a path, .* got 3"),
+    "a run that is a number": (lambda: training.load(3), TypeError, "path must be a path"),
+    "an export of a number": (
+        lambda: training.export(3, "model.safetensors"),
+        TypeError,
+        "run, if it is no model, must be a path",
+    ),
     "a solver in a list": (
         lambda: build(depth={"t1": 1, "solver": [1]}),
         ValueError,

@@ -2,7 +2,7 @@
 name, and one's own."""
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -252,16 +252,28 @@ def seeing(key):
     return jf.FeedForward(8, 2, key=key) + jf.MultiHeadAttention(8, 2, key=key)
 
 
+class Mean(jf.fields.AbstractField):
+    """Moves each token by the mean of all, the later ones included, and does not say so."""
+
+    geometry: ClassVar = jf.Euclidean()
+
+    def __call__(self, t, x, mu):
+        return jnp.broadcast_to(mu.points.mean(axis=0), x.shape)
+
+
 @pytest.mark.parametrize(
     "own, options, error, message",
     [
         (lambda key: 3, {}, TypeError, "only fields can be added"),
+        (lambda: 3, {}, TypeError, "block must be a function of a PRNG key .* 0 positional"),
+        (Mean(), {}, TypeError, "and not the field itself, a Mean"),
+        (lambda key: Mean(), {}, ValueError, "the first of two tokens changes with the second"),
         (wide, {}, ValueError, "acts on tokens of dimension 6; got tokens of dimension 8"),
         (seeing, {}, ValueError, "the MultiHeadAttention is not causal: pass causal=True"),
         (block("theory"), {"width": 3}, ValueError, "width is an argument of the default block"),
         (block("theory"), {"bias": True}, ValueError, "bias is an argument of the default block"),
     ],
-    ids=["no field", "dim", "causal", "width", "bias"],
+    ids=["no field", "no key", "a field", "mean", "dim", "causal", "width", "bias"],
 )
 def test_blocks_that_cannot_be(own, options, error, message):
     with pytest.raises(error, match=message):

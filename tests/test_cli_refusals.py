@@ -200,6 +200,24 @@ def refused(command, place, monkeypatch):
     return result.output
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "JAX_NUM_PROCESSES must be a whole number"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS must be a whole number, got 'two'"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID must name the job"),
+    ],
+)
+def test_processes_that_the_environment_names_in_part(tmp_path, monkeypatch, given, message):
+    """A training without --devices would not be one of them."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    command = ["train", "resnet", "--steps", "1", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and message in result.output and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", REFUSED)
 def test_refused(command, bad, monkeypatch):
     told = refused(command, bad, monkeypatch)

@@ -349,6 +349,7 @@ class Still(eqx.Module):
         ({"keep": 0}, "keep must be at least 1"),
         ({"log_every": False}, "log_every must be a whole number, got False"),
         ({"config": {"z": 1j}}, "must be JSON"),
+        ({"trainable": False}, "no floating-point arrays that trainable selects"),
         ({"data": Listless()}, "must be JSON"),
         ({"data": [1, 2]}, "data"),
         ({"budget": 5}, "the loss logs no num_evaluations"),
@@ -830,6 +831,13 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     # One that comes with the last step is no less heard: what follows must not start.
     assert quick(Interrupted(number=number, step=2), steps=3).reason == number.name
     assert losses(go_on(tmp_path, Interrupted())) == losses(quick(Interrupted()))
+
+
+def test_callbacks_are_told_of_the_last_step_once(tmp_path):
+    told = []
+    tell = lambda step, metrics, model: told.append(step)
+    quick(Interrupted(step=2), run=tmp_path, log_every=1, callbacks=[tell])
+    assert told == [1, 2, 3]
 
 
 @pytest.mark.parametrize("steps", [3, 6])
