@@ -55,29 +55,16 @@ DEPTHS = {
 }
 
 
-def main(
-    path: str | None = None,
-    steps=300,
-    dim=64,
-    trainings=tuple(TRAININGS),
-    depths=tuple(DEPTHS),
-    seed=0,
-) -> dict:
+def main(path: str | None = None, steps=300, dim=64, trainings=tuple(TRAININGS),
+         depths=tuple(DEPTHS), seed=0) -> dict:  # fmt: skip
     data = text_data(path, tokenizer=Chars(), context=64, batch_size=12, seed=seed)
     held_out = list(data.validation_batches(10))
     losses: dict[str, dict[str, tuple[float, float]]] = {}
     for name in trainings:
         depth, drawn, start = TRAININGS[name]
+        key = jax.random.key(seed)
         model = LanguageModel(
-            data.vocab_size,
-            dim,
-            4,
-            4,
-            64,
-            curve=smooth,
-            depth=depth,
-            key=jax.random.key(seed),
-            **start,
+            data.vocab_size, dim, 4, 4, 64, curve=smooth, depth=depth, key=key, **start
         )
         often: dict[str, Any] = {"evaluate_every": steps, "evaluation_batches": 1}
         fitted = fit(model, data, steps=steps, depths=drawn, **often)

@@ -2,7 +2,7 @@
 name, and one's own."""
 
 import json
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -255,7 +255,7 @@ def seeing(key):
 class Mean(jf.fields.AbstractField):
     """Moves each token by the mean of all, the later ones included, and does not say so."""
 
-    geometry: ClassVar = jf.Euclidean()
+    geometry: jf.Euclidean = jf.Euclidean()
 
     def __call__(self, t, x, mu):
         return jnp.broadcast_to(mu.points.mean(axis=0), x.shape)

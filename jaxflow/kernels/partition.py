@@ -45,8 +45,8 @@ def with_automatic_axes(run: Callable, operands: Forward) -> Results:
     `jax.make_mesh` makes them, they are automatic within, and rows of the results are divided as
     the queries are.
     """
-    placed = (getattr(jax.typeof(a), "sharding", None) for a in operands)
-    meshes = [s.mesh for s in placed if isinstance(s, NamedSharding)]
+    placed = [getattr(jax.typeof(a), "sharding", None) for a in operands]
+    meshes = [s.mesh.abstract_mesh for s in placed if isinstance(s, NamedSharding)]
     explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
     if not explicit:
         return run(*operands)
