@@ -18,7 +18,6 @@ from jaxflow import FlowError, __version__, models
 from jaxflow._folder import write_settings
 from jaxflow.cli import app, choices, console, learning, phase, reading, settings, systems
 from jaxflow.cli.boundary import Stopped, interruptible
-from jaxflow.reproduce import RESULTS
 
 # fmt: off
 SIMULATE = """
@@ -390,12 +389,10 @@ def test_help_and_completion_import_no_jax():
         "words = {'_JAXFLOW_COMPLETE': 'complete_bash', 'COMP_CWORD': '3', "
         "'COMP_WORDS': 'jaxflow simulate --solver k'}; "
         "print(*run(env=words, prog_name='jaxflow').output.split()); "
-        "words |= {'COMP_CWORD': '2', 'COMP_WORDS': 'jaxflow reproduce st'}; "
-        "print(*run(env=words, prog_name='jaxflow').output.split()); "
         "print({'jax', 'diffrax', 'equinox', 'numpy', 'rich.progress'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:3] == ["kvaerno3 kvaerno5", "staircase", "set()"]
+    assert done.stdout.split("\n")[:2] == ["kvaerno3 kvaerno5", "set()"]
 
 
 def test_completion_knows_the_commands():
@@ -420,7 +417,6 @@ def test_the_names_of_flags_are_those_of_the_tables():
         choices.Block: models.BLOCKS,
         choices.PhaseInteraction: phase.INTERACTIONS,
         choices.Matrices: phase.MATRICES,
-        choices.Published: {"all", *RESULTS},
     }
     for names, table in tables.items():
         assert set(map(str, names)) == set(map(str, table)), names

@@ -25,11 +25,6 @@ Matrices = StrEnum("Matrices", "identity gaussian goe signed")
 PhaseInteraction = StrEnum("PhaseInteraction", "softmax unnormalised")
 Motion = StrEnum("Motion", "independent common")
 At = StrEnum("At", "step time evaluations")
-Published = StrEnum(
-    "Published",
-    "all phase-boundary staircase modes noise hysteresis gaussian hardmax causal polytope "
-    "normalisation sinkhorn weighted moderate long-context mean-shift",
-)
 DType = StrEnum("DType", "float32 float64 float16 bfloat16")
 
 # Methods without an estimate of their error, which take fixed steps.

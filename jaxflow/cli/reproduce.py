@@ -23,7 +23,6 @@ from .._folder import claim, json_object, sealed, write_bytes, write_settings, w
 from ..reproduce import RESULTS, Result, Row, Scheme
 from ..reproduce.page import number, page
 from .boundary import FAILED, interruptible
-from .choices import Published
 from .console import progress, say, table
 from .device import prepare
 from .optional import available, figures
@@ -49,8 +48,12 @@ def reproduce(s: Reproduction):
         raise typer.Exit(FAILED)
 
 
-def _chosen(names: list[Published]) -> list[Result]:
+def _chosen(names: list[str]) -> list[Result]:
     """The results of these names, in the order of the list."""
+    if unknown := [name for name in names if name not in (*RESULTS, "all")]:
+        raise ValueError(
+            f"there is no result {unknown[0]!r}; take all, or some of {', '.join(RESULTS)}."
+        )
     return [r for name, r in RESULTS.items() if name in names or "all" in names]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from .choices import Published
 from .settings import argument, flag
 
 
@@ -24,7 +23,7 @@ class Reproduction:
     `jaxflow reproduce all --quick --out runs/reproduce`
     """
 
-    names: list[Published] | None = argument("Names of results, or all.", default=None)
+    names: list[str] | None = argument("Names of results, or all.", default=None)
     list_: bool = flag(False, "Print a line for each result.", kept=False, name="--list")
     quick: bool = flag(False, "Smaller systems and fewer points.")
     again: bool = flag(False, "Compute also what is there already.", kept=False)
