@@ -5,6 +5,7 @@ and values of each layer kept, jaxflow without, and the loop of nanoGPT (`GPT.ge
 computes the whole text again for each token, in torch. All must write the same tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,7 +102,7 @@ def run(options: Options, watch: Watch) -> dict:
     return {"rows": watch.rows}
 
 
-def contest(case: Case, names: tuple[str, ...], options: Options) -> list[dict]:
+def contest(case: Case, names: Sequence[str], options: Options) -> list[dict]:
     expected = np.asarray(ours(case, cache=False)())
     rows: list[dict[str, Any]] = [{"shape": case.name, "rival": name} for name in names]
     compete(

@@ -90,11 +90,15 @@ def contest(case: Case) -> list[dict]:
 
 
 def _row(case: Case, dtype: str, run: Run, data: training.Text) -> dict[str, Any]:
-    row = {"shape": case.name, "rival": f"jaxflow {dtype}"} | summary(run.seconds[1:])
+    times = summary(run.seconds[1:])
     model = run.step.model(run.state)
-    return row | {
-        "compile_s": run.seconds[0],
-        "tokens_per_s": 1e3 * case.batch * case.context / row["ms"],
-        "last_loss": statistics.mean(run.losses[-max(1, case.steps // 10) :]),
-        "validation_loss": training.evaluate(model, data.validation_batches(20))["loss"],
-    }
+    return (
+        {"shape": case.name, "rival": f"jaxflow {dtype}"}
+        | times
+        | {
+            "compile_s": run.seconds[0],
+            "tokens_per_s": 1e3 * case.batch * case.context / times["ms"],
+            "last_loss": statistics.mean(run.losses[-max(1, case.steps // 10) :]),
+            "validation_loss": training.evaluate(model, data.validation_batches(20))["loss"],
+        }
+    )
