@@ -42,7 +42,7 @@ def square(fn):
 
 def found(fn, args, placed, whole=None) -> dict:
     """Collectives in the compiled text, the first result's sharding, the largest difference from
-    the function (or from another one) on one device, of the largest number of each result."""
+    the function (or from another one) on one device, of the largest number of each result or 1."""
     compiled = jax.jit(fn).lower(*placed).compile()
     text = compiled.as_text() or ""
     outs, expected = (jax.tree.leaves(x) for x in (compiled(*placed), (whole or fn)(*args)))
@@ -52,7 +52,7 @@ def found(fn, args, placed, whole=None) -> dict:
         "spec": [None if a is None else list((a,) if isinstance(a, str) else a)
                  for a in outs[0].sharding.spec],
         "error": max(
-            float(abs(np.asarray(a) - np.asarray(b)).max() / abs(np.asarray(b)).max())
+            float(abs(np.asarray(a) - np.asarray(b)).max() / max(1, abs(np.asarray(b)).max()))
             for a, b in pairs
         ),
     }  # fmt: skip
