@@ -175,7 +175,14 @@ def competitors(backends: Sequence[str]) -> dict[str, Rival]:
     """The rivals, and adaptive solves with named backends of jaxflow."""
     make = lambda backend: partial(ours, fixed=False, backend=backend)
     names = {f"jaxflow adaptive {b}": Rival(make(b), "rtol", TOLERANCES) for b in backends}
-    return {name: RIVALS[name] for name in rivals.beside_one_thread(RIVALS)} | names
+    return {name: _rival(name) for name in rivals.beside_one_thread(RIVALS)} | names
+
+
+def _rival(name: str) -> Rival:
+    rival = RIVALS[name.removesuffix(rivals.ONE_THREAD)]
+    if (threads := rivals.torch_threads(name)) is None:
+        return rival
+    return rival._replace(make=partial(rival.make, threads=threads))
 
 
 # ------------------------------------------------------------------ the suite

@@ -663,6 +663,16 @@ def test_two_precisions_are_trained_side_by_side(monkeypatch):
     assert wide["tokens_per_s"] == pytest.approx(1e3 * 16 / wide["ms"])
 
 
+def test_a_rival_on_one_thread_is_the_other_with_less(monkeypatch):
+    monkeypatch.setattr(machine, "threads", lambda: 2)
+    named = flow.competitors(["blocked"])
+    alone = named["torchdiffeq 1 thread"]
+    assert alone.make.keywords == {"threads": 1} and alone.make.func is flow.with_torchdiffeq
+    assert named.keys() == {*flow.RIVALS, "torchdiffeq 1 thread", "jaxflow adaptive blocked"}
+    monkeypatch.setattr(machine, "threads", lambda: 1)
+    assert flow.competitors([]).keys() == flow.RIVALS.keys()
+
+
 def test_every_suite_has_a_budget():
     for name in benchmarks.SUITES:
         module = importlib.import_module(f"benchmarks.{name}")
