@@ -68,7 +68,7 @@ Solve = Callable[[float], tuple[Any, int | None]]
 class Rival(NamedTuple):
     """`make(x0)` is a solve; `ladder` holds its settings, which are of a `kind`."""
 
-    make: Callable[[Any], Solve]
+    make: Callable[..., Solve]
     kind: str
     ladder: Sequence[float]
 
