@@ -78,6 +78,15 @@ def test_new_attention_is_without_biases():
         assert getattr(plain, name) is None and getattr(biased, name).shape == (size,)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "parallel", "attention"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_of_a_block_has_biases_on_request(name, bias):
+    made = eqx.filter_eval_shape(block(name, bias=bias), KEY)
+    is_attention = lambda node: isinstance(node, jf.MultiHeadAttention)
+    [attention] = filter(is_attention, jax.tree.leaves(made, is_leaf=is_attention))
+    assert (attention.query_bias is not None) is (attention.output_bias is not None) is bias
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -439,10 +439,11 @@ def test_depths_of_a_training(tmp_path, prose, monkeypatch):
         raise ValueError("that is all")
 
     monkeypatch.setattr(jf.training, "fit", fit)
-    flags = [*FLAGS, "--text", prose, "--elastic", "2:12:5", "--jitter", 0.25, "--consistency", 2]
+    flags = [*FLAGS, "--text", prose, "--elastic", "2:12:5", "--elastic-after", 9]
+    flags += ["--jitter", 0.25, "--consistency", 2]
     result = run("train", "lm", *flags, "--out", tmp_path / "run")
     assert result.exit_code == 2 and "that is all" in result.output
-    assert asked["depths"] == jf.training.Elastic((2, 7, 12), 0.25)
+    assert asked["depths"] == jf.training.Elastic((2, 7, 12), 0.25, after=9)
     assert asked["loss"].consistency == 2.0 and asked["depth"].steps == 2
     assert [list(counts(text)) for text in ("2:4", "4:12:4")] == [[2, 3, 4], [4, 8, 12]]
     # What the flag allows is what a training takes.

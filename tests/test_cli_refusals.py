@@ -67,11 +67,12 @@ TRAIN = """
     lm --tolerance nan --solver tsit5 | lm --solver-steps 0 | lm --solver-steps 5 | lm --layers 0
     lm --elastic 2 | lm --elastic 0:4 | lm --elastic 4:2 | lm --elastic 2:8:0 | lm --elastic 2:a
     lm --elastic 1:99999999999 --curve smooth | lm --elastic 1:33 --curve smooth | lm --elastic 2:5
+    lm --elastic-after 5 | lm --elastic 4:8 --elastic-after -1
     lm --jitter 0.5 | lm --elastic 4:8:4 --jitter 0.5 | lm --elastic 2:3:4:5 | lm --consistency -1
     lm --consistency 1 --tolerance 1e-3 --solver tsit5
     lm --dim 10 | lm --heads 0 | lm --width -1 | lm --curve nope | lm --curve fourier
     lm --curve linear --layers 1 | lm --t1 0 | lm --t1 nan | lm --placement post --bf16
-    lm --kv-heads 2 | lm --block theory --width 3 | lm --block llama --bias
+    lm --kv-heads 2 | lm --block theory --width 3 | lm --block theory --bias
     lm --block llama --kv-heads 3 | lm --block attention --bf16 | lm --block gpt3
     lm --batch 0 | lm --batch 1.5 | lm --steps 0 | lm --steps 99999999999 | lm --learning-rate nan
     lm --learning-rate -1 | lm --weight-decay -1 | lm --kinetic nan | lm --entropy -1

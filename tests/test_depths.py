@@ -49,6 +49,21 @@ def test_a_draw_is_a_function_of_the_key_and_the_number_of_the_step():
     assert seed_of(jax.random.PRNGKey(3)) == SEED
 
 
+def test_the_first_steps_are_at_the_own_depth():
+    found, always = (steps(training.Elastic((1, 2), after=after)) for after in (3, 0))
+    depths = [found.at(SEED, number).depth for number in range(20)]
+    assert depths[:3] == [OWN] * 3
+    assert depths[3:] == [always.at(SEED, number).depth for number in range(3, 20)]
+    # Each is one program: that of the own depth is the drawn one's, where it is among them.
+    assert found.at(SEED, 0) is found.drawn[0] and found.trained == found.drawn
+    other = steps(training.Elastic((2, 3), after=3))
+    assert other.trained == [other.own, *other.drawn] and other.at(SEED, 2) is other.own
+    moved = steps(training.Elastic((1, 2), jitter=0.5, after=3))
+    assert moved.at(SEED, 0) is moved.own
+    with pytest.raises(ValueError, match="after must be at least 0, got -1"):
+        training.Elastic((1, 2), after=-1)
+
+
 def test_evaluations_are_at_the_ends_or_where_they_are_asked_for():
     assert list(steps(training.Elastic(range(1, 5))).evaluated) == ["4"]  # 1 is the model's own
     heun = Depth(t1=2.0, steps=2, solver=diffrax.Heun())

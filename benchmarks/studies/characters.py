@@ -48,6 +48,12 @@ CASES: dict[str, Change] = {
     "llama, rate 0.003": (depth(4) | {"block": "llama", "norm": "rms"}, FAST),
     "continuous 4": (depth(4) | {"curve": "smooth"}, {}),
     "elastic": (depth(4) | {"curve": "smooth"}, {"drawn": list(DEPTHS)}),
+    "elastic, last half": (
+        depth(4) | {"curve": "smooth"}, {"drawn": list(DEPTHS), "after": 1000}
+    ),
+    "elastic, last quarter": (
+        depth(4) | {"curve": "smooth"}, {"drawn": list(DEPTHS), "after": 1500}
+    ),
     "elastic, 6000": (
         depth(4) | {"curve": "smooth"},
         {"drawn": list(DEPTHS), "steps": 6000, "exits": [0.001, 0.003, 0.01, 0.03, 0.1]},
@@ -89,10 +95,11 @@ def _case(name: str, model: dict, trained: dict, data: training.Text) -> Case:
     described = model | {"vocab_size": data.vocab_size}
     setting = {"model": described, "training": trained, "text": data.sha256}
     built = eqx.filter_eval_shape(lambda: models.build(described))
-    steps = float(np.mean(trained.get("drawn", model["depth"]["steps"])))
-    cost = training.operations(built, data.batch(0)[0], steps=steps)
-    assert cost is not None
-    return Case(name, setting, cost * trained["steps"])
+    cost = lambda steps: training.operations(built, data.batch(0)[0], steps=steps)
+    own, all_steps = model["depth"]["steps"], trained["steps"]
+    after = trained.get("after", 0) if "drawn" in trained else all_steps
+    drawn = float(np.mean(trained.get("drawn", own)))
+    return Case(name, setting, after * cost(own) + (all_steps - after) * cost(drawn))
 
 
 def measure(
@@ -108,7 +115,7 @@ def measure(
         steps=trained["steps"],
         optimiser=training.adamw(trained["steps"], learning_rate=trained["learning_rate"]),
         key=jax.random.key(seed),
-        depths=training.Elastic(trained["drawn"], evaluate=[]) if "drawn" in trained else None,
+        depths=_drawn(trained),
         evaluate_every=-(-trained["steps"] // 4),
         checkpoint_every=-(-trained["steps"] // 20),
         run=place.folder,
@@ -136,6 +143,12 @@ def measure(
         found["exits"] = {at: each["loss"] for at, each in exits.items()}
         found["exit_evaluations"] = {at: each["num_evaluations"] for at, each in exits.items()}
     return found
+
+
+def _drawn(trained: dict[str, Any]) -> training.Elastic | None:
+    if "drawn" not in trained:
+        return None
+    return training.Elastic(trained["drawn"], evaluate=[], after=trained.get("after", 0))
 
 
 def _loss(model: models.AbstractModel, steps: int, data: training.Text) -> float:

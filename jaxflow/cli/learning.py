@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 # What a block takes besides the sizes of the model.
 TAKEN = {
     Block.gpt2: {"width", "placement", "rotary", "bias", "dtype"},
-    Block.llama: {"kv_heads", "width", "dtype"},
+    Block.llama: {"kv_heads", "width", "bias", "dtype"},
     Block.parallel: {"width", "bias", "dtype"},
     Block.attention: {"bias"},
     Block.theory: set[str](),
@@ -89,6 +89,7 @@ class AbstractTraining:
     solver: Solver = flag(Solver["lie-trotter"], "One-step method.")
     solver_steps: int | None = flag(None, "Steps of the solver (one a layer).", COUNT)
     elastic: str | None = flag(None, ELASTIC, Counts())
+    elastic_after: int = flag(0, "Steps of training before, at --solver-steps.", NOT_NEGATIVE)
     jitter: float = flag(0.0, JITTER, Range(0, 0.99))
     consistency: float = flag(0.0, "Weight of what halved steps change.", NOT_NEGATIVE)
     tolerance: float | None = flag(None, "Adaptive steps with this tolerance.", SHARE)
@@ -151,6 +152,8 @@ class AbstractTraining:
         if self.elastic is None:
             if self.jitter:
                 raise ValueError("--jitter moves the steps of --elastic: give both.")
+            if self.elastic_after:
+                raise ValueError("--elastic-after is when --elastic begins: give both.")
             return
         if self.curve is not Curve.layers:
             return

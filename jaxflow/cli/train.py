@@ -170,6 +170,7 @@ def _fit(
     costs = {"kinetic": (s.kinetic, observables.KineticEnergy)}
     if isinstance(s, AbstractTransformer):
         costs |= {"entropy": (s.entropy, observables.AttentionEntropy)}
+    drawn = s.elastic and training.Elastic(counts(s.elastic), s.jitter, after=s.elastic_after)
     optimiser = training.adamw(s.steps, learning_rate=s.learning_rate, weight_decay=s.weight_decay)
     asked = {name: cost for name, cost in costs.items() if cost[0]}
     return training.fit(
@@ -178,7 +179,7 @@ def _fit(
         steps=s.steps,
         optimiser=optimiser,
         loss=training.FlowLoss(training.cross_entropy, asked, consistency=s.consistency),
-        depths=None if s.elastic is None else training.Elastic(counts(s.elastic), s.jitter),
+        depths=drawn or None,
         key=jax.random.key(s.seed),
         accumulate=s.accumulate,
         devices=training.FullySharded(s.devices) if s.sharded else s.devices,

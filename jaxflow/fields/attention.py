@@ -374,9 +374,8 @@ class MultiHeadAttention(AbstractDivergenceField, AbstractCausalField):
         axes = 0, 1, None if own is None else 1, 1, 1
         means = jax.vmap(head, in_axes=axes, out_axes=1)(vectors, queries, own, keys, values)
         m, heads, p = means.shape
-        output = self.output.astype(means.dtype).transpose(0, 2, 1).reshape(heads * p, -1)
-        velocity = jnp.matmul(means.reshape(m, heads * p), output, precision="highest")
-        return _plus(velocity, self.output_bias)
+        output = self.output.transpose(1, 0, 2).reshape(-1, heads * p)
+        return _plus(apply(output, means.reshape(m, heads * p)), self.output_bias)
 
     def _trace(self, x, mu):
         vectors, shared = _per_head(self.interaction)

@@ -114,6 +114,7 @@ def llama(
     kv_heads: int | None = None,
     width: int | None = None,
     base: float = 10000.0,
+    bias: bool = False,
     dtype: Any = None,
     backend: str | None = None,
 ) -> BlockOf:
@@ -122,7 +123,7 @@ def llama(
     **Arguments:** `dim`, `heads`, `layers`; `kv_heads`, the number of keys and values, by default
     the largest divisor of the heads that is at most their half; `width` of the gated layer, by
     default 8 d / 3 rounded up to a multiple of 8, which has the parameters of an ungated one of
-    width 4 d; `base` of the rotary positions; `dtype`, `backend` as in
+    width 4 d; `base` of the rotary positions; `bias`, `dtype`, `backend` as in
     `jaxflow.models.LanguageModel`.
 
     **Returns:** a function of a PRNG key.
@@ -138,11 +139,12 @@ def llama(
     width = _sizes(dim, heads, layers, 8 * -(-count("dim", dim) // 3) if width is None else width)
     kv_heads = _half(heads) if kv_heads is None else kv_heads
     dtype = floating("dtype", dtype)
+    inside: dict[str, Any] = {"kv_heads": kv_heads, "rotary": base, "bias": flag("bias", bias)}
 
     def block(key):
         first, second = jax.random.split(key)
         attention = MultiHeadAttention(
-            dim, heads, kv_heads=kv_heads, causal=True, rotary=base, backend=backend, key=first
+            dim, heads, **inside, causal=True, backend=backend, key=first
         )
         attention = small(attention, lambda field: field.output, layers)
         forward = small(

@@ -3,8 +3,9 @@
     step k    theta <- optimiser(theta, d/dtheta loss(model_theta at depth D_k)),   D_k drawn
     at D_k with jitter j, N equal steps end at   t_i = (i + j u_i) T / N,   u_i on [-1/2, 1/2)
 
-The draw is a function of the key of the run and of k alone, so that a run that goes on draws what
-it would have drawn. Each depth is a program of its own, compiled when it is first drawn.
+The first steps may be at the model's own depth instead. The draw is a function of the key of the
+run and of k alone, so that a run that goes on draws what it would have drawn. Each depth is a
+program of its own, compiled when it is first drawn.
 """
 
 import dataclasses
@@ -40,6 +41,8 @@ class Elastic:
       program.
     - `evaluate`: depths at which each evaluation is made beside the model's own, and logged as
       "validation_loss@12" for 12 steps; `None` is the first and the last of `depths`.
+    - `after`: how many steps of the training are made at the model's own depth before depths are
+      drawn. A model learns faster at one depth, and its depth is freed within few steps.
 
     **Raises:** `ValueError` or `TypeError` for what makes no depths.
 
@@ -54,6 +57,7 @@ class Elastic:
     depths: Sequence[int | Depth]
     jitter: float = 0.0
     evaluate: Sequence[int | Depth] | None = None
+    after: int = 0
 
     def __post_init__(self):
         depths = _checked("depths", self.depths)
@@ -63,7 +67,9 @@ class Elastic:
         evaluate = ends if self.evaluate is None else _checked("evaluate", self.evaluate)
         rule = "at least 0 and less than 1"
         jitter = constant("jitter", self.jitter, rule, lambda j: (j >= 0) & (j < 1))
-        for name, value in {"depths": depths, "evaluate": evaluate, "jitter": jitter}.items():
+        after = count("after", self.after, 0)
+        checked = {"depths": depths, "evaluate": evaluate, "jitter": jitter, "after": after}
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
 
 
@@ -82,18 +88,28 @@ def _checked(name: str, depths: Any) -> tuple[int | Depth, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The step at the model's own depth, those among which one is drawn, and those of further
-    evaluations, by what their names end in."""
+    """The step at the model's own depth, those among which one is drawn, those of further
+    evaluations, by what their names end in, and the one that is made before, so many times."""
 
     own: Step
     drawn: Sequence[Step]
     evaluated: dict[str, Step]
+    first: Step
+    after: int = 0
 
     def at(self, seed: Sequence[int], number: int) -> Step:
         """The step of a number; `seed` is what `seed_of` makes of the key of the run."""
+        if number < self.after:
+            return self.first
         # The words of a SeedSequence are the same in every version of NumPy.
         [word] = np.random.SeedSequence([*seed, number]).generate_state(1)
         return self.drawn[int(word) % len(self.drawn)]
+
+    @property
+    def trained(self) -> list[Step]:
+        """Those of the training, each of which is a program."""
+        alone = self.after > 0 and not any(step is self.first for step in self.drawn)
+        return [self.first] * alone + list(self.drawn)
 
     @property
     def depths(self) -> list[Depth]:
@@ -112,7 +128,7 @@ def steps_of(step: Step, elastic: Elastic | None) -> Steps:
     **Raises:** `ValueError` or `TypeError` for a model that is not trained so.
     """
     if elastic is None:
-        return Steps(step, [step], {})
+        return Steps(step, [step], {}, step)
     if not isinstance(elastic, Elastic):
         raise TypeError(
             f"depths must be jaxflow.training.Elastic(range(2, 13)) or None, got {elastic!r}."
@@ -133,7 +149,8 @@ def steps_of(step: Step, elastic: Elastic | None) -> Steps:
     at = lambda depth, jitter=0.0: dataclasses.replace(step, depth=depth, jitter=jitter)
     drawn = [at(depth, elastic.jitter) for depth in dict.fromkeys(map(of, elastic.depths))]
     others = {_name(d, own): at(d) for d in map(of, elastic.evaluate or ()) if d != own}
-    return Steps(step, drawn, others)
+    same = (one for one in drawn if one.depth == own and not one.jitter)
+    return Steps(step, drawn, others, next(same, step), elastic.after)
 
 
 def _name(depth: Depth, own: Depth) -> str:

@@ -227,8 +227,8 @@ def fit(
     state = placing.state(jax.tree.map(jnp.copy, State(params, optimiser.init(params), key)))
     first = _batches(data, 0, accumulate, placing)
     placing.check_batch(first[0].shape[1])
-    for drawn in at_depths.drawn:
-        _check_step(drawn, state, first, budget)
+    for trained in at_depths.trained:
+        _check_step(trained, state, first, budget)
     if depths is not None:
         _check_evaluations(at_depths, state, first)
     signals = Signals(evaluating=evaluate_on_interrupt)
@@ -238,7 +238,7 @@ def fit(
         if resumed is None:
             kept.begin()
         state, best, place = resumed or (state, None, Place())
-        cost = _cost(model, params, static, first[0], at_depths.depths)
+        cost = _cost(model, params, static, first[0], at_depths)
         ahead = Ahead(
             at_depths, lambda number: _batches(data, number, accumulate, placing), state, place.step
         )
@@ -548,14 +548,14 @@ def _check_evaluations(at_depths: Steps, state: State, batch):
 # ------------------------------------------------------------------ the outside world
 
 
-def _cost(model, params, static, batches, depths: Sequence[Depth]) -> str:
+def _cost(model, params, static, batches, at_depths: Steps) -> str:
     """What training takes, before it starts; `batches` are the inputs of a step."""
     count = sum(a.size for a in jax.tree.leaves(params))
     text = f"{count:,} parameters: {16 * count / 1e6:.3g} MB with gradients and Adam's moments"
     if others := sum(a.size for a in jax.tree.leaves(eqx.filter(static, eqx.is_inexact_array))):
         text += f"; {others:,} others stay as they are"
     if isinstance(model, AbstractModel):
-        drawn = depths or [model.depth]
+        drawn = at_depths.depths or [model.depth]
         mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(batches[0]))
         memory = max(depth.memory(mu0) for depth in drawn)
         text += f"; states kept for the gradient: {memory / 1e6:.3g} MB"
@@ -563,6 +563,7 @@ def _cost(model, params, static, batches, depths: Sequence[Depth]) -> str:
         known = [len(batches) * number for number in counted if number is not None]
         if len(known) == len(drawn):
             text += f"; {sum(known) / len(known):.2g} floating-point operations a step"
-    if depths:
+    if depths := at_depths.depths:
         text += f"; {len(depths)} depths, each compiled when it is first drawn"
+        text += f", after {at_depths.after} steps at the model's own" * (at_depths.after > 0)
     return text
