@@ -2,7 +2,8 @@
 
 The flow is that of 4 x 32 tokens in d = 32 along one pre-LN block of attention and feed-forward,
 whose parameters are 3 Legendre coefficients on [0, 4], in float32 and N equal steps of Heun's
-method; the reversible adjoint, which is of one method, takes the reversible Heun.
+method; the reversible adjoint, which is of one method, takes the reversible Heun. "default" is that
+of `jaxflow.models.Depth`: a scan that keeps each state, beyond 64 steps 8 sqrt(N) of them.
 
 `ms` is the least time of a gradient in all parameters, `temp_mib` the temporary memory that XLA
 plans for it, and `error` |g - g64| / |g64| where g64 is the gradient of the same steps in float64.
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import jaxflow as jf
 from jaxflow.models import Depth
 from jaxflow.reversible import ReversibleAdjoint
-from jaxflow.solvers import default_adjoint
+from jaxflow.solvers import ScanAdjoint
 
 from ..timing import Runner, seconds
 from .study import RATE, Case, Place, Study
@@ -29,12 +30,13 @@ STEPS = (4, 16, 64, 256)
 SIZES = {"batch": 4, "tokens": 32, "dim": 32, "heads": 4, "coefficients": 3, "t1": 4.0}
 REPEATS = 5
 COMPILING_S = 10  # of the program and of the one in float64
-ADJOINTS = {
-    "default": default_adjoint,
-    "RecursiveCheckpointAdjoint": lambda steps: diffrax.RecursiveCheckpointAdjoint(),
-    "DirectAdjoint": lambda steps: diffrax.DirectAdjoint(),
-    "BacksolveAdjoint": lambda steps: diffrax.BacksolveAdjoint(),
-    "ReversibleAdjoint": lambda steps: ReversibleAdjoint(),
+ADJOINTS: dict[str, diffrax.AbstractAdjoint | None] = {
+    "default": None,
+    "ScanAdjoint(keep=True)": ScanAdjoint(keep=True),
+    "RecursiveCheckpointAdjoint": diffrax.RecursiveCheckpointAdjoint(),
+    "DirectAdjoint": diffrax.DirectAdjoint(),
+    "BacksolveAdjoint": diffrax.BacksolveAdjoint(),
+    "ReversibleAdjoint": ReversibleAdjoint(),
 }
 
 
@@ -63,7 +65,7 @@ def measure(case: Case, seed: int, place: Place) -> dict[str, Any]:
         exact, _ = _gradient(Depth(setting["t1"], steps, solver=solver), system)
         exact = jax.device_get(exact())
     single = jax.tree.map(lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a, system)
-    adjoint = ADJOINTS[setting["adjoint"]](steps)
+    adjoint = ADJOINTS[setting["adjoint"]]
     run, temporary = _gradient(Depth(setting["t1"], steps, solver=solver, adjoint=adjoint), single)
     found = jax.device_get(run())
     return {

@@ -13,7 +13,12 @@ changes by no more than the tolerance, as in `generate(exit=DistributionExit(tol
     plain           GPT-2's blocks, one Euler step of Lie-Trotter splitting a block
     continuous n    4 Legendre coefficients, n steps on the same [0, 4]
     elastic         the same curve, 2, 3, 4, 6, 8 or 12 steps, drawn for each step of training
-    elastic, 6000   the same for 6000 steps: half of what training at each of the six takes
+    elastic, ...    the same, drawn in the last half or quarter of the training alone
+    elastic, 6000   drawn for 6000 steps: half of what training at each of the six takes
+    heun n          tokens that are normalised before they flow, and what each block adds to them
+                    too ("peri"); n unsplit steps of Heun's method
+    heun, elastic   the same, after 500 steps at 4 drawn among those numbers, and 4 and 6 steps of
+                    Tsit5; `adaptive` are its losses by adaptive steps
     shared, ...     one block at all depths: d = 128 at equal compute, d = 256 at equal parameters
     llama, gpt2     Llama's and GPT-2's blocks at a learning rate of 0.003
 """
@@ -35,10 +40,19 @@ DEPTHS = (2, 3, 4, 6, 8, 12)
 MODEL = {"model": "LanguageModel", "dim": 128, "heads": 4, "layers": 4, "context": 64}
 TRAINING = {"steps": 2000, "batch": 12, "learning_rate": 1e-3}
 FAST = {"learning_rate": 3e-3}
+ADAPTIVE = {
+    "Heun 0.1": {"t1": 4.0, "tolerance": 0.1, "solver": "heun"},
+    **{f"Tsit5 {at}": {"t1": 4.0, "tolerance": at, "solver": "tsit5"} for at in (0.01, 0.001)},
+}
 
 
-def depth(steps: int) -> dict[str, Any]:
-    return {"depth": {"t1": 4.0, "steps": steps}}
+def depth(steps: int, **solver: str) -> dict[str, Any]:
+    return {"depth": {"t1": 4.0, "steps": steps} | solver}
+
+
+def heun(steps: int) -> dict[str, Any]:
+    bounded = {"curve": "smooth", "placement": "peri", "normalised": True, "tied": False}
+    return depth(steps, solver="heun") | bounded
 
 
 # What a case changes of the model, and of the training.
@@ -65,6 +79,15 @@ CASES: dict[str, Change] = {
         for n in DEPTHS
         if n != 4
     },
+    "heun, elastic": (
+        heun(4),
+        {
+            "drawn": [*DEPTHS, *(depth(n, solver="tsit5")["depth"] for n in (4, 6))],
+            "after": 500,
+            "adaptive": ADAPTIVE,
+        },
+    ),
+    **{f"heun {n}": (heun(n), {}) for n in DEPTHS},
     "shared, equal parameters": (depth(4) | {"curve": "shared", "layers": 1, "dim": 256}, {}),
 }  # fmt: skip
 
@@ -95,11 +118,18 @@ def _case(name: str, model: dict, trained: dict, data: training.Text) -> Case:
     described = model | {"vocab_size": data.vocab_size}
     setting = {"model": described, "training": trained, "text": data.sha256}
     built = eqx.filter_eval_shape(lambda: models.build(described))
-    cost = lambda steps: training.operations(built, data.batch(0)[0], steps=steps)
-    own, all_steps = model["depth"]["steps"], trained["steps"]
-    after = trained.get("after", 0) if "drawn" in trained else all_steps
-    drawn = float(np.mean(trained.get("drawn", own)))
-    return Case(name, setting, after * cost(own) + (all_steps - after) * cost(drawn))
+    inputs = data.batch(0)[0]
+    cost = lambda depth: training.operations(built.with_depth(depth), inputs) or 0.0
+    drawn = _depths(built, trained.get("drawn", ()))
+    after = trained.get("after", 0) if drawn else trained["steps"]
+    others = float(np.mean([cost(depth) for depth in drawn])) if drawn else 0.0
+    return Case(name, setting, after * cost(built.depth) + (trained["steps"] - after) * others)
+
+
+def _depths(model: models.AbstractModel, given: Sequence[int | dict]) -> list[models.Depth]:
+    """Numbers of steps, or what `jaxflow.models.depth` takes."""
+    steps = model.depth.with_steps
+    return [models.depth(**d) if isinstance(d, dict) else steps(d) for d in given]
 
 
 def measure(
@@ -109,13 +139,15 @@ def measure(
     config, trained = case.setting["model"], case.setting["training"]
     data = _data(text, config, trained, seed)
     model = models.build(config | {"seed": seed})
+    drawn = _depths(model, trained.get("drawn", ()))
+    elastic = training.Elastic(drawn, evaluate=[], after=trained.get("after", 0)) if drawn else None
     fitted = training.fit(
         model,
         data,
         steps=trained["steps"],
         optimiser=training.adamw(trained["steps"], learning_rate=trained["learning_rate"]),
         key=jax.random.key(seed),
-        depths=_drawn(trained),
+        depths=elastic,
         evaluate_every=-(-trained["steps"] // 4),
         checkpoint_every=-(-trained["steps"] // 20),
         run=place.folder,
@@ -136,24 +168,18 @@ def measure(
     }
     if config.get("curve") != "smooth":
         return found
-    found["losses"] = {str(n): _loss(fitted.model, n, data) for n in depths}
+    at = lambda depth: training.evaluate(fitted.model.with_depth(depth), data.validation_batches())
+    found["losses"] = {str(n): at(model.depth.with_steps(n))["loss"] for n in depths}
+    if "adaptive" in trained:
+        adaptive = {name: at(models.depth(**d)) for name, d in trained["adaptive"].items()}
+        found["adaptive"] = {name: each["loss"] for name, each in adaptive.items()}
+        found["adaptive_evaluations"] = {n: each["num_evaluations"] for n, each in adaptive.items()}
     if "exits" in trained:
         finest = fitted.model.with_depth(fitted.model.depth.with_steps(max(depths)))
         exits = {f"{at:g}": _exited(finest, at, data) for at in trained["exits"]}
         found["exits"] = {at: each["loss"] for at, each in exits.items()}
         found["exit_evaluations"] = {at: each["num_evaluations"] for at, each in exits.items()}
     return found
-
-
-def _drawn(trained: dict[str, Any]) -> training.Elastic | None:
-    if "drawn" not in trained:
-        return None
-    return training.Elastic(trained["drawn"], evaluate=[], after=trained.get("after", 0))
-
-
-def _loss(model: models.AbstractModel, steps: int, data: training.Text) -> float:
-    model = model.with_depth(model.depth.with_steps(steps))
-    return training.evaluate(model, data.validation_batches())["loss"]
 
 
 def _exited(model: models.AbstractModel, tolerance: float, data: training.Text) -> dict:

@@ -19,7 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from .._rules import constant, count, positive
 from .._rules import path as path_of
-from ..models import AbstractModel, Depth
+from ..models import AbstractModel
 from . import callbacks as called
 from . import checkpoints, record
 from .ahead import Ahead
