@@ -17,7 +17,7 @@ changes by no more than the tolerance, as in `generate(exit=DistributionExit(tol
     elastic, 6000   drawn for 6000 steps: half of what training at each of the six takes
     heun n          tokens that are normalised before they flow, and what each block adds to them
                     too ("peri"); n unsplit steps of Heun's method
-    heun, elastic   the same, after 500 steps at 4 drawn among those numbers, and 4 and 6 steps of
+    heun, elastic   the same, after 500 steps at 8 drawn among those numbers, and 4 and 6 steps of
                     Tsit5; `adaptive` are its losses by adaptive steps
     shared, ...     one block at all depths: d = 128 at equal compute, d = 256 at equal parameters
     llama, gpt2     Llama's and GPT-2's blocks at a learning rate of 0.003
@@ -80,7 +80,7 @@ CASES: dict[str, Change] = {
         if n != 4
     },
     "heun, elastic": (
-        heun(4),
+        heun(8),
         {
             "drawn": [*DEPTHS, *(depth(n, solver="tsit5")["depth"] for n in (4, 6))],
             "after": 500,
