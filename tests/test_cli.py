@@ -557,6 +557,7 @@ def test_train_on_digits(tmp_path, flags):
     "command, given, kind, about",
     [
         ("lm", {"preset": "continuous-cpu"}, "LanguageModel", {"curve": "linear", "dim": 128}),
+        ("lm", {"preset": "any-depth-cpu"}, "LanguageModel", {"tied": False, "placement": "peri"}),
         ("lm", {"block": learning.Block.llama, "bf16": True}, "LanguageModel", {"norm": "rms"}),
         ("image", {"preset": "attention"}, "ImageClassifier", {"width": 0, "patch": 2}),
         ("resnet", {"preset": "neural-ode"}, "ResidualNetwork", {"inputs": 64, "outputs": 10}),
@@ -571,8 +572,8 @@ def test_settings_say_what_the_model_is(command, given, kind, about):
     assert config["model"] == kind and about.items() <= config.items()
     model = eqx.filter_eval_shape(jf.models.build, config)
     assert type(model).__name__ == kind
-    adaptive = command == "resnet"
-    assert (model.depth.tolerance, model.depth.steps) == ((1e-3, None) if adaptive else (None, 4))
+    steps = {"neural-ode": None, "any-depth-cpu": 8}.get(given.get("preset"), 4)
+    assert (model.depth.tolerance, model.depth.steps) == (None if steps else 1e-3, steps)
 
 
 @pytest.mark.slow

@@ -233,7 +233,7 @@ def test_layers_to_a_curve(run):
 def test_elastic_depth(run):
     pytest.importorskip("matplotlib")
     depths = ["Lie-Trotter 2", "Heun 4", "Tsit5 0.01"]
-    (losses,) = run("elastic_depth", None, 2, 8, ["Heun 2-6, normalised"], depths).values()
+    (losses,) = run("elastic_depth", None, 2, 8, ["Heun 4-12, bounded"], depths).values()
     assert list(losses) == depths
     assert all(np.isfinite(loss) for _, loss in losses.values())
     each = {"Lie-Trotter": 1, "Heun": 2}

@@ -50,6 +50,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "tokens": "chars", "layers": 4, "heads": 4, "dim": 128, "context": 64, "batch": 12,
             "steps": 2000, "curve": "linear", "solver": "euler",
         },
+        # Bounded velocities, so that one model serves any solver, at any number of steps.
+        "any-depth-cpu": {
+            "tokens": "chars", "layers": 4, "heads": 4, "dim": 128, "context": 64, "batch": 12,
+            "steps": 2000, "curve": "smooth", "solver": "heun", "solver_steps": 8,
+            "elastic": "2:12:2", "elastic_after": 500, "placement": "peri", "normalised": True,
+            "untied": True,
+        },
     },
     "image": {
         "default": {},
@@ -220,6 +227,7 @@ class LanguageTraining(AbstractTransformer):
     context: int = flag(128, "Tokens the model sees.", COUNT)
     rotary: bool = flag(False, "Rotary positions, not learned ones.")
     normalised: bool = flag(False, "Tokens are normalised before they flow, for adaptive steps.")
+    untied: bool = flag(False, "The read-out has a matrix of its own, not that of the tokens.")
     cache: Path | None = flag(None, "Folder that keeps the tokens for the next run.")
     dim: int = flag(128, "Dimension of a token.", COUNT)
     batch: int = flag(16, "Samples a step.", COUNT)

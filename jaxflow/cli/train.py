@@ -139,6 +139,7 @@ def _model_config(s: AbstractTraining, data: Any) -> dict[str, Any]:
         _check_size(s, data, data.vocab_size + s.context, block, s.context)
         own = {"model": "LanguageModel", "vocab_size": data.vocab_size, "context": s.context}
         own |= {"normalised": True} if s.normalised else {}
+        own |= {"tied": False} if s.untied else {}
         if s.block is None:
             return own | {"rotary": s.rotary, "bias": s.bias} | config
         config = {k: v for k, v in config.items() if k not in ("width", "placement")}

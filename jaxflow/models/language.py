@@ -48,7 +48,9 @@ class LanguageModel(AbstractModel):
     - `bias`: whether attention has biases.
     - `normalised`: start at x_i(0) = N_0(E[token_i] + position_i), as BERT does, with another norm
       of `norm`. Without, tokens start at a size of 0.02, where the norms in the blocks turn fast:
-      the first layers of a transformer step over that, and adaptive steps resolve it.
+      the first layers of a transformer step over that, and adaptive steps resolve it. With
+      `placement="peri"` no token is fast at any time, and a model trained so by drawn steps of an
+      unsplit method has its loss by any solver.
     - `tied`: R = E; else R has weights of its own.
     - `dtype`: of attention and feed-forward, such as bfloat16; parameters and state are float32.
     - `backend`: of attention, as in `jaxflow.softmax_expectation`.
