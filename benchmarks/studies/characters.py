@@ -17,8 +17,8 @@ changes by no more than the tolerance, as in `generate(exit=DistributionExit(tol
     elastic, 6000   drawn for 6000 steps: half of what training at each of the six takes
     heun n          tokens that are normalised before they flow, and what each block adds to them
                     too ("peri"); n unsplit steps of Heun's method
-    heun, elastic   the same, after 500 steps at 8 drawn among those numbers, and 4 and 6 steps of
-                    Tsit5; `adaptive` are its losses by adaptive steps
+    heun, elastic   the same, after a quarter at 8 drawn among those numbers, and 4 and 6 steps of
+                    Tsit5, for 2000 steps or 6000; `adaptive` are its losses by adaptive steps
     shared, ...     one block at all depths: d = 128 at equal compute, d = 256 at equal parameters
     llama, gpt2     Llama's and GPT-2's blocks at a learning rate of 0.003
 """
@@ -55,6 +55,11 @@ def heun(steps: int) -> dict[str, Any]:
     return depth(steps, solver="heun") | bounded
 
 
+ANY_SOLVER = {
+    "drawn": [*DEPTHS, *(depth(n, solver="tsit5")["depth"] for n in (4, 6))],
+    "after": 500,
+    "adaptive": ADAPTIVE,
+}
 # What a case changes of the model, and of the training.
 Change = tuple[dict[str, Any], dict[str, Any]]
 CASES: dict[str, Change] = {
@@ -79,14 +84,8 @@ CASES: dict[str, Change] = {
         for n in DEPTHS
         if n != 4
     },
-    "heun, elastic": (
-        heun(8),
-        {
-            "drawn": [*DEPTHS, *(depth(n, solver="tsit5")["depth"] for n in (4, 6))],
-            "after": 500,
-            "adaptive": ADAPTIVE,
-        },
-    ),
+    "heun, elastic": (heun(8), ANY_SOLVER),
+    "heun, elastic, 6000": (heun(8), ANY_SOLVER | {"steps": 6000, "after": 1500}),
     **{f"heun {n}": (heun(n), {}) for n in DEPTHS},
     "shared, equal parameters": (depth(4) | {"curve": "shared", "layers": 1, "dim": 256}, {}),
 }  # fmt: skip
