@@ -20,8 +20,8 @@ On the tiny Shakespeare, at the defaults, the validation loss was
     Heun 4-12, bounded               2.549   2.509   2.448   2.433          2.430
 
 Any solver serves the last one, and the more exact the better: over three seeds adaptive steps to
-0.01 (46 to 50 evaluations) are 0.002 and 0.001 below and 0.001 above its best number of steps, those
-to 0.001 are 0.003 to 0.005 below it. None can use a transformer (0.68, 0.69 and 0.82 worse).
+0.01 (46 to 50 evaluations) are 0.002 and 0.001 below its best number of steps and 0.001 above it,
+those to 0.001 are 0.003 to 0.005 below. None can use a transformer (0.68, 0.69 and 0.82 worse).
 """
 
 import sys

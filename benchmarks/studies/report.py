@@ -53,7 +53,7 @@ def draw(record: dict[str, Any], json_file: Path) -> str:
 def characters(figure, rows):
     """The loss at other numbers of steps than those of the training."""
     axes = figure.subplots()
-    names = "continuous 4", "elastic", "elastic, 6000"
+    names = "continuous 4", "elastic", "elastic, 6000", "heun, elastic, 6000"
     shown = [row for row in rows if row["case"] in names]
     for i, row in enumerate(shown):
         at = [int(n) for n in row["losses"]]

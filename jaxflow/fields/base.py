@@ -249,7 +249,9 @@ class AbstractWrapper(AbstractCompositeField):
         return eqx.tree_at(lambda mu: mu.points, mu, self.enter(mu.points))
 
     def __call__(self, t, x, mu):
-        return self.leave(t, x, self.field(t, self.enter(x), self.seen(mu)))
+        seen = self.seen(mu)  # where x are the tokens of mu, the field is told so
+        entered = seen.points if x is mu.points else self.enter(x)
+        return self.leave(t, x, self.field(t, entered, seen))
 
     def keys_values(self, t, y, start=0):
         return causal(self.field).keys_values(t, self.enter(y), start)
