@@ -78,6 +78,20 @@ def test_new_attention_is_without_biases():
         assert getattr(plain, name) is None and getattr(biased, name).shape == (size,)
 
 
+@pytest.mark.parametrize("interaction", [jf.fields.Softmax(), jf.fields.Sinkhorn(3)])
+def test_the_tokens_of_a_measure_are_projected_at_once(interaction):
+    """One product for Q, K and V, also inside a norm, with the velocities of other points there."""
+    options: Any = {"kv_heads": 2, "bias": True, "rotary": 100.0, "interaction": interaction}
+    field = filled(eqx.filter_eval_shape(lambda: jf.MultiHeadAttention(8, 4, **options, key=KEY)))
+    around = jf.PreNorm(field, jf.fields.LayerNorm(8))
+    mu = jf.Measure(jax.random.normal(KEY, (5, 8)))
+    same = lambda mu: around(0.0, mu.points, mu)
+    other = lambda mu: around(0.0, mu.points + 0, mu)
+    np.testing.assert_allclose(same(mu), other(mu), rtol=1e-5, atol=1e-6)
+    counts = [str(jax.make_jaxpr(fn)(mu)).count("dot_general") for fn in (same, other)]
+    assert counts[0] <= counts[1] - 2
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "parallel", "attention"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_attention_of_a_block_has_biases_on_request(name, bias):

@@ -16,6 +16,7 @@ from jaxflow import training
 from jaxflow.fields import AbstractField
 from jaxflow.geometry import Euclidean
 from jaxflow.models import Depth, smooth
+from jaxflow.training import loop
 from jaxflow.training.depths import seed_of, steps_of
 from jaxflow.training.step import Step
 
@@ -62,6 +63,19 @@ def test_the_first_steps_are_at_the_own_depth():
     assert moved.at(SEED, 0) is moved.own
     with pytest.raises(ValueError, match="after must be at least 0, got -1"):
         training.Elastic((1, 2), after=-1)
+
+
+def test_the_cost_counts_the_own_depth_where_it_is_trained():
+    model = network(curve=smooth, depth=Depth(t1=2.0, steps=9))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    step = Step(static, optax.sgd(0.1), training.FlowLoss(training.cross_entropy))
+
+    def told(after: int) -> str:
+        found = steps_of(step, training.Elastic((1, 2), after=after))
+        return loop._cost(model, params, static, Points().batch(0)[0][None], found)
+
+    memory = lambda text: float(text.split("gradient: ")[1].split(" MB")[0])
+    assert memory(told(5)) > memory(told(0)) and "after 5 steps at the model's own" in told(5)
 
 
 def test_evaluations_are_at_the_ends_or_where_they_are_asked_for():

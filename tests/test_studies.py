@@ -115,12 +115,18 @@ def test_characters(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(LINE * 20)
     smooth = {"depth": {"t1": 1.0, "steps": 1}, "curve": "smooth", "layers": 2}
-    cases = {"elastic": (smooth, {"drawn": [1], "exits": [0.0, 1e9]})}
+    heun = {"t1": 1.0, "steps": 1, "solver": "heun"}
+    loose = {"Heun 9": {"t1": 1.0, "tolerance": 9.0, "solver": "heun"}}
+    drawn = {"drawn": [1, heun], "after": 4, "adaptive": loose, "exits": [0.0, 1e9]}
+    cases = {"elastic": (smooth, drawn)}
     small = {"dim": 8, "heads": 2, "context": 8, "steps": 4, "batch": 4}
     study = characters.study(text, cases, depths=(1, 2), **small)
     found = measured(study, tmp_path, capsys)["elastic"]
     assert found["evaluations"] == 1 and found["best"] <= found["last"] < math.log(16)
     assert found["losses"]["1"] == pytest.approx(found["last"], rel=1e-6)
+    assert found["adaptive_evaluations"]["Heun 9"] > 2 and found["adaptive"]["Heun 9"] < math.log(
+        16
+    )
     assert found["exits"]["0"] == pytest.approx(found["losses"]["2"], rel=1e-6)
     assert found["exit_evaluations"]["0"] == 2 > found["exit_evaluations"]["1e+09"] >= 1
     assert found["parameters"] == 2 * (12 * 64 + 4 * 8 + 5 * 8) + (len(set(LINE)) + 8 + 2) * 8
@@ -134,6 +140,9 @@ def test_the_cases_of_characters_are_what_they_say(tmp_path):
     assert costs["shared, equal compute"] == costs["plain"] == costs["continuous 4"]
     # d = 256 at 4 steps: one block has the matrices of four.
     assert costs["shared, equal parameters"] == pytest.approx(4 * costs["plain"], rel=0.02)
+    assert costs["heun 4"] == pytest.approx(2 * costs["plain"], rel=0.02)
+    half = (costs["continuous 4"] + costs["elastic"]) / 2
+    assert costs["elastic, last half"] == pytest.approx(half, rel=1e-6)
     assert costs["elastic"] == pytest.approx(
         costs["plain"] * np.mean(characters.DEPTHS) / 4, rel=0.02
     )

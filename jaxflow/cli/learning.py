@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "tokens": "chars", "layers": 4, "heads": 4, "dim": 128, "context": 64, "batch": 12,
             "steps": 2000, "curve": "linear", "solver": "euler",
         },
-        # Bounded velocities, so that one model serves any solver, at any number of steps.
+        # Bounded velocities, so that one model serves any accurate solver.
         "any-depth-cpu": {
             "tokens": "chars", "layers": 4, "heads": 4, "dim": 128, "context": 64, "batch": 12,
             "steps": 2000, "curve": "smooth", "solver": "heun", "solver_steps": 8,

@@ -50,7 +50,7 @@ class LanguageModel(AbstractModel):
       of `norm`. Without, tokens start at a size of 0.02, where the norms in the blocks turn fast:
       the first layers of a transformer step over that, and adaptive steps resolve it. With
       `placement="peri"` no token is fast at any time, and a model trained so by drawn steps of an
-      unsplit method has its loss by any solver.
+      unsplit method keeps its loss under finer steps and adaptive ones.
     - `tied`: R = E; else R has weights of its own.
     - `dtype`: of attention and feed-forward, such as bfloat16; parameters and state are float32.
     - `backend`: of attention, as in `jaxflow.softmax_expectation`.

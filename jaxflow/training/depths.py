@@ -42,7 +42,7 @@ class Elastic:
     - `evaluate`: depths at which each evaluation is made beside the model's own, and logged as
       "validation_loss@12" for 12 steps; `None` is the first and the last of `depths`.
     - `after`: how many steps of the training are made at the model's own depth before depths are
-      drawn. A model learns faster at one depth, and its depth is freed within few steps.
+      drawn: a model learns faster at one depth. With as many as the training has, none is.
 
     **Raises:** `ValueError` or `TypeError` for what makes no depths.
 

@@ -557,7 +557,8 @@ def _cost(model, params, static, batches, at_depths: Steps) -> str:
     if isinstance(model, AbstractModel):
         drawn = at_depths.depths or [model.depth]
         mu0 = eqx.filter_eval_shape(model.embed, jnp.asarray(batches[0]))
-        memory = max(depth.memory(mu0) for depth in drawn)
+        trained = [step.depth or model.depth for step in at_depths.trained]
+        memory = max(depth.memory(mu0) for depth in trained)
         text += f"; states kept for the gradient: {memory / 1e6:.3g} MB"
         counted = [operations(model.with_depth(depth), batches[0]) for depth in drawn]
         known = [len(batches) * number for number in counted if number is not None]
