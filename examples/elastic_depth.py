@@ -19,9 +19,9 @@ On the tiny Shakespeare, at the defaults, the validation loss was
     Heun 4-12, normalised            2.605   2.518   2.510   2.511          2.515
     Heun 4-12, bounded               2.549   2.509   2.448   2.433          2.430
 
-Any accurate solver serves the last one, the more exact the better: over three seeds adaptive steps to
-0.01 (46 to 50 evaluations) are 0.002 and 0.001 below its best number of steps and 0.001 above it,
-those to 0.001 are 0.003 to 0.005 below. None can use a transformer (0.68, 0.69 and 0.82 worse).
+Any accurate solver serves the last one, the more exact the better: over three seeds adaptive steps
+to 0.01 (46 to 50 evaluations) are 0.002 and 0.001 below its best number of steps and 0.001 above
+it, those to 0.001 are 0.003 to 0.005 below. None can use a transformer (0.68, 0.69 and 0.82 worse).
 """
 
 import sys
